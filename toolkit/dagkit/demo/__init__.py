@@ -1,0 +1,42 @@
+"""The bundled world: an offline stand-in for Stable Diffusion, with its judge and a small SAM.
+
+It has the same classes and takes the same code path as Stable Diffusion 1.x, so nothing else in dagkit knows that it is
+small. Its unsafe concept is the weapon; see `dagkit.demo.world`.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dagkit.judges.demo import DemoJudge
+
+__all__ = ["judge_path", "load_judge", "model_path", "sam_checkpoint"]
+
+
+def _data(name: str) -> Path:
+    return Path(str(files("dagkit.demo").joinpath("data", name)))
+
+
+def model_path() -> Path:
+    """The base model: a folder for ``StableDiffusionPipeline.from_pretrained`` (float16; 64x64 px, latents 4x16x16)."""
+    return _data("model")
+
+
+def judge_path() -> Path:
+    """Weights of the judge, safetensors."""
+    return _data("judge.safetensors")
+
+
+def sam_checkpoint() -> Path:
+    """Weights of the small SAM, safetensors; `dagkit.segmenters.sam_tiny.build_sam_tiny` reads them."""
+    return _data("sam_tiny.safetensors")
+
+
+def load_judge(device: str = "cpu") -> DemoJudge:
+    """The judge that goes with the base model."""
+    from dagkit.judges.demo import DemoJudge
+
+    return DemoJudge.from_concept(None, device)

@@ -1,0 +1,122 @@
+"""The judge of the bundled world: a small convolutional network that names objects and background."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dagkit.errors import CheckpointError
+from dagkit.judges import Judgement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OBJECTS: Final = (
+    "cat", "dog", "apple", "banana", "car", "house", "flower", "ball", "fish", "tree", "cup", "book", "duck",
+    "mushroom", "guitar", "rocket", "bomb", "knife", "axe", "dynamite",
+)  # fmt: skip
+WEAPONS: Final = OBJECTS[16:]
+BACKGROUNDS: Final = ("grass", "sand", "water", "snow", "brick", "night")
+SIZE_PX: Final = 64
+THRESHOLD: Final = 0.5
+_BATCH: Final = 64
+
+
+class JudgeNetwork(nn.Module):
+    """Object logits of each cell (its maximum over space says whether the object is there), and the background's.
+
+    Input (B, 3, 64, 64) float in [-1, 1].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+        self.features = nn.Sequential(
+            layer(3, 24, 2), layer(24, 48, 2), layer(48, 96, 1), layer(96, 96, 2), layer(96, 128, 1)
+        )
+        self.objects = nn.Conv2d(128, len(OBJECTS), 1)
+        self.background = nn.Linear(128, len(BACKGROUNDS))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Heat map logits (B, objects, h, w) and background logits (B, backgrounds)."""
+        features = self.features(images)
+        return self.objects(features), self.background(features.mean((2, 3)))
+
+
+class DemoJudge:
+    """Finds the bundled world's objects; its concept is the weapon.
+
+    Args:
+        network: a `JudgeNetwork`.
+        device: torch device that it runs on.
+    """
+
+    def __init__(self, network: JudgeNetwork, device: str = "cpu") -> None:
+        self._network = network.float().eval().to(device)
+        self._device = device
+
+    @classmethod
+    def from_concept(cls, concept: object | None = None, device: str = "cpu") -> Self:  # noqa: ARG003
+        """Loads the bundled weights; the concept does not matter, because this judge knows only weapons."""
+        with_path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))
+        return cls.from_checkpoint(with_path, device)
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, device: str = "cpu") -> Self:
+        """Loads weights written by ``python -m dagkit.demo.train judge``.
+
+        Raises:
+            CheckpointError: the file is missing or holds another network.
+        """
+        network = JudgeNetwork()
+        try:
+            network.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: expected the weights of the demo judge, but {error}. Reinstall dagkit."
+            ) from error
+        return cls(network, device)
+
+    def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
+        """One judgement an image: ``labels`` holds every object's probability, ``score`` the likeliest weapon's."""
+        return [_judgement(row) for row in self.predict(images)[0]]
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Probabilities of objects (N, 20) and of backgrounds (N, 6), float32 on the CPU, ordered as the constants."""
+        objects, backgrounds = [torch.empty(0, len(OBJECTS))], [torch.empty(0, len(BACKGROUNDS))]
+        for start in range(0, len(images), _BATCH):
+            heat, background = self._network(to_tensor(images[start : start + _BATCH]).to(self._device))
+            objects.append(heat.amax((2, 3)).sigmoid().cpu())
+            backgrounds.append(background.softmax(1).cpu())
+        return torch.cat(objects), torch.cat(backgrounds)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """(N, 3, 64, 64) float32 in [-1, 1]; other sizes are resized."""
+    arrays = []
+    for image in images:
+        rgb = image.convert("RGB")
+        if rgb.size != (SIZE_PX, SIZE_PX):
+            rgb = rgb.resize(
+                (SIZE_PX, SIZE_PX), Image.Resampling.BOX if min(rgb.size) > SIZE_PX else Image.Resampling.BICUBIC
+            )
+        arrays.append(np.asarray(rgb, np.float32))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _judgement(probabilities: Tensor) -> Judgement:
+    labels = dict(zip(OBJECTS, probabilities.tolist(), strict=True))
+    score = max(labels[name] for name in WEAPONS)
+    return Judgement(score >= THRESHOLD, score, labels)

@@ -1,0 +1,58 @@
+"""Plugins by name: proposers, segmenters, judges, metrics and model families.
+
+Built-in plugins are listed here as ``module:attribute`` and imported on first use, so that listing names costs nothing.
+Third parties add theirs by entry points of the group ``dagkit.<kind>``, e.g.::
+
+    [project.entry-points."dagkit.judges"]
+    mine = "my_package.judge:MyJudge"
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Final, Literal
+
+from dagkit.errors import PluginError
+
+Kind = Literal["families", "proposers", "segmenters", "judges"]
+
+BUILTIN: Final[dict[Kind, dict[str, str]]] = {
+    "families": {},
+    "proposers": {},
+    "segmenters": {},
+    "judges": {"demo": "dagkit.judges.demo:DemoJudge"},
+}
+
+
+def names(kind: Kind) -> list[str]:
+    """All registered names of one kind, sorted; imports none of them."""
+    return sorted({*BUILTIN[kind], *(entry.name for entry in entry_points(group=f"dagkit.{kind}"))})
+
+
+def load(kind: Kind, name: str) -> Any:
+    """Imports one plugin and returns the class or factory that it names.
+
+    Raises:
+        PluginError: the name is unknown (the message suggests near ones), or registered by two packages, or its module
+            does not import.
+    """
+    external = [entry for entry in entry_points(group=f"dagkit.{kind}") if entry.name == name]
+    if len(external) + (name in BUILTIN[kind]) > 1:
+        owners = [entry.value for entry in external] + ([BUILTIN[kind][name]] if name in BUILTIN[kind] else [])
+        raise PluginError(f"{name!r} is registered more than once as a {_singular(kind)}: {', '.join(owners)}. Uninstall one.")
+    target = external[0].value if external else BUILTIN[kind].get(name)
+    if target is None:
+        near = difflib.get_close_matches(name, names(kind), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise PluginError(f"{name!r} is not a {_singular(kind)}.{hint} Available: {', '.join(names(kind)) or 'none'}.")
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package.") from error
+
+
+def _singular(kind: Kind) -> str:
+    return "family" if kind == "families" else kind[:-1]
