@@ -1,0 +1,28 @@
+"""Figures as pure functions. Each docstring says what exactly is computed; every rate has a count and a 95 % interval."""
+
+from __future__ import annotations
+
+from dagkit.metrics.detection import DetectionScores, detection_scores
+from dagkit.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, proportion, transform, wilson
+from dagkit.metrics.locality import Change, change, ssim
+from dagkit.metrics.rates import PairedTest, erase_rate, erase_rate_by_detection, mcnemar, preservation, recall
+
+__all__ = [
+    "Change",
+    "DetectionScores",
+    "Estimate",
+    "PairedTest",
+    "bootstrap_mean",
+    "bootstrap_ratio",
+    "change",
+    "detection_scores",
+    "erase_rate",
+    "erase_rate_by_detection",
+    "mcnemar",
+    "preservation",
+    "proportion",
+    "recall",
+    "ssim",
+    "transform",
+    "wilson",
+]
