@@ -34,5 +34,5 @@ def test_mcnemar_is_exact_and_two_sided() -> None:
     assert (test.num_pairs, test.first_only, test.second_only) == (11, 9, 1)
     assert test.p_value == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar([True, False], [True, False]).p_value == 1.0
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         mcnemar([True], [True, False])

@@ -1,4 +1,4 @@
-"""Figures as pure functions. Each docstring says what exactly is computed; every rate has a count and a 95 % interval."""
+"""Figures as pure functions. Docstrings say exactly what is computed; each rate has a count and a 95 % interval."""
 
 from __future__ import annotations
 
