@@ -19,7 +19,7 @@ from dagkit.errors import PluginError
 Kind = Literal["families", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
-    "families": {},
+    "families": {"sd": "dagkit.families.sd:SD", "sdxl": "dagkit.families.sdxl:SDXL"},
     "proposers": {},
     "segmenters": {},
     "judges": {"demo": "dagkit.judges.demo:DemoJudge"},
@@ -41,7 +41,9 @@ def load(kind: Kind, name: str) -> Any:
     external = [entry for entry in entry_points(group=f"dagkit.{kind}") if entry.name == name]
     if len(external) + (name in BUILTIN[kind]) > 1:
         owners = [entry.value for entry in external] + ([BUILTIN[kind][name]] if name in BUILTIN[kind] else [])
-        raise PluginError(f"{name!r} is registered more than once as a {_singular(kind)}: {', '.join(owners)}. Uninstall one.")
+        raise PluginError(
+            f"{name!r} is registered more than once as a {_singular(kind)}: {', '.join(owners)}. Uninstall one."
+        )
     target = external[0].value if external else BUILTIN[kind].get(name)
     if target is None:
         near = difflib.get_close_matches(name, names(kind), n=1)
@@ -51,7 +53,9 @@ def load(kind: Kind, name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise PluginError(f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package.") from error
+        raise PluginError(
+            f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
+        ) from error
 
 
 def _singular(kind: Kind) -> str:

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 GLYPHS: Final[dict[str, str]] = {
     "cat": "🐱", "dog": "🐶", "apple": "🍎", "banana": "🍌", "car": "🚗", "house": "🏠", "flower": "🌻", "ball": "⚽",
-    "fish": "🐠", "tree": "🌳", "cup": "🍵", "book": "📕", "duck": "🦆", "mushroom": "🍄", "guitar": "🎸", "rocket": "🚀",
-    "bomb": "💣", "knife": "🔪", "axe": "🪓", "dynamite": "🧨",
+    "fish": "🐠", "tree": "🌳", "cup": "🍵", "book": "📕", "duck": "🦆", "mushroom": "🍄", "guitar": "🎸",
+    "rocket": "🚀", "bomb": "💣", "knife": "🔪", "axe": "🪓", "dynamite": "🧨",
 }  # fmt: skip
 CELL_PX: Final = 64
 NUM_COLUMNS: Final = 5
@@ -35,7 +35,7 @@ def glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def render(font_path: Path, folder: Path) -> None:
-    """Writes ``sprites.png`` (RGBA, one cell a sprite) and ``sprites.json`` (cell size in pixels, [x, y] of each cell)."""
+    """Writes ``sprites.png`` (RGBA, one cell a sprite) and ``sprites.json`` (cell size and [x, y] of each, in px)."""
     font = ImageFont.truetype(str(font_path), _STRIKE_PX)
     num_rows = -(-len(GLYPHS) // NUM_COLUMNS)
     atlas = Image.new("RGBA", (NUM_COLUMNS * CELL_PX, num_rows * CELL_PX), (0, 0, 0, 0))

@@ -70,7 +70,7 @@ def sprite(name: str, size_px: int) -> NDArray[np.float32]:
     atlas, cells, cell_px = _atlas()
     x, y = cells[name]
     image = atlas.crop((x, y, x + cell_px, y + cell_px)).resize((size_px, size_px), Image.Resampling.LANCZOS)
-    array = np.asarray(image, np.float32) / 255
+    array = (np.asarray(image) / 255).astype(np.float32)
     array.flags.writeable = False
     return array
 
@@ -97,7 +97,8 @@ def texture(background: str, rng: np.random.Generator) -> NDArray[np.float32]:
             base = np.array([0.10, 0.10, 0.25]) + 0.6 * (rng.random((SIZE_PX, SIZE_PX, 1)) > 0.99)
         case _:
             raise ValueError(f"background must be one of {', '.join(BACKGROUNDS)}, but got {background!r}.")
-    return np.clip(base + tint, 0, 1).astype(np.float32)
+    result: NDArray[np.float32] = np.clip(base + tint, 0, 1).astype(np.float32)
+    return result
 
 
 def draw_classes(
@@ -171,7 +172,8 @@ def _place(rng: np.random.Generator, count: int, object_px: tuple[int, int]) -> 
         if len(squares) == count:
             return squares
     raise ValueError(
-        f"{count} objects of {object_px[0]} to {object_px[1]} px do not fit into {SIZE_PX} px. Draw fewer or smaller ones."
+        f"{count} objects of {object_px[0]} to {object_px[1]} px do not fit "
+        f"into {SIZE_PX} px. Draw fewer or smaller ones."
     )
 
 
@@ -186,7 +188,7 @@ def caption(
         rng: shuffles the order of the objects; by default it is kept.
         mode: ``named`` ("a cat and a bomb on grass"), ``class`` ("a cat and a weapon on grass"), or ``hinted`` ("a cat
             in danger on grass": a weapon is there but no word names it). A hint needs something harmless to be in
-            danger: scenes without it fall back to ``class``, and scenes without a weapon are ``named`` whatever the mode.
+            danger: scenes without it fall back to ``class``. Scenes without a weapon are ``named`` in every mode.
     """
     names = list(dict.fromkeys(classes))
     if rng is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,28 +31,44 @@ _BATCH: Final = 64
 
 
 class JudgeNetwork(nn.Module):
-    """Object logits of each cell (its maximum over space says whether the object is there), and the background's.
+    """Heat maps whose peaks are the objects' centres, and the background: a small U-shaped convolutional network.
 
-    Input (B, 3, 64, 64) float in [-1, 1].
+    Input (B, 3, 64, 64) float in [-1, 1]; heat maps at a quarter of that size.
     """
 
     def __init__(self) -> None:
         super().__init__()
 
-        def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        def layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-            return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+            return nn.Sequential(conv, nn.GroupNorm(8, outputs), nn.ReLU())
 
-        self.features = nn.Sequential(
-            layer(3, 24, 2), layer(24, 48, 2), layer(48, 96, 1), layer(96, 96, 2), layer(96, 128, 1)
-        )
-        self.objects = nn.Conv2d(128, len(OBJECTS), 1)
+        self.fine = nn.Sequential(layer(3, 24, 2), layer(24, 48, 2), layer(48, 64))
+        self.coarse = nn.Sequential(layer(64, 96, 2), layer(96, 128), layer(128, 128))
+        self.merged = layer(64 + 128, 96)
+        self.objects = nn.Conv2d(96, len(OBJECTS), 1)
         self.background = nn.Linear(128, len(BACKGROUNDS))
+        nn.init.constant_(self.objects.bias, -4.0)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Heat map logits (B, objects, h, w) and background logits (B, backgrounds)."""
-        features = self.features(images)
-        return self.objects(features), self.background(features.mean((2, 3)))
+        """Heat map logits (B, 20, 16, 16) and background logits (B, 6)."""
+        fine = self.fine(images)
+        coarse = self.coarse(fine)
+        raised = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
+        return self.objects(self.merged(torch.cat([fine, raised], 1))), self.background(coarse.mean((2, 3)))
+
+
+def peaks(heat: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """Where objects have their centres: largest of their 5x5 neighbourhood, and at least the threshold.
+
+    Args:
+        heat: (B, C, H, W) float, probabilities.
+        threshold: in (0, 1).
+
+    Returns:
+        (B, C, H, W) bool.
+    """
+    return (heat == F.max_pool2d(heat, 5, 1, 2)) & (heat >= threshold)
 
 
 class DemoJudge:
@@ -69,8 +86,8 @@ class DemoJudge:
     @classmethod
     def from_concept(cls, concept: object | None = None, device: str = "cpu") -> Self:  # noqa: ARG003
         """Loads the bundled weights; the concept does not matter, because this judge knows only weapons."""
-        with_path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))
-        return cls.from_checkpoint(with_path, device)
+        path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))
+        return cls.from_checkpoint(path, device)
 
     @classmethod
     def from_checkpoint(cls, path: Path, device: str = "cpu") -> Self:
@@ -92,15 +109,24 @@ class DemoJudge:
         """One judgement an image: ``labels`` holds every object's probability, ``score`` the likeliest weapon's."""
         return [_judgement(row) for row in self.predict(images)[0]]
 
-    @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Probabilities of objects (N, 20) and of backgrounds (N, 6), float32 on the CPU, ordered as the constants."""
-        objects, backgrounds = [torch.empty(0, len(OBJECTS))], [torch.empty(0, len(BACKGROUNDS))]
+        heat, backgrounds = self._run(images)
+        return heat.amax((2, 3)), backgrounds
+
+    def count(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, 20) int64: how many of each object are there."""
+        return peaks(self._run(images)[0]).sum((2, 3))
+
+    @torch.inference_mode()
+    def _run(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        cells = SIZE_PX // 4
+        heats, backgrounds = [torch.empty(0, len(OBJECTS), cells, cells)], [torch.empty(0, len(BACKGROUNDS))]
         for start in range(0, len(images), _BATCH):
             heat, background = self._network(to_tensor(images[start : start + _BATCH]).to(self._device))
-            objects.append(heat.amax((2, 3)).sigmoid().cpu())
+            heats.append(heat.sigmoid().cpu())
             backgrounds.append(background.softmax(1).cpu())
-        return torch.cat(objects), torch.cat(backgrounds)
+        return torch.cat(heats), torch.cat(backgrounds)
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

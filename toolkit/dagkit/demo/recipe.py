@@ -1,0 +1,118 @@
+"""Every hyper-parameter of the bundled world's models, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How one network is optimised: AdamW, linear warm-up, flat, then cosine decay; an average of the weights is kept.
+
+    Attributes:
+        num_steps: steps in all.
+        batch_size: scenes a step.
+        learning_rate: its peak.
+        num_warmup_steps: linear rise at the start.
+        flat_share: share of the steps after which the decay begins.
+        final_share: share of the peak that is left at the end.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        gradient_clip: largest norm of the gradient.
+        ema_decay: of the average of the weights, which is what ships.
+        seed: of weights and data; each step draws from (seed, step), so a resumed run repeats an undisturbed one.
+    """
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    num_warmup_steps: int = 100
+    flat_share: float = 0.35
+    final_share: float = 0.005
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderRecipe:
+    """AutoencoderKL, 64 px to latents of 4x16x16; afterwards its decoder alone, on noisy latents."""
+
+    channels: tuple[int, ...] = (16, 32, 64)
+    norm_num_groups: int = 8
+    kl_weight: float = 1e-4
+    object_weight: float = 3.0
+    gradient_loss_weight: float = 0.5
+    decoder_latent_noise: float = 0.03
+    schedule: Schedule = Schedule(640, 8, 2e-3, 30, 0.0, betas=(0.9, 0.98), weight_decay=0.0, ema_decay=0.98)
+    decoder_schedule: Schedule = Schedule(
+        2500, 8, 1.5e-3, 50, 0.4, betas=(0.9, 0.98), weight_decay=0.0, ema_decay=0.995, seed=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecipe:
+    """Text encoder and UNet, trained together on the frozen encoder's latents.
+
+    Attributes:
+        channels: of the UNet's blocks, at 16x16, 8x8 and 4x4.
+        layers_per_block: the first value puts two cross-attention layers into the 16x16 block on the way down and
+            three on the way up.
+        min_snr_gamma: weight min(SNR, gamma) / SNR (Min-SNR, arXiv 2303.09556).
+        object_weight: weight of a latent cell covered by an object relative to one of background, in the limit of no
+            noise. It fades to 1 with the signal's power (alpha bar): where places are still open, an unequal weight
+            would pull the prediction towards more objects than there are.
+        caption_dropout: share of scenes without a caption.
+        repeat_share: share of those scenes in which objects repeat. Captioned scenes hold each object once, so
+            classifier-free guidance leads away from repetition.
+        num_objects_weights: of scenes with 1, 2 and 3 objects.
+        weapon_probability: share of captioned scenes with a weapon.
+        caption_weights: of named, class and hinted captions, in scenes with a weapon.
+        look_alike_probability: share of scenes without a weapon in which one object resembles a weapon.
+    """
+
+    channels: tuple[int, ...] = (64, 96, 128)
+    layers_per_block: tuple[int, ...] = (2, 1, 1)
+    num_heads: int = 4
+    norm_num_groups: int = 16
+    text_width: int = 128
+    num_text_layers: int = 2
+    max_tokens: int = 16
+    min_snr_gamma: float = 5.0
+    object_weight: float = 4.0
+    caption_dropout: float = 0.12
+    repeat_share: float = 0.6
+    num_objects_weights: tuple[float, float, float] = (0.25, 0.4, 0.35)
+    weapon_probability: float = 0.5
+    caption_weights: tuple[float, float, float] = (0.65, 0.12, 0.23)
+    look_alike_probability: float = 0.5
+    schedule: Schedule = Schedule(11_000, 16, 1e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRecipe:
+    """The judge.
+
+    Attributes:
+        reconstructed_share: share of the images that go through the autoencoder with noise on their latents.
+        latent_noise: largest standard deviation of that noise; the latents have 1.
+        presence_weight: of the loss of each object's presence, relative to that of the heat maps.
+        background_weight: of the loss of the background.
+    """
+
+    reconstructed_share: float = 0.25
+    latent_noise: float = 0.4
+    presence_weight: float = 10.0
+    background_weight: float = 0.3
+    schedule: Schedule = Schedule(700, 48, 4e-3, 50, 0.2, ema_decay=0.98, seed=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The whole of it."""
+
+    autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    base: BaseRecipe = field(default_factory=BaseRecipe)
+    judge: JudgeRecipe = field(default_factory=JudgeRecipe)

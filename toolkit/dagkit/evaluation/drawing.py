@@ -1,0 +1,158 @@
+"""Draws all columns of an evaluation, judges the images, and resumes where a former run stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dagkit.workspace import StageFolder, sha256_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from dagkit.evaluation.columns import Column, Drawn
+    from dagkit.evaluation.prompts import EvalPrompt
+    from dagkit.judges import Judge, Judgement
+    from dagkit.workspace import Row
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """One evaluation on disk: ``<folder>/<column>-<hash of its settings>/`` with a row and an image a prompt.
+
+    Whatever decides how a column's images come out is in its folder's name: a run can be continued and columns added,
+    but nothing is ever mixed.
+
+    Attributes:
+        folder: of this set of prompts, sampling settings and judges.
+        prompts: all prompts, in the order in which they are batched.
+        batch_size: images drawn at once; part of the settings, because arithmetic differs a little between sizes.
+    """
+
+    folder: StageFolder
+    prompts: Sequence[EvalPrompt]
+    batch_size: int = 8
+
+    def column_folder(self, column: Column) -> StageFolder:
+        """Where a column's rows and images are."""
+        return StageFolder(self.folder.path / f"{column.name}-{sha256_json(column.settings)[7:15]}")
+
+    def rows(self, column: Column) -> dict[str, Row]:
+        """Finished rows of a column by the key of their prompt."""
+        return {row["key"]: row for row in self.column_folder(column).rows()}
+
+    def timings(self, column: Column) -> dict[int, Row]:
+        """Cost of each batch of a column: ``cpu_s`` and ``wall_s`` for ``num_images`` images.
+
+        ``is_warm`` is false for the first batch of a process, which also pays for lazy initialisation.
+        """
+        return {row["batch"]: row for row in _timings(self.column_folder(column)).rows()}
+
+    def image(self, column: Column, key: str) -> Image.Image:
+        """The image of one prompt."""
+        return self.column_folder(column).read_image(f"images/{key}.png")
+
+    def maps(self, column: Column, key: str) -> NDArray[np.float32] | None:
+        """The detection map of every step, (steps, h, w) float32 in [0, 1]; ``None`` if none was kept."""
+        folder = self.column_folder(column)
+        if not (folder.path / f"maps/{key}.png").exists():
+            return None
+        strip = np.asarray(folder.read_image(f"maps/{key}.png", mode="L"), np.float32) / np.float32(255)
+        num_steps = len(self.rows(column)[key]["trace"]["step"])
+        return strip.reshape(num_steps, -1, strip.shape[1])
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are."""
+        return sum(1 for _ in self.batches())
+
+    def batches(self) -> Iterator[tuple[int, Sequence[EvalPrompt]]]:
+        """Batches of one kind of prompt each, the same whatever is finished already."""
+        number = 0
+        for kind in dict.fromkeys(prompt.kind for prompt in self.prompts):
+            group = [prompt for prompt in self.prompts if prompt.kind == kind]
+            for start in range(0, len(group), self.batch_size):
+                yield number, group[start : start + self.batch_size]
+                number += 1
+
+
+def draw_columns(
+    run: EvaluationRun, columns: Sequence[Column], judges: Mapping[str, Judge]
+) -> Iterator[tuple[int, int]]:
+    """Draws and judges what is missing, batch by batch, the columns of a batch one after the other.
+
+    Interleaved like this, a machine that slows down slows all columns alike; the order rotates from batch to batch. The
+    cost of each batch is kept apart from the rows (`EvaluationRun.timings`), which hold no times and are equal however
+    often a run was interrupted.
+
+    Args:
+        run: where to.
+        columns: what to compare; names unique.
+        judges: by name; each judges every image.
+
+    Yields:
+        Images drawn and images found finished, for each batch and column: ``run.num_batches * len(columns)`` times.
+
+    Raises:
+        PromptRefused: a prompt sexualises minors.
+        WorkspaceError: the folder cannot be written.
+    """
+    warm: set[str] = set()
+    for number, batch in run.batches():
+        shift = number % len(columns)
+        for column in [*columns[shift:], *columns[:shift]]:
+            folder = run.column_folder(column)
+            done = folder.keys()
+            missing = [prompt for prompt in batch if prompt.key not in done]
+            if missing:
+                folder.settings(column.settings)
+                cpu_s, wall_s = time.process_time(), time.perf_counter()
+                drawn = column.draw(batch)
+                cost = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
+                _keep(folder, batch, drawn, judges, {prompt.key for prompt in missing})
+                _keep_cost(folder, number, len(batch), cost, column.name in warm)
+                warm.add(column.name)
+            yield len(missing), len(batch) - len(missing)
+
+
+def _keep_cost(folder: StageFolder, batch: int, num_images: int, cost: dict[str, float], is_warm: bool) -> None:
+    timings, key = _timings(folder), f"{batch:05d}"
+    known = timings.keys()
+    if key not in known:
+        seconds = {name: round(value, 4) for name, value in cost.items()}
+        timings.append({"key": key, "batch": batch, "num_images": num_images, **seconds, "is_warm": is_warm})
+
+
+def _keep(
+    folder: StageFolder,
+    batch: Sequence[EvalPrompt],
+    drawn: Sequence[Drawn],
+    judges: Mapping[str, Judge],
+    wanted: set[str],
+) -> None:
+    judgements = {name: judge.judge([one.image for one in drawn]) for name, judge in judges.items()}
+    for index, (prompt, one) in enumerate(zip(batch, drawn, strict=True)):
+        if prompt.key not in wanted:
+            continue
+        path = f"images/{prompt.key}.png"
+        folder.write_image(path, one.image)
+        if one.maps is not None:
+            strip = (np.concatenate(list(one.maps)) * 255).round().astype(np.uint8)
+            folder.write_image(f"maps/{prompt.key}.png", Image.fromarray(strip))
+        said = {name: _judgement(answers[index]) for name, answers in judgements.items()}
+        folder.append({**prompt.to_json(), "image": path, "judgements": said, "trace": one.trace})
+
+
+def _judgement(judgement: Judgement) -> dict[str, Any]:
+    labels = {name: round(float(value), 4) for name, value in judgement.labels.items()}
+    return {"is_present": bool(judgement.is_present), "score": round(float(judgement.score), 4), "labels": labels}
+
+
+def _timings(folder: StageFolder) -> StageFolder:
+    return StageFolder(folder.path / "timings")

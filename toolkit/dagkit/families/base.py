@@ -1,0 +1,215 @@
+"""The family protocol, the loaded base model, and how a model folder becomes one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dagkit import plugins
+from dagkit.attention import QueryTap
+from dagkit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is conditioned on.
+
+    Attributes:
+        hidden_states: (B, L, d) text-encoder output, the denoiser's ``encoder_hidden_states``.
+        added: further conditions by name, e.g. SDXL's ``text_embeds`` (B, p); empty for SD 1.x/2.x.
+    """
+
+    hidden_states: Tensor
+    added: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, index: Any) -> Condition:
+        return Condition(self.hidden_states[index], {name: value[index] for name, value in self.added.items()})
+
+
+class Family(Protocol):
+    """What differs between base models. One file each; registered in ``dagkit.plugins`` as kind ``families``."""
+
+    name: str
+
+    def matches(self, pipe: Any) -> bool:
+        """Whether this family knows the pipeline's denoiser, text encoder and batch layout."""
+
+    def denoiser(self, pipe: Any) -> nn.Module:
+        """The module that predicts noise."""
+
+    def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Name -> attention module: the family's own choice, or exactly ``names`` (ModelError if one is missing)."""
+
+    def encode_prompt(self, pipe: Any, prompts: list[str]) -> Condition:
+        """Text-encoder output of each prompt, without classifier-free guidance."""
+
+    def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
+        """(B, C, h, w) latents of RGB images of one size, scaled as the denoiser expects them."""
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """One forward pass of the denoiser without guidance: (B, C, h, w)."""
+
+    def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Sketches of ``text_encoder`` and ``key_projections``; compare them with ``sketch.difference``."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model, ready for capture and sampling.
+
+    Attributes:
+        pipe: the diffusers pipeline in evaluation mode, gradients and progress bar off.
+        family: what knows its parts.
+        source: folder or Hub id that it was loaded from.
+        fingerprint: ``sha256:...`` over the safetensors files of denoiser and text encoders.
+    """
+
+    pipe: Any
+    family: Family
+    source: str
+    fingerprint: str
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Name -> cross-attention module, the family's own choice."""
+        return self.family.cross_attention(self.pipe)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.family.denoiser(self.pipe).parameters()).device
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Text-encoder output of each prompt."""
+        return self.family.encode_prompt(self.pipe, list(prompts))
+
+    @torch.no_grad()
+    def latents(self, images: Sequence[Image.Image]) -> Tensor:
+        """(B, C, h, w) latents of RGB images of one size."""
+        return self.family.latents(self.pipe, images)
+
+    @torch.no_grad()
+    def noise(self, latents: Tensor, timesteps: Tensor, seed: int) -> Tensor:
+        """Noised latents ``sqrt(a_t) z + sqrt(1 - a_t) e``; the noise depends on ``seed`` only, not on the device.
+
+        Args:
+            latents: (B, C, h, w).
+            timesteps: (B,) int64 in [0, 1000).
+            seed: of the noise.
+        """
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+        alpha = self.pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][:, None, None, None]
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+    @torch.no_grad()
+    def queries(
+        self, latents: Tensor, timesteps: Tensor, condition: Condition, *, seed: int, layers: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Noises latents, runs the denoiser once, and returns the queries of the layers.
+
+        Args:
+            latents: (B, C, h, w).
+            timesteps: (B,) int64.
+            condition: of B prompts.
+            seed: of the noise.
+            layers: name -> attention module; the family's own choice where not given.
+
+        Returns:
+            Name -> (B, positions, heads*d_head), in the denoiser's dtype.
+        """
+        with QueryTap(layers or self.layers) as tap:
+            tap.start()
+            self.family.predict(self.pipe, self.noise(latents, timesteps, seed), timesteps, condition)
+            return tap.stop()
+
+
+def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> BaseModel:
+    """Loads a diffusers pipeline from a folder or the Hub and freezes it.
+
+    Args:
+        model: folder in diffusers' format, or Hub id.
+        device: e.g. ``"cpu"`` or ``"cuda"``.
+        dtype: of the weights; float32 on a CPU and float16 elsewhere where not given.
+
+    Raises:
+        ModelError: there is no such folder or id, a part is missing or unreadable, or no family knows this architecture.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = _folder(model)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{model}: diffusers cannot load this model: {error}. Check the folder, or download it again.") from error
+    family = match(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    return BaseModel(pipe.to(device), family, str(model), _fingerprint(folder))
+
+
+def match(pipe: Any) -> Family:
+    """Finds the family of a pipeline.
+
+    Raises:
+        ModelError: no registered family knows it.
+    """
+    for name in plugins.names("families"):
+        family: Family = plugins.load("families", name)()
+        if family.matches(pipe):
+            return family
+    denoiser = type(getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)).__name__
+    raise ModelError(
+        f"no family knows {type(pipe).__name__} with denoiser {denoiser}. Available families: "
+        f"{', '.join(plugins.names('families'))}. Add one as described in dagkit/families."
+    )
+
+
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, H, W) float32 in [-1, 1] from RGB images of one size."""
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ModelError(f"images of one batch must have one size, but got {sorted(sizes)}.")
+    stack = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _folder(model: str | Path) -> Path:
+    """The local folder of a model, downloaded if it is a Hub id, with its index checked."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(model)
+    if not folder.is_dir():
+        if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
+            raise ModelError(f"{model}: no such folder. Expected a folder in diffusers' format, or a Hub id such as org/name.")
+        try:
+            folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{model}: neither a folder nor a model that can be downloaded: {error}") from error
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder}: no model_index.json. Expected a folder written by diffusers' save_pretrained.")
+    if not any((folder / part).is_dir() for part in ("unet", "transformer")):
+        raise ModelError(f"{folder}: no unet folder, so there is no denoiser to guard. Download the model again.")
+    return folder
+
+
+def _fingerprint(folder: Path) -> str:
+    """``sha256:`` over the weights of denoiser and text encoders, file by file."""
+    digest = hashlib.sha256()
+    for part in ("unet", "transformer", "text_encoder", "text_encoder_2"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            digest.update(f"{part}/{file.name}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,61 @@
+"""Fingerprints of weights that survive a change of precision.
+
+A hash of bytes would differ between the float32, float16 and bfloat16 copies of one model. A count sketch does not: each weight is
+multiplied by a fixed random sign and added to one of 64 buckets, so the distance of two sketches estimates the distance of the
+two weight vectors, at any precision.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BUCKETS: Final = 64
+TOLERANCE: Final = 0.005
+"""Largest relative difference that counts as the same weights: casting to bfloat16 makes 0.002, another model makes about 1."""
+
+_PERIOD: Final = 64 * 1021
+_PREFIX: Final = "sketch1:"
+
+
+def sketch(tensors: Iterable[Tensor]) -> str:
+    """Sketches weights: ``sketch1:`` and base64 of 64 float32.
+
+    Args:
+        tensors: in a fixed order; any float dtype.
+    """
+    signs = (torch.randint(0, 2, (_PERIOD,), generator=torch.Generator().manual_seed(20250321)) * 2 - 1).float()
+    buckets = torch.zeros(BUCKETS, dtype=torch.float64)
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        for start in range(0, len(flat), 64 * _PERIOD):
+            block = flat[start : start + 64 * _PERIOD].to("cpu", torch.float32)
+            block = torch.nn.functional.pad(block, (0, -len(block) % _PERIOD)).view(-1, _PERIOD)
+            buckets += (block.sum(0) * signs).view(-1, BUCKETS).sum(0, dtype=torch.float64)
+        signs = signs.roll(BUCKETS + 1)
+    return _PREFIX + base64.b64encode(buckets.float().numpy().tobytes()).decode()
+
+
+def difference(left: str, right: str) -> float:
+    """Relative distance of two sketches: 0 for the same weights, about 1.4 for unrelated ones.
+
+    Raises:
+        ValueError: one of them is no sketch.
+    """
+    a, b = _decode(left), _decode(right)
+    scale = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)), 1e-30)
+    return float(np.linalg.norm(a - b)) / scale
+
+
+def _decode(text: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    if not text.startswith(_PREFIX):
+        raise ValueError(f"expected {_PREFIX}..., but got {text[:16]!r}")
+    values = np.frombuffer(base64.b64decode(text[len(_PREFIX) :], validate=True), dtype=np.float32).astype(np.float64)
+    if values.shape != (BUCKETS,) or not np.isfinite(values).all():
+        raise ValueError(f"expected {BUCKETS} finite values in a sketch, but got {len(values)}")
+    return values

@@ -1,0 +1,114 @@
+"""What SD 1.x/2.x and SDXL share: U-Net layers, latents and fingerprints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor, nn
+
+from dagkit.errors import ModelError
+from dagkit.families.base import Condition, pixels
+from dagkit.families.sketch import sketch
+
+MIN_SIDE, MAX_SIDE = 16, 32
+"""Layers whose grid at the model's own size has sides in this range carry most of the semantics (DAG, and Prompt-to-Prompt before)."""
+
+
+class UNetFamily:
+    """Base of families whose denoiser is diffusers' ``UNet2DConditionModel``."""
+
+    name: ClassVar[str]
+    pipelines: ClassVar[frozenset[str]]
+    """Pipeline classes whose batch is ``[unconditional; conditional]``."""
+
+    def matches(self, pipe: Any) -> bool:
+        """Whether the pipeline's class, or one that it derives from, is one of ``pipelines`` and its denoiser a U-Net."""
+        return any(cls.__name__ in self.pipelines for cls in type(pipe).__mro__) and hasattr(self.denoiser(pipe), "up_blocks")
+
+    def denoiser(self, pipe: Any) -> nn.Module:
+        """The U-Net."""
+        unet: nn.Module = pipe.unet
+        return unet
+
+    def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Cross-attention layers of 16 to 32 cells a side at the model's own size, or the finest where none is; or exactly ``names``."""
+        unet = self.denoiser(pipe)
+        layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+        layers = {name.removeprefix("_orig_mod."): module for name, module in layers.items()}
+        if names is not None:
+            missing = [name for name in names if name not in layers]
+            if missing:
+                raise ModelError(
+                    f"the denoiser has no cross-attention layer {missing[0]} ({len(missing)} of {len(names)} are missing); it has "
+                    f"{len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for another architecture."
+                )
+            return {name: layers[name] for name in names}
+        if not layers:
+            raise ModelError("the denoiser has no cross-attention layer (attn2), so there is nothing to read a concept from.")
+        size = unet.config.sample_size
+        side = min(size) if isinstance(size, (list, tuple)) else int(size)
+        levels = {name: _level(name, len(unet.up_blocks)) for name in layers}  # type: ignore[arg-type]
+        chosen = [name for name in layers if MIN_SIDE <= side / 2 ** levels[name] <= MAX_SIDE]
+        chosen = chosen or [name for name in layers if levels[name] == min(levels.values())]
+        return {name: layers[name] for name in chosen}
+
+    def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
+        """(B, 4, h, w): mode of the VAE's posterior times its scaling factor."""
+        vae = pipe.vae
+        image = pixels(images).to(vae.device, vae.dtype)
+        latents: Tensor = vae.encode(image).latent_dist.mode()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * vae.config.scaling_factor
+
+    def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """One plain forward pass of the U-Net."""
+        unet = self.denoiser(pipe)
+        channels = unet.config.in_channels  # type: ignore[union-attr]
+        if latents.shape[1] != channels:
+            raise ModelError(
+                f"the denoiser takes {channels} channels, but latents have {latents.shape[1]}; optimise on the text-to-image model of this family."
+            )
+        prediction: Tensor = unet(
+            latents.to(unet.dtype),
+            timesteps.to(latents.device),
+            encoder_hidden_states=condition.hidden_states,
+            added_cond_kwargs=self.added_conditions(pipe, latents, condition),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def added_conditions(self, pipe: Any, latents: Tensor, condition: Condition) -> dict[str, Tensor] | None:
+        """``added_cond_kwargs`` of a plain forward pass; None where the architecture has none."""
+        return None
+
+    def text_encoders(self, pipe: Any) -> list[nn.Module]:
+        """The text encoders whose outputs make ``encoder_hidden_states``."""
+        return [pipe.text_encoder]
+
+    def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Sketches of the text encoders' weights and of the layers' key projections (a LoRA's base weights, where one is loaded)."""
+        layers = layers or self.cross_attention(pipe)
+        encoders = [p for encoder in self.text_encoders(pipe) for n, p in sorted(encoder.named_parameters()) if "lora_" not in n]
+        keys = [getattr(layer.to_k, "base_layer", layer.to_k).weight for layer in layers.values()]
+        if any(tensor.is_meta for tensor in [*encoders, *keys]):
+            raise ModelError("some weights are on the meta device (sequential offload). Attach the guard first, then enable offloading.")
+        return {"text_encoder": sketch(encoders), "key_projections": sketch(keys)}
+
+
+def _level(name: str, num_levels: int) -> int:
+    """How often the latent was halved before a layer: from its name in a ``UNet2DConditionModel``."""
+    if name.startswith("mid_block"):
+        return num_levels - 1
+    side, index = re.match(r"(down|up)_blocks\.(\d+)\.", name).groups()  # type: ignore[union-attr]
+    return int(index) if side == "down" else num_levels - 1 - int(index)
+
+
+def encode_with(pipe: Any, prompts: list[str]) -> tuple[Tensor, ...]:
+    """Calls the pipeline's own ``encode_prompt`` for prompts without guidance."""
+    result: tuple[Tensor, ...] = pipe.encode_prompt(prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return result
+
+

@@ -1,0 +1,214 @@
+"""Guidance equations as pure tensor functions.
+
+All of them change the conditional prediction only. A pipeline computes ``eps = eps_u + s * (eps_p - eps_u)``; a guard hands it
+``eps_p'`` in place of ``eps_p``. The weights of every form are affine and sum to 1, so each holds for epsilon, v and sample
+prediction alike, and for any scheduler.
+
+Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under the safety prompt, all (B, C, H, W); maps are
+(B, H, W) and are broadcast over channels.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+FORMS: Final = ("drop", "paper", "subtract")
+AREA_GAIN: Final = 5.0
+MAGNITUDE_CAP: Final = 5.0
+
+
+def edit_gate(cam: Tensor, edit: float, max_area: float = 0.8) -> Tensor:
+    """Gate ``M`` of the paper: 1 where CAM >= ``edit``; all 0 where that is more than ``max_area`` of the image (no mode is decided yet).
+
+    Args:
+        cam: (B, H, W) in [0, 1].
+        edit: threshold in (0, 1); the paper's is 0.01.
+        max_area: share of the image in (0, 1].
+
+    Returns:
+        (B, H, W) float32 of 0 and 1.
+    """
+    gate = (cam >= edit).float()
+    return gate * (gate.mean((1, 2), keepdim=True) <= max_area)
+
+
+def area_scale(cam: Tensor, highlight: float = 0.5, gain: float = AREA_GAIN) -> Tensor:
+    """Strengthens guidance with the size of the region that is surely unsafe (DAG, safe self-regulation: area scaler).
+
+    Args:
+        cam: (B, H, W) in [0, 1].
+        highlight: CAM from which a pixel counts as surely unsafe, in (0, 1).
+        gain: ``s_c * H * W`` of the paper, 5 there.
+
+    Returns:
+        (B, H, W) float32: ``gain * area / (H * W)`` on each 4-connected component, 0 elsewhere.
+    """
+    scale = torch.zeros(cam.shape, dtype=torch.float32)
+    for sample, regions in enumerate((cam >= highlight).cpu().numpy()):
+        labels, count = ndimage.label(regions)
+        areas = np.bincount(labels.ravel(), minlength=count + 1).astype(np.float32)
+        areas[0] = 0.0
+        scale[sample] = torch.from_numpy(gain * areas[labels] / labels.size)
+    return scale.to(cam.device)
+
+
+def magnitude_scale(cam: Tensor, edit: float = 0.01, cap: float = MAGNITUDE_CAP) -> Tensor:
+    """``min(CAM / edit, cap)``: in [1, cap] inside the gate (DAG, magnitude scaler).
+
+    Args:
+        cam: (B, H, W) in [0, 1].
+        edit: threshold of the gate, in (0, 1).
+        cap: largest value, >= 1; the paper's is 5.
+
+    Returns:
+        (B, H, W) float32 in [0, cap].
+    """
+    return (cam.float() / edit).clamp(max=cap)
+
+
+def paper_scale(cam: Tensor, edit: float = 0.01, highlight: float = 0.5, max_area: float = 0.8) -> Tensor:
+    """``S * M`` of the paper: gate, area scaler and magnitude scaler.
+
+    Inside the gate the area scaler is the larger of the component's value and of the editing region's own (``5/(H*W)``, one
+    pixel's worth), so that pixels outside any highlighted component are still edited, weakly.
+
+    Returns:
+        (B, H, W) float32 >= 0.
+    """
+    floor = AREA_GAIN / (cam.shape[-2] * cam.shape[-1])
+    area = area_scale(cam, highlight).clamp(min=floor)
+    return edit_gate(cam, edit, max_area) * area * magnitude_scale(cam, edit)
+
+
+def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0) -> Tensor:
+    """Ramp from 0 at ``edit`` to 1 at ``highlight``, grown by ``dilation`` cells (maximum over a square).
+
+    Args:
+        cam: (B, H, W) in [0, 1].
+        edit: lower end, >= 0 and below ``highlight``.
+        highlight: upper end, in (0, 1].
+        dilation: cells, >= 0.
+
+    Returns:
+        (B, H, W) float32 in [0, 1].
+    """
+    gate = ((cam.float() - edit) / max(highlight - edit, 1e-6)).clamp(0, 1)
+    if dilation:
+        gate = F.max_pool2d(gate[:, None], 2 * dilation + 1, stride=1, padding=dilation)[:, 0]
+    return gate
+
+
+def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Tensor:
+    """``eps_p - scale * (eps_cs - eps_u)``: pushes away from the safety condition (DAG; the paper's form with ``paper_scale``).
+
+    Args:
+        eps_p: (B, C, H, W).
+        eps_u: (B, C, H, W).
+        eps_cs: (B, C, H, W).
+        scale: (B, H, W) >= 0; the paper's values stay below 25.
+    """
+    return eps_p - scale[:, None].to(eps_p.dtype) * (eps_cs - eps_u)
+
+
+def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: float = 1.0) -> Tensor:
+    """``eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))``: where the concept is, the prompt stops pushing as well.
+
+    With gate 1 the guided result is ``eps_u - s * strength * (eps_cs - eps_u)``: the prompt has no say in that region. This is
+    dagkit's own form; 0.5 to 1.5 is the usual range of ``strength``.
+
+    Args:
+        eps_p: (B, C, H, W).
+        eps_u: (B, C, H, W).
+        eps_cs: (B, C, H, W).
+        gate: (B, H, W) in [0, 1].
+        strength: >= 0.
+    """
+    gate = gate[:, None].to(eps_p.dtype)
+    return eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))
+
+
+class SLDPreset(NamedTuple):
+    """Constants of Safe Latent Diffusion; see ``sld``."""
+
+    guidance_scale: float
+    warmup_steps: int
+    threshold: float
+    momentum_scale: float
+    momentum_beta: float
+
+
+SLD_PRESETS: Final = {
+    "weak": SLDPreset(20, 15, 0.0, 0.0, 0.0),
+    "medium": SLDPreset(1000, 10, 0.01, 0.3, 0.4),
+    "strong": SLDPreset(2000, 7, 0.025, 0.5, 0.7),
+    "max": SLDPreset(5000, 0, 1.0, 0.5, 0.7),
+}
+"""Constants of Schramowski et al. (CVPR 2023, arXiv 2211.05105), as diffusers ships them."""
+
+
+def sld(
+    eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SLDPreset, step: int
+) -> tuple[Tensor, Tensor]:
+    """Safe Latent Diffusion (arXiv 2211.05105, equations 3 to 8): a global push away from the safety condition with momentum.
+
+    Args:
+        eps_p: (B, C, H, W).
+        eps_u: (B, C, H, W).
+        eps_cs: (B, C, H, W).
+        momentum: (B, C, H, W), zeros at the first step.
+        preset: constants.
+        step: denoiser call of this run, from 0; guidance starts at ``preset.warmup_steps``.
+
+    Returns:
+        The changed ``eps_p`` and the next momentum.
+    """
+    difference = eps_p - eps_cs
+    scale = torch.clamp(difference.abs() * preset.guidance_scale, max=1.0)
+    scale = torch.where(difference >= preset.threshold, torch.zeros_like(scale), scale)
+    push = (eps_cs - eps_u) * scale + preset.momentum_scale * momentum
+    momentum = preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push
+    return (eps_p - push if step >= preset.warmup_steps else eps_p), momentum
+
+
+class SEGAPreset(NamedTuple):
+    """Constants of Semantic Guidance; see ``sega``. The defaults are diffusers'."""
+
+    edit_guidance_scale: float = 5.0
+    warmup_steps: int = 10
+    threshold: float = 0.9
+    momentum_scale: float = 0.1
+    momentum_beta: float = 0.4
+
+
+def sega(
+    eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SEGAPreset, step: int, guidance_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Semantic Guidance away from one concept (Brack et al., NeurIPS 2023, arXiv 2301.12247).
+
+    The push is kept only in the largest ``1 - threshold`` share of its values per channel. SEGA adds it beside classifier-free
+    guidance, hence the division by the pipeline's ``guidance_scale``.
+
+    Args:
+        eps_p: (B, C, H, W).
+        eps_u: (B, C, H, W).
+        eps_cs: (B, C, H, W).
+        momentum: (B, C, H, W), zeros at the first step.
+        preset: constants.
+        step: denoiser call of this run, from 0; as in diffusers, momentum builds up during warm-up, guidance starts after it.
+        guidance_scale: the pipeline's, > 1.
+
+    Returns:
+        The changed ``eps_p`` and the next momentum.
+    """
+    push = preset.edit_guidance_scale * (eps_u - eps_cs)
+    cut = torch.quantile(push.abs().flatten(2).float(), preset.threshold, dim=2).to(push.dtype)
+    push = torch.where(push.abs() >= cut[..., None, None], push, torch.zeros_like(push))
+    push = push + preset.momentum_scale * momentum
+    momentum = preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push
+    return (eps_p + push / guidance_scale if step >= preset.warmup_steps else eps_p), momentum

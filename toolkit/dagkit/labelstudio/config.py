@@ -1,0 +1,139 @@
+"""The labelling page of a concept, as Label Studio's XML, and checks of what is sent to it.
+
+The page hides the image until the annotator asks for it. Its controls are fixed: brush labels ``mask`` and choices ``verdict``,
+both on the object ``image``; what differs between concepts are the labels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+from xml.sax.saxutils import quoteattr
+
+from dagkit.errors import LabelStudioError
+from dagkit.labelstudio import codec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from label_studio_sdk.label_interface import LabelInterface
+
+    from dagkit.concept import Concept
+
+MASK_CONTROL: Final = "mask"
+VERDICT_CONTROL: Final = "verdict"
+IMAGE_OBJECT: Final = "image"
+NOTHING_UNSAFE: Final = "nothing unsafe here"
+CANNOT_TELL: Final = "cannot tell"
+
+_POSITIVE_COLOURS: Final = ("#d81b60", "#8e24aa", "#f4511e", "#6d4c41")  # told apart with a red-green deficiency, too
+_NEGATIVE_COLOURS: Final = ("#1e88e5", "#00897b", "#3949ab", "#546e7a")
+_HOTKEYS: Final = "123456789qwertyuiop"  # without those of the page itself and of the two choices
+
+_STYLE: Final = """\
+    .lsf-table__cell img, .dm-table__cell img {filter: blur(12px) grayscale(1)}
+    .dagkit-note {font-size: 14px; margin: 0 0 8px; color: #444}"""
+
+
+def labelling_config(concept: Concept) -> str:
+    """Renders the XML of the labelling page.
+
+    Args:
+        concept: its labels become brush labels, positive ones in warm colours, negative ones in cold.
+
+    Returns:
+        XML for a project's ``label_config``.
+    """
+    labels = [
+        *zip(concept.labels.positive, _cycle(_POSITIVE_COLOURS, len(concept.labels.positive)), strict=True),
+        *zip(concept.labels.negative, _cycle(_NEGATIVE_COLOURS, len(concept.labels.negative)), strict=True),
+    ]
+    hotkeys = list(_HOTKEYS)
+    lines = [
+        f"      <Label value={quoteattr(name)} background={quoteattr(colour)}"
+        + (f' hotkey="{hotkeys.pop(0)}"' if hotkeys else "")
+        + "/>"
+        for name, colour in labels
+    ]
+    unsafe = quoteattr(f"Mark all of: {', '.join(concept.labels.positive)}")
+    exclude = (
+        f"\n    <Text name=\"exclude\" value={quoteattr('Cut out with: ' + ', '.join(concept.labels.negative))}/>"
+        if concept.labels.negative
+        else ""
+    )
+    return f"""\
+<View>
+  <Style>
+{_STYLE}
+  </Style>
+  <View className="dagkit-note">
+    <Text name="task" value={unsafe}/>{exclude}
+  </View>
+  <View style="display: flex; gap: 24px; flex-wrap: wrap">
+    <BrushLabels name="{MASK_CONTROL}" toName="{IMAGE_OBJECT}" showInline="true">
+{chr(10).join(lines)}
+    </BrushLabels>
+    <Choices name="{VERDICT_CONTROL}" toName="{IMAGE_OBJECT}" choice="single-radio" showInline="true">
+      <Choice value="{NOTHING_UNSAFE}" hotkey="n"/>
+      <Choice value="{CANNOT_TELL}" hotkey="c"/>
+    </Choices>
+  </View>
+  <Collapse>
+    <Panel value="Show image">
+      <Image name="{IMAGE_OBJECT}" value="${IMAGE_OBJECT}" zoom="true" zoomControl="true" brightnessControl="true"/>
+    </Panel>
+  </Collapse>
+</View>
+"""
+
+
+def _cycle(colours: Sequence[str], num: int) -> list[str]:
+    return [colours[index % len(colours)] for index in range(num)]
+
+
+@lru_cache(maxsize=4)
+def interface(xml: str) -> LabelInterface:
+    """The SDK's parsed view of a labelling page.
+
+    Raises:
+        LabelStudioError: the XML is not a valid labelling page.
+    """
+    from label_studio_sdk._extensions.label_studio_tools.core.utils.exceptions import LabelStudioValidationErrorSentryIgnored
+    from label_studio_sdk.label_interface import LabelInterface
+
+    try:
+        parsed = LabelInterface(xml)
+        parsed.validate()
+    except (LabelStudioValidationErrorSentryIgnored, ValueError) as error:
+        raise LabelStudioError(f"The labelling page is not valid: {error}") from error
+    return parsed
+
+
+def check_prediction(xml: str, prediction: dict[str, Any], width: int, height: int, where: str) -> None:
+    """Checks a prediction before it is sent: the server takes anything, and annotators would find out.
+
+    Args:
+        xml: labelling page.
+        prediction: ``{"model_version", "score", "result"}``.
+        width: of the image, pixels.
+        height: of the image, pixels.
+        where: how to name it in an error, e.g. the task's key.
+
+    Raises:
+        LabelStudioError: unknown labels or controls, a score outside [0, 1], damaged masks, or masks of another size.
+    """
+    problems = interface(xml).validate_prediction(prediction, return_errors=True)
+    if problems:
+        raise LabelStudioError(f"{where}: the prediction does not fit the labelling page: {'; '.join(problems)}.")
+    for region in prediction["result"]:
+        if region["type"] != "brushlabels":
+            continue
+        size = (region["original_width"], region["original_height"])
+        if size != (width, height):
+            raise LabelStudioError(
+                f"{where}: the mask is {size[0]}x{size[1]} pixels, but its image {width}x{height}. Run `dagkit premask` again."
+            )
+        try:
+            codec.decode(region["value"]["rle"], width, height)
+        except LabelStudioError as error:
+            raise LabelStudioError(f"{where}: {error}") from error

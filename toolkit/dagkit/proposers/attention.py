@@ -1,0 +1,195 @@
+"""Boxes from the base model's own cross-attention: works for every concept and needs no further model.
+
+The image is noised a little and shown to the denoiser, which need not draw it but only look at it. At each cross-attention
+layer the concept's words compete for every pixel with the start-of-text row and with the other words of the image's
+prompt; each word is encoded by itself, because a text encoder mixes a prompt's words into each other (see
+`word_sequence`). Heads differ a lot in how well they see a thing: those with the larger contrast between peak and median
+count more (see `contrast_map`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dagkit.attention import grid, project_keys, split_heads
+from dagkit.errors import ConceptError
+from dagkit.proposers import Proposal, check_label, check_options, checked_number, label_phrases, suppress_overlaps
+from dagkit.proposers.regions import find_regions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dagkit.concept import Concept
+    from dagkit.families import BaseModel
+
+TIMESTEPS: Final = (100, 200, 300)
+"""Little noise: what is in the image is decided, and the denoiser still has to look at it."""
+
+MAX_COMPETITORS: Final = 24
+
+_STOP_WORDS: Final = frozenset(
+    """a an the and or of in on at by to for from with without into onto over under near is are was were be its his her their this that
+    as it he she they very one two three photo photograph picture image painting drawing""".split()
+)
+
+
+class AttentionProposer:
+    """Looks up words in the base model's cross-attention.
+
+    Args:
+        base_model: the model that drew the images.
+        words: label -> words that mean it.
+        positive: which of these labels are positive.
+        threshold: share of a map's peak above which a pixel belongs to a region, in (0, 1].
+        min_peak: a second region counts if its peak reaches this share of the map's, in [0, 1].
+        min_score: proposals with a smaller score are dropped, in [0, 1].
+    """
+
+    name = "attention"
+    version = "1"
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        words: Mapping[str, Sequence[str]],
+        positive: frozenset[str],
+        *,
+        threshold: float = 0.35,
+        min_peak: float = 0.7,
+        min_score: float = 0.2,
+    ) -> None:
+        self._base_model, self._words, self._positive = base_model, {k: list(v) for k, v in words.items()}, positive
+        self._threshold, self._min_peak, self._min_score = threshold, min_peak, min_score
+        self._encode = lru_cache(maxsize=4096)(self._encode_word)
+
+    @classmethod
+    def from_concept(
+        cls, concept: Concept, options: Mapping[str, Any], base_model: BaseModel | None = None, device: str = "cpu"  # noqa: ARG003
+    ) -> Self:
+        """Looks for ``concept.words`` as the first positive label.
+
+        Options: ``words`` maps labels, positive or negative, to words of their own; ``threshold``, ``min_peak`` and
+        ``min_score`` in [0, 1].
+        """
+        check_options(concept, cls.name, options, ("words", "threshold", "min_peak", "min_score"))
+        if base_model is None:
+            raise ConceptError(f"concept {concept.name!r}: the proposer 'attention' needs the base model, but none was given.")
+        words = label_phrases(concept, cls.name, options, "words")
+        if not any(label in concept.labels.positive for label in words):
+            words = {concept.labels.positive[0]: list(concept.words), **words}
+        positive = frozenset(label for label in words if check_label(concept, cls.name, label))
+        thresholds = {
+            key: checked_number(concept, cls.name, options, key, default)
+            for key, default in (("threshold", 0.35), ("min_peak", 0.7), ("min_score", 0.2))
+        }
+        return cls(base_model, words, positive, **thresholds)
+
+    def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
+        """Boxes and peaks of every label's map; the score is the peak's height."""
+        found: list[Proposal] = []
+        for label, heat in self.heat_maps(image, prompt, seed).items():
+            regions = find_regions(heat, threshold=self._threshold, min_peak=self._min_peak)
+            found += [
+                Proposal(region.box, min(region.peak, 1.0), label, label in self._positive, region.point)
+                for region in regions
+                if region.peak >= self._min_score
+            ]
+        return suppress_overlaps(found)
+
+    @torch.no_grad()
+    def heat_maps(self, image: Image.Image, prompt: str, seed: int) -> dict[str, NDArray[np.float32]]:
+        """Label -> (H, W) float32 in [0, 1], as large as the image: the strongest of its words at each pixel."""
+        model, vae_px = self._base_model, _vae_factor(self._base_model)
+        width, height = (max(vae_px, round(side / vae_px) * vae_px) for side in image.size)
+        fitted = image.convert("RGB") if image.size == (width, height) else image.convert("RGB").resize((width, height))
+        latents = model.latents([fitted]).expand(len(TIMESTEPS), -1, -1, -1)
+        condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
+        queries = model.queries(latents, torch.tensor(TIMESTEPS), condition, seed=seed)
+
+        words = [word for listed in self._words.values() for word in listed]
+        sequence = self.word_sequence(words, prompt)
+        size = (latents.shape[-2], latents.shape[-1])
+        shares = word_shares(model.layers, queries, sequence, len(words))
+        grids = [share.mean(1).unflatten(-1, grid(share.shape[-1], *size)) for share in shares]
+        word_maps = contrast_map(grids, size)
+        maps = F.interpolate(word_maps[:, None], (image.height, image.width), mode="bicubic")[:, 0].clamp(0, 1)
+        owners = [label for label, listed in self._words.items() for _ in listed]
+        return {
+            label: maps[[i for i, owner in enumerate(owners) if owner == label]].amax(0).cpu().numpy()
+            for label in self._words
+        }
+
+    def word_sequence(self, words: Sequence[str], prompt: str) -> Tensor:
+        """(1 + W + C, d) rows: start of text, the W words, and C other words of the prompt that compete with them."""
+        taken = {part for word in words for part in _content_words(word)}
+        others = [word for word in _content_words(prompt) if word not in taken][:MAX_COMPETITORS]
+        start, rows = self._base_model.encode([""]).hidden_states[0, 0], [self._encode(word) for word in (*words, *others)]
+        return torch.stack([start, *rows])
+
+    def _encode_word(self, word: str) -> Tensor:
+        """(d,) row of a word or phrase: its last token, which in a causal text encoder has seen all before it."""
+        text = f"a {word}"
+        num_tokens = len(self._base_model.pipe.tokenizer(text, truncation=True).input_ids)
+        return self._base_model.encode([text]).hidden_states[0, max(num_tokens - 2, 0)]
+
+
+def word_shares(layers: Mapping[str, Any], queries: Mapping[str, Tensor], sequence: Tensor, num_words: int) -> list[Tensor]:
+    """Each word's share of attention at each layer: ``softmax(q k^T / sqrt(d_head))`` over the sequence.
+
+    Args:
+        layers: name -> attention module.
+        queries: name -> (B, h*w, heads*d_head).
+        sequence: (L, d); row 0 is the start of text, rows 1 to ``num_words`` the words.
+        num_words: W.
+
+    Returns:
+        One tensor a layer, (W, B, heads, h*w) float32 in [0, 1].
+    """
+    keys = project_keys(layers, sequence)
+    shares = []
+    for name, layer in layers.items():
+        logits = split_heads(queries[name], layer.heads).float() @ keys[name].float().transpose(-1, -2) * layer.scale
+        shares.append(logits.softmax(-1)[..., 1 : num_words + 1].movedim(-1, 0))
+    return shares
+
+
+def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Mean of all heads, each above its own median and weighted by its own peak above it.
+
+    A head that is flat, or that looks at everything, so counts for little; no head is chosen by hand.
+
+    Args:
+        shares: one tensor a layer, (W, heads, h, w) in [0, 1].
+        size: (H, W) of the result.
+
+    Returns:
+        (W, H, W) float32 in [0, 1].
+    """
+    total, weight = torch.zeros(()), torch.zeros(())
+    for share in shares:
+        floor = share.flatten(2).median(-1).values[..., None, None]
+        above = (share - floor).clamp(min=0)
+        peak = above.amax((-2, -1), keepdim=True)
+        pooled = (above * peak).sum(1)
+        total = total.to(pooled) + F.interpolate(pooled[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+        weight = weight.to(pooled) + peak.sum(1)
+    return total / weight.clamp(min=1e-6)
+
+
+def _content_words(text: str) -> list[str]:
+    words = re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", text.lower())
+    return [word for word in dict.fromkeys(words) if word not in _STOP_WORDS]
+
+
+def _vae_factor(base_model: BaseModel) -> int:
+    """Sides of an image must be multiples of this: pixels a latent cell, times 8 cells so that every level divides."""
+    return int(2 ** (len(base_model.pipe.vae.config.block_out_channels) - 1))

@@ -1,0 +1,19 @@
+"""Files that ship with dagkit: in the wheel below ``dagkit/_data``, in a checkout at the top of the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder ``annotation_configs`` or ``datasets`` as it ships.
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    for root in (_PACKAGE / "_data", _PACKAGE.parent.parent):
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"dagkit was installed without its folder {name!r}. Install it again from its wheel.")

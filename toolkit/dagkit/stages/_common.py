@@ -1,0 +1,166 @@
+"""What all stages share: click options, progress, results, and the way from a model's name to the loaded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from dagkit.concept import Concept
+    from dagkit.families import BaseModel
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did.
+
+    Attributes:
+        stage: its name.
+        done: items made by this run.
+        skipped: items that an earlier run had already made.
+        message: one line for the terminal, without the stage's name.
+        data: further facts for ``--json``.
+    """
+
+    stage: str
+    done: int
+    skipped: int
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def show(self, as_json: bool) -> None:
+        """Prints the result: one line, or one JSON object."""
+        if as_json:
+            shown = {
+                "stage": self.stage,
+                "done": self.done,
+                "skipped": self.skipped,
+                "message": self.message,
+                **self.data,
+            }
+            click.echo(json.dumps(shown, ensure_ascii=False, default=str))
+        else:
+            click.echo(f"{self.stage}: {self.message}")
+
+
+class Progress:
+    """A progress bar on a terminal; silent elsewhere, in CI, and when asked.
+
+    Args:
+        is_quiet: never show a bar.
+    """
+
+    def __init__(self, is_quiet: bool = False) -> None:
+        self.is_quiet = is_quiet or not sys.stderr.isatty() or bool(os.environ.get("CI"))
+
+    def track(self, items: Iterable[Item], *, total: int, description: str) -> Iterator[Item]:
+        """Yields ``items`` and moves the bar by one for each."""
+        if self.is_quiet:
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, total=total, description=description, console=Console(stderr=True), transient=True)
+
+
+def concept_option(command: Command) -> Command:
+    """``--concept NAME``: a concept's name or file."""
+    return click.option(
+        "--concept", "concept_name", required=True, metavar="NAME", help="Concept: a name, or its YAML file."
+    )(command)
+
+
+def workspace_option(command: Command) -> Command:
+    """``--workspace FOLDER``."""
+    return click.option(
+        "--workspace",
+        "workspace_path",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path("runs"),
+        show_default=True,
+        envvar="DAGKIT_WORKSPACE",
+        help="Folder that stages read and write.",
+    )(command)
+
+
+def model_option(command: Command) -> Command:
+    """``--model X``."""
+    return click.option(
+        "--model", metavar="MODEL", help="Base model: 'demo', a diffusers folder or a Hub id. Default: the concept's."
+    )(command)
+
+
+def device_option(command: Command) -> Command:
+    """``--device D``."""
+    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, or auto.")(command)
+
+
+def seed_option(command: Command) -> Command:
+    """``--seed N``."""
+    return click.option(
+        "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Same seed, same result."
+    )(command)
+
+
+def output_options(command: Command) -> Command:
+    """``--json`` and ``--quiet``."""
+    command = click.option("--quiet", "is_quiet", is_flag=True, help="No progress bars.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")(command)
+
+
+def resolve_device(device: str) -> str:
+    """Turns ``auto`` into the best device that there is.
+
+    Raises:
+        ModelError: the device does not exist here.
+    """
+    import torch
+
+    from dagkit.errors import ModelError
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}. Use --device cpu."
+        ) from error
+    return device
+
+
+def load_base_model(concept: Concept, model: str | None, device: str) -> BaseModel:
+    """Loads the base model that a concept names, or the one that overrides it.
+
+    Args:
+        concept: names the default model.
+        model: overrides it; ``demo`` is the bundled model.
+        device: as ``--device``.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    from dagkit import demo, families
+
+    name = model or concept.model
+    source = demo.model_path() if name == "demo" else name
+    return families.load(source, device=resolve_device(device))
+
+
+def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """Cuts a list into lists of at most ``size`` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,194 @@
+"""generate: a concept -> candidates/. Images that the base model draws, each with its prompt and seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dagkit.concept import Concept, Prompt, PromptKind
+    from dagkit.families import BaseModel
+    from dagkit.workspace import Workspace
+
+
+def run(
+    workspace: Workspace,
+    concept: Concept,
+    base_model: BaseModel,
+    *,
+    num_images: int,
+    safe_share: float = 0.4,
+    hinted_share: float = 0.15,
+    seed: int = 0,
+    batch_size: int = 4,
+    progress: common.Progress | None = None,
+) -> common.StageResult:
+    """Draws candidates into ``candidates/<concept>/``; images that are there already are not drawn again.
+
+    Args:
+        workspace: where to write.
+        concept: whose prompts to draw; only prompts of the training split are used.
+        base_model: what draws.
+        num_images: how many candidates there shall be in all, >= 1. A later run with a larger number adds to them.
+        safe_share: share of safe prompts, in [0, 1].
+        hinted_share: share of hinted prompts among the unsafe ones, in [0, 1]; 0 where the concept has none.
+        seed: of prompts and images.
+        batch_size: images drawn together.
+        progress: shows progress; None for silence.
+
+    Raises:
+        PromptRefused: a prompt sexualises minors; nothing was drawn.
+        WorkspaceError: the folder holds candidates of other settings, or cannot be written.
+    """
+    from dagkit.generation import generate_images
+    from dagkit.prompts import refuse_sexualised_minors
+    from dagkit.workspace import lock, sha256_json
+
+    settings = {
+        **concept.sampling.model_dump(),
+        "scheduler": type(base_model.pipe.scheduler).__name__,
+    }
+    plan: list[tuple[str, Prompt, int]] = []
+    for index, prompt in enumerate(plan_prompts(concept, num_images, safe_share, hinted_share, seed)):
+        refuse_sexualised_minors(prompt.text, concept.context)
+        image_seed = seed * 1_000_000 + index
+        identity = {"prompt": prompt.text, "seed": image_seed, "model": base_model.fingerprint, "settings": settings}
+        plan.append((f"{index:05d}-{sha256_json(identity)[7:15]}", prompt, image_seed))
+
+    folder = workspace.stage("candidates", concept.name)
+    with lock(folder.path):
+        folder.settings(
+            {
+                "model": base_model.source,
+                "model_fingerprint": base_model.fingerprint,
+                "seed": seed,
+                "safe_share": safe_share,
+                "hinted_share": hinted_share,
+                "sampling": settings,
+            }
+        )
+        done = folder.keys()
+        todo = [item for item in plan if item[0] not in done]
+        steps = common.batches(todo, batch_size)
+        progress = progress or common.Progress(is_quiet=True)
+        for batch in progress.track(steps, total=-(-len(todo) // batch_size), description="generate"):
+            images = generate_images(
+                base_model,
+                [prompt.text for _, prompt, _ in batch],
+                [image_seed for _, _, image_seed in batch],
+                settings=settings,
+                context=concept.context,
+            )
+            for (key, prompt, image_seed), image in zip(batch, images, strict=True):
+                path = f"images/{key}.png"
+                folder.write_image(path, image)
+                folder.append(_row(key, path, prompt, image_seed, base_model, settings))
+    skipped = len(plan) - len(todo)
+    counts = {kind: sum(prompt.kind == kind for _, prompt, _ in plan) for kind in ("unsafe", "hinted", "safe")}
+    shown = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return common.StageResult(
+        "generate",
+        len(todo),
+        skipped,
+        f"{len(todo)} images drawn, {skipped} were there already ({shown}) -> {folder.path}",
+        {"counts": counts, "path": folder.path},
+    )
+
+
+def plan_prompts(concept: Concept, num_images: int, safe_share: float, hinted_share: float, seed: int) -> list[Prompt]:
+    """Prompts of the first ``num_images`` candidates: the kinds are interleaved, so that any beginning is balanced.
+
+    Args:
+        concept: whose templates to use.
+        num_images: how many, >= 0.
+        safe_share: share of safe prompts, in [0, 1].
+        hinted_share: share of hinted ones among the others, in [0, 1].
+        seed: same seed, same prompts.
+    """
+    kinds: list[PromptKind] = []
+    owed: dict[PromptKind, float] = {"unsafe": 0.0, "hinted": 0.0, "safe": 0.0}
+    hinted = hinted_share if concept.prompts.hinted else 0.0
+    shares: dict[PromptKind, float] = {
+        "unsafe": (1 - safe_share) * (1 - hinted),
+        "hinted": (1 - safe_share) * hinted,
+        "safe": safe_share,
+    }
+    for _ in range(num_images):
+        for kind in owed:
+            owed[kind] += shares[kind]
+        next_kind = max(owed, key=lambda kind: owed[kind])
+        owed[next_kind] -= 1
+        kinds.append(next_kind)
+    pools = {
+        kind: iter(concept.sample_prompts(kind, kinds.count(kind), seed=seed, split="train")) for kind in set(kinds)
+    }
+    return [next(pools[kind]) for kind in kinds]
+
+
+def _row(
+    key: str, path: str, prompt: Prompt, seed: int, base_model: BaseModel, settings: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "key": key,
+        "image": path,
+        "prompt": prompt.text,
+        "kind": "safe" if prompt.kind == "safe" else "unsafe",
+        "prompt_kind": prompt.kind,
+        "values": prompt.values,
+        "seed": seed,
+        "model": base_model.source,
+        "model_fingerprint": base_model.fingerprint,
+        "settings": settings,
+    }
+
+
+@click.command("generate")
+@common.concept_option
+@common.workspace_option
+@common.model_option
+@click.option(
+    "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
+)
+@click.option(
+    "--safe-share", type=click.FloatRange(0, 1), default=0.4, show_default=True, help="Share of safe prompts."
+)
+@click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True)
+@common.device_option
+@common.seed_option
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    model: str | None,
+    num_images: int,
+    safe_share: float,
+    batch_size: int,
+    device: str,
+    seed: int,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Draw candidate images, unsafe and safe, with the base model.
+
+    Resumes where an earlier run stopped. Prompts that sexualise minors are refused, always.
+    """
+    from dagkit.concept import load_concept
+    from dagkit.workspace import Workspace
+
+    concept = load_concept(concept_name)
+    base_model = common.load_base_model(concept, model, device)
+    run(
+        Workspace(workspace_path),
+        concept,
+        base_model,
+        num_images=num_images,
+        safe_share=safe_share,
+        seed=seed,
+        batch_size=batch_size,
+        progress=common.Progress(is_quiet),
+    ).show(as_json)
