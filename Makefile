@@ -1,5 +1,6 @@
 # The two commands of a newcomer:  make demo  and  make test.  Each sets up .venv by itself on first use.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # Idle threads that spin cost half of a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -24,8 +25,7 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix
 
 .venv/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "dagkit needs Python 3.11 or newer, but $(PYTHON) is older. Set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "dagkit needs Python 3.11 or newer. Install it, or set PYTHON=/path/to/it."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"

@@ -20,8 +20,14 @@ Kind = Literal["families", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {"sd": "dagkit.families.sd:SD", "sdxl": "dagkit.families.sdxl:SDXL"},
-    "proposers": {},
-    "segmenters": {},
+    "proposers": {
+        "attention": "dagkit.proposers.attention:AttentionProposer",
+        "none": "dagkit.proposers.none:NoProposer",
+    },
+    "segmenters": {
+        "box": "dagkit.segmenters.box:BoxSegmenter",
+        "sam": "dagkit.segmenters.sam:SamSegmenter",
+    },
     "judges": {"demo": "dagkit.judges.demo:DemoJudge"},
 }
 

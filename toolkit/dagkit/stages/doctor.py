@@ -1,0 +1,184 @@
+"""doctor: what this machine has and lacks, with a hint for each thing that is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Literal
+
+import click
+
+Status = Literal["ok", "missing", "off"]
+
+_REQUIRED = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "datasets",
+    "segment-anything",
+    "label-studio-sdk",
+    "safetensors",
+)
+_OPTIONAL = {
+    "accelerate": "model offload",
+    "nudenet": "the nudenet proposer and judge",
+    "torchmetrics": "CLIP score and FID",
+    "model-signing": "signed tokens",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: ``off`` is something optional that is not there."""
+
+    status: Status
+    what: str
+    found: str
+    hint: str = ""
+
+
+def run(concept: str | None = None) -> list[Finding]:
+    """Looks at everything that dagkit may need.
+
+    Args:
+        concept: name of a concept whose base model, segmenter and judge are looked for, too.
+    """
+    return [*_versions(), *_devices(), *_bundled(), *_checkpoints(concept), *_servers()]
+
+
+def _versions() -> Iterator[Finding]:
+    is_new_enough = sys.version_info >= (3, 11)
+    yield Finding(
+        "ok" if is_new_enough else "missing",
+        "Python",
+        platform.python_version(),
+        "" if is_new_enough else "Install 3.11 or newer.",
+    )
+    yield Finding("ok", "dagkit", metadata.version("dagkit"))
+    for name in _REQUIRED:
+        try:
+            yield Finding("ok", name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding("missing", name, "not installed", f"pip install {name}")
+    for name, purpose in _OPTIONAL.items():
+        try:
+            yield Finding("ok", name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding("off", name, "not installed", f"Only for {purpose}: pip install {name}")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("ok", "CPU", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+            yield Finding("ok", f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    elif torch.backends.mps.is_available():
+        yield Finding("ok", "mps", "Apple GPU")
+    else:
+        yield Finding("off", "GPU", "none found", "The bundled model needs none; Stable Diffusion is slow without.")
+
+
+def _bundled() -> Iterator[Finding]:
+    from dagkit import demo
+
+    for what, path in {
+        "bundled model": demo.model_path() / "unet",
+        "bundled judge": demo.judge_path(),
+        "bundled SAM": demo.sam_checkpoint(),
+    }.items():
+        is_there = path.exists()
+        hint = "" if is_there else "The installation is incomplete: install dagkit again from its wheel."
+        yield Finding("ok" if is_there else "missing", what, "there" if is_there else f"{path} is not there", hint)
+
+
+def _checkpoints(concept_name: str | None) -> Iterator[Finding]:
+    from dagkit import plugins
+    from dagkit.concept import concept_names, load_concept
+    from dagkit.errors import DagkitError
+
+    for name in [concept_name] if concept_name else concept_names():
+        try:
+            concept = load_concept(name)
+            segmenter = plugins.load("segmenters", concept.segmenter.name)
+            found = segmenter.from_concept(concept, "cpu")
+            yield Finding("ok", f"{name}: segmenter", f"{found.name} {found.version}")
+        except DagkitError as error:
+            yield Finding(
+                "missing" if concept_name else "off", f"{name}: segmenter", str(error).split(". ")[0], _advice(error)
+            )
+            continue
+        try:
+            plugins.load("judges", concept.judge.name)
+            yield Finding("ok", f"{name}: judge", concept.judge.name)
+        except DagkitError as error:
+            yield Finding(
+                "missing" if concept_name else "off", f"{name}: judge", str(error).split(". ")[0], _advice(error)
+            )
+
+
+def _servers() -> Iterator[Finding]:
+    import httpx
+
+    url = os.environ.get("LABEL_STUDIO_URL")
+    key = "set" if os.environ.get("LABEL_STUDIO_API_KEY") else "not set"
+    if url is None:
+        yield Finding(
+            "off",
+            "Label Studio",
+            f"LABEL_STUDIO_URL not set, LABEL_STUDIO_API_KEY {key}",
+            "Or start the embedded one: dagkit label-studio up",
+        )
+        return
+    try:
+        status = httpx.get(f"{url.rstrip('/')}/health", timeout=5).status_code
+    except httpx.HTTPError as error:
+        yield Finding(
+            "missing", "Label Studio", f"{url}: {type(error).__name__}", "Is the server running, and the address right?"
+        )
+        return
+    yield Finding(
+        "ok" if status == 200 else "missing",
+        "Label Studio",
+        f"{url} answers {status}, LABEL_STUDIO_API_KEY {key}",
+        "" if status == 200 else "Something answers there, but no healthy Label Studio.",
+    )
+
+
+def _advice(error: Exception) -> str:
+    return str(error).partition(". ")[2]
+
+
+@click.command("doctor")
+@click.option(
+    "--concept", "concept_name", metavar="NAME", help="Look for what this concept needs; missing is then an error."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def command(concept_name: str | None, as_json: bool) -> None:
+    """Show versions, devices, checkpoints and servers, with a hint for what is missing.
+
+    Exits with status 1 if something needed is missing.
+    """
+    findings = run(concept_name)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        marks = {
+            "ok": click.style("ok     ", fg="green"),
+            "missing": click.style("MISSING", fg="red"),
+            "off": "-      ",
+        }
+        width = max(len(finding.what) for finding in findings)
+        for finding in findings:
+            hint = f"\n{'':9}{'':<{width}}  {finding.hint}" if finding.hint else ""
+            click.echo(f"{marks[finding.status]}  {finding.what:<{width}}  {finding.found}{hint}")
+    if any(finding.status == "missing" for finding in findings):
+        sys.exit(1)
