@@ -52,15 +52,20 @@ class Proposer(Protocol):
 
     @classmethod
     def from_concept(
-        cls, concept: Concept, options: Mapping[str, Any], base_model: BaseModel | None = None, device: str = "cpu"
+        cls,
+        concept: Concept,
+        base_model: BaseModel | None = None,
+        device: str = "cpu",
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Builds the proposer for a concept.
 
         Args:
             concept: whose labels and words to look for.
-            options: what the concept file says beside the plugin's name.
             base_model: the model that drew the images, for proposers that look through its eyes.
             device: torch device, for proposers with a model of their own.
+            options: what the concept file says beside the plugin's name.
 
         Raises:
             ConceptError: an unknown option, or one that names a label which the concept does not have.
@@ -88,7 +93,7 @@ def build_proposers(concept: Concept, base_model: BaseModel | None = None, devic
         CheckpointError: weights are missing.
     """
     return [
-        plugins.load("proposers", plugin.name).from_concept(concept, plugin.options, base_model, device)
+        plugins.load("proposers", plugin.name).from_concept(concept, base_model, device, options=plugin.options)
         for plugin in concept.proposers
     ]
 
@@ -149,7 +154,8 @@ def check_options(concept: Concept, plugin: str, options: Mapping[str, Any], all
     for key in options:
         if key not in allowed:
             raise ConceptError(
-                f"concept {concept.name!r}: {plugin!r} has no option {key!r}. Available: {', '.join(allowed) or 'none'}."
+                f"concept {concept.name!r}: {plugin!r} has no option {key!r}. "
+                f"Available: {', '.join(allowed) or 'none'}."
             )
 
 
@@ -177,7 +183,9 @@ def label_phrases(concept: Concept, plugin: str, options: Mapping[str, Any], key
     given = options.get(key, {})
     where = f"concept {concept.name!r}: {plugin}.{key}"
     if not isinstance(given, dict):
-        raise ConceptError(f"{where} must map labels to words, like {{{concept.labels.positive[0]}: [word]}}, but got {given!r}.")
+        raise ConceptError(
+            f"{where} must map labels to words, like {{{concept.labels.positive[0]}: [word]}}, but got {given!r}."
+        )
     phrases: dict[str, list[str]] = {}
     for label, words in given.items():
         check_label(concept, where, label)
@@ -196,7 +204,9 @@ def check_label(concept: Concept, where: str, label: str) -> bool:
     """
     known = [*concept.labels.positive, *concept.labels.negative]
     if label not in known:
-        raise ConceptError(f"{where}: {label!r} is not a label of the concept ({', '.join(known)}). Add it under labels.")
+        raise ConceptError(
+            f"{where}: {label!r} is not a label of the concept ({', '.join(known)}). Add it under labels."
+        )
     return label in concept.labels.positive
 
 

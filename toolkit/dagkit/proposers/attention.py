@@ -1,10 +1,10 @@
 """Boxes from the base model's own cross-attention: works for every concept and needs no further model.
 
-The image is noised a little and shown to the denoiser, which need not draw it but only look at it. At each cross-attention
-layer the concept's words compete for every pixel with the start-of-text row and with the other words of the image's
-prompt; each word is encoded by itself, because a text encoder mixes a prompt's words into each other (see
-`word_sequence`). Heads differ a lot in how well they see a thing: those with the larger contrast between peak and median
-count more (see `contrast_map`).
+The image is noised a little and shown to the denoiser, which need not draw it but only look at it. At each
+cross-attention layer the concept's words compete for every pixel with the start-of-text row and with the other words of
+the image's prompt; each word is encoded by itself, because a text encoder mixes a prompt's words into each other. Heads
+differ a lot in how well they see a thing: those with the larger contrast between peak and median count more (see
+`contrast_map`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ TIMESTEPS: Final = (100, 200, 300)
 MAX_COMPETITORS: Final = 24
 
 _STOP_WORDS: Final = frozenset(
-    """a an the and or of in on at by to for from with without into onto over under near is are was were be its his her their this that
-    as it he she they very one two three photo photograph picture image painting drawing""".split()
+    "a an the and or of in on at by to for from with without into onto over under near is are was were be its his her "  # noqa: SIM905
+    "their this that as it he she they very one two three photo photograph picture image painting drawing".split()
 )
 
 
@@ -65,7 +65,7 @@ class AttentionProposer:
         *,
         threshold: float = 0.35,
         min_peak: float = 0.7,
-        min_score: float = 0.2,
+        min_score: float = 0.05,
     ) -> None:
         self._base_model, self._words, self._positive = base_model, {k: list(v) for k, v in words.items()}, positive
         self._threshold, self._min_peak, self._min_score = threshold, min_peak, min_score
@@ -73,23 +73,31 @@ class AttentionProposer:
 
     @classmethod
     def from_concept(
-        cls, concept: Concept, options: Mapping[str, Any], base_model: BaseModel | None = None, device: str = "cpu"  # noqa: ARG003
+        cls,
+        concept: Concept,
+        base_model: BaseModel | None = None,
+        device: str = "cpu",  # noqa: ARG003
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Looks for ``concept.words`` as the first positive label.
 
         Options: ``words`` maps labels, positive or negative, to words of their own; ``threshold``, ``min_peak`` and
         ``min_score`` in [0, 1].
         """
+        options = options or {}
         check_options(concept, cls.name, options, ("words", "threshold", "min_peak", "min_score"))
         if base_model is None:
-            raise ConceptError(f"concept {concept.name!r}: the proposer 'attention' needs the base model, but none was given.")
+            raise ConceptError(
+                f"concept {concept.name!r}: the proposer 'attention' needs the base model, but none was given."
+            )
         words = label_phrases(concept, cls.name, options, "words")
         if not any(label in concept.labels.positive for label in words):
             words = {concept.labels.positive[0]: list(concept.words), **words}
         positive = frozenset(label for label in words if check_label(concept, cls.name, label))
         thresholds = {
             key: checked_number(concept, cls.name, options, key, default)
-            for key, default in (("threshold", 0.35), ("min_peak", 0.7), ("min_score", 0.2))
+            for key, default in (("threshold", 0.35), ("min_peak", 0.7), ("min_score", 0.05))
         }
         return cls(base_model, words, positive, **thresholds)
 
@@ -108,8 +116,8 @@ class AttentionProposer:
     @torch.no_grad()
     def heat_maps(self, image: Image.Image, prompt: str, seed: int) -> dict[str, NDArray[np.float32]]:
         """Label -> (H, W) float32 in [0, 1], as large as the image: the strongest of its words at each pixel."""
-        model, vae_px = self._base_model, _vae_factor(self._base_model)
-        width, height = (max(vae_px, round(side / vae_px) * vae_px) for side in image.size)
+        model, step = self._base_model, _side_multiple_px(self._base_model)
+        width, height = (max(step, round(side / step) * step) for side in image.size)
         fitted = image.convert("RGB") if image.size == (width, height) else image.convert("RGB").resize((width, height))
         latents = model.latents([fitted]).expand(len(TIMESTEPS), -1, -1, -1)
         condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
@@ -119,7 +127,7 @@ class AttentionProposer:
         sequence = self.word_sequence(words, prompt)
         size = (latents.shape[-2], latents.shape[-1])
         shares = word_shares(model.layers, queries, sequence, len(words))
-        grids = [share.mean(1).unflatten(-1, grid(share.shape[-1], *size)) for share in shares]
+        grids = [_as_grid(share.mean(1), size) for share in shares]
         word_maps = contrast_map(grids, size)
         maps = F.interpolate(word_maps[:, None], (image.height, image.width), mode="bicubic")[:, 0].clamp(0, 1)
         owners = [label for label, listed in self._words.items() for _ in listed]
@@ -132,7 +140,10 @@ class AttentionProposer:
         """(1 + W + C, d) rows: start of text, the W words, and C other words of the prompt that compete with them."""
         taken = {part for word in words for part in _content_words(word)}
         others = [word for word in _content_words(prompt) if word not in taken][:MAX_COMPETITORS]
-        start, rows = self._base_model.encode([""]).hidden_states[0, 0], [self._encode(word) for word in (*words, *others)]
+        start, rows = (
+            self._base_model.encode([""]).hidden_states[0, 0],
+            [self._encode(word) for word in (*words, *others)],
+        )
         return torch.stack([start, *rows])
 
     def _encode_word(self, word: str) -> Tensor:
@@ -142,7 +153,9 @@ class AttentionProposer:
         return self._base_model.encode([text]).hidden_states[0, max(num_tokens - 2, 0)]
 
 
-def word_shares(layers: Mapping[str, Any], queries: Mapping[str, Tensor], sequence: Tensor, num_words: int) -> list[Tensor]:
+def word_shares(
+    layers: Mapping[str, Any], queries: Mapping[str, Tensor], sequence: Tensor, num_words: int
+) -> list[Tensor]:
     """Each word's share of attention at each layer: ``softmax(q k^T / sqrt(d_head))`` over the sequence.
 
     Args:
@@ -185,11 +198,17 @@ def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return total / weight.clamp(min=1e-6)
 
 
+def _as_grid(share: Tensor, latent_size: tuple[int, int]) -> Tensor:
+    return share.reshape(*share.shape[:-1], *grid(share.shape[-1], *latent_size))
+
+
 def _content_words(text: str) -> list[str]:
     words = re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", text.lower())
     return [word for word in dict.fromkeys(words) if word not in _STOP_WORDS]
 
 
-def _vae_factor(base_model: BaseModel) -> int:
-    """Sides of an image must be multiples of this: pixels a latent cell, times 8 cells so that every level divides."""
-    return int(2 ** (len(base_model.pipe.vae.config.block_out_channels) - 1))
+def _side_multiple_px(base_model: BaseModel) -> int:
+    """Sides of an image must be multiples of this: then every level of autoencoder and denoiser halves them exactly."""
+    pipe: Any = base_model.pipe
+    denoiser: Any = base_model.family.denoiser(pipe)
+    return int(2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(denoiser.config.block_out_channels) - 1))

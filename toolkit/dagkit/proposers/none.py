@@ -25,14 +25,15 @@ class NoProposer:
     def from_concept(
         cls,
         concept: Concept,
-        options: Mapping[str, Any],
         base_model: BaseModel | None = None,  # noqa: ARG003
         device: str = "cpu",  # noqa: ARG003
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Takes no options."""
-        check_options(concept, cls.name, options, ())
+        check_options(concept, cls.name, options or {}, ())
         return cls()
 
-    def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:  # noqa: ARG002
+    def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
         """An empty list."""
         return []

@@ -1,0 +1,170 @@
+"""premask: candidates/ -> premasks/. Proposers say where the concept may be, a segmenter outlines it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from PIL.Image import Image
+
+    from dagkit.concept import Concept
+    from dagkit.proposers import Proposer
+    from dagkit.segmenters import Segmenter
+    from dagkit.workspace import StageFolder, Workspace
+
+
+def run(
+    workspace: Workspace,
+    concept: Concept,
+    proposers: Sequence[Proposer],
+    segmenter: Segmenter,
+    *,
+    progress: common.Progress | None = None,
+) -> common.StageResult:
+    """Outlines the concept in every candidate that has no pre-mask yet. Candidates of safe prompts get none.
+
+    Args:
+        workspace: with candidates of the concept.
+        concept: whose labels to use.
+        proposers: as from `dagkit.proposers.build_proposers`.
+        segmenter: as from `dagkit.segmenters.build_segmenter`.
+        progress: shows progress; None for silence.
+
+    Raises:
+        WorkspaceError: there are no candidates, or some cannot be read; all others were finished.
+    """
+    from dagkit.errors import WorkspaceError
+    from dagkit.workspace import lock
+
+    candidates = workspace.stage("candidates", concept.name)
+    rows = candidates.rows()
+    if not rows:
+        raise WorkspaceError(f"{candidates.path}: no candidates. Run: dagkit generate --concept {concept.name}")
+    folder = workspace.stage("premasks", concept.name)
+    unreadable: list[str] = []
+    with lock(folder.path):
+        folder.settings(
+            {
+                "labels": concept.labels.model_dump(),
+                "proposers": [
+                    {"name": proposer.name, "version": proposer.version, "options": plugin.options}
+                    for proposer, plugin in zip(proposers, concept.proposers, strict=True)
+                ],
+                "segmenter": {
+                    "name": segmenter.name,
+                    "version": segmenter.version,
+                    "options": concept.segmenter.options,
+                },
+            }
+        )
+        done = folder.keys()
+        todo = [row for row in rows if row["key"] not in done]
+        progress = progress or common.Progress(is_quiet=True)
+        for row in progress.track(todo, total=len(todo), description="premask"):
+            try:
+                image = candidates.read_image(row["image"])
+            except WorkspaceError as error:
+                unreadable.append(str(error))
+                continue
+            folder.append(_premask(folder, row, image, proposers, segmenter))
+    if unreadable:
+        num_done = len(todo) - len(unreadable)
+        raise WorkspaceError("\n".join([*unreadable, f"{num_done} other images were pre-masked and are kept."]))
+
+    finished = [row for row in folder.rows() if row["key"] in {row["key"] for row in rows}]
+    wanted = {row["key"] for row in rows if row["kind"] != "safe"}
+    found = sum(1 for row in finished if row["key"] in wanted and row["masks"])
+    return common.StageResult(
+        "premask",
+        len(todo),
+        len(rows) - len(todo),
+        f"{len(todo)} images pre-masked, {len(rows) - len(todo)} were done already; the concept was found in {found} "
+        f"of {len(wanted)} images of unsafe prompts -> {folder.path}",
+        {"found": found, "expected": len(wanted), "path": folder.path},
+    )
+
+
+def _premask(
+    folder: StageFolder, row: dict[str, Any], image: Image, proposers: Sequence[Proposer], segmenter: Segmenter
+) -> dict[str, Any]:
+    """Writes one candidate's masks and returns its row."""
+    import numpy as np
+    from PIL import Image
+
+    from dagkit.proposers import propose_all
+    from dagkit.segmenters import union_by_label
+
+    proposals = [] if row["kind"] == "safe" else propose_all(proposers, image, row["prompt"], row["seed"])
+    outlines = segmenter.segment(image, proposals) if proposals else []
+    masks: dict[str, dict[str, Any]] = {}
+    for label, (mask, score) in union_by_label(outlines).items():
+        path = f"masks/{row['key']}-{label}.png"
+        folder.write_image(path, Image.fromarray(mask.astype(np.uint8) * 255))
+        boxes = [[round(side, 2) for side in outline.box] for outline in outlines if outline.label == label]
+        proposal_score = max(proposal.score for proposal in proposals if proposal.label == label)
+        masks[label] = {
+            "path": path,
+            "score": round(score, 4),
+            "proposal_score": round(proposal_score, 4),
+            "is_positive": any(outline.is_positive for outline in outlines if outline.label == label),
+            "boxes": boxes,
+        }
+    positive = [mask["score"] for mask in masks.values() if mask["is_positive"]]
+    return {
+        "key": row["key"],
+        "masks": masks,
+        "proposers": [{"name": proposer.name, "version": proposer.version} for proposer in proposers],
+        "segmenter": {"name": segmenter.name, "version": segmenter.version},
+        "score": round(sum(positive) / len(positive), 4) if positive else 0.0,
+    }
+
+
+@click.command("premask")
+@common.concept_option
+@common.workspace_option
+@common.model_option
+@click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False),
+    help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
+)
+@common.device_option
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    model: str | None,
+    checkpoint: str | None,
+    device: str,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Outline the concept in every candidate: proposers say where it may be, a segmenter says how far it reaches.
+
+    Resumes where an earlier run stopped.
+    """
+    from pathlib import Path
+
+    from dagkit.concept import load_concept
+    from dagkit.proposers import build_proposers
+    from dagkit.segmenters import build_segmenter
+    from dagkit.workspace import Workspace
+
+    concept = load_concept(concept_name)
+    device = common.resolve_device(device)
+    segmenter = build_segmenter(concept, device, Path(checkpoint) if checkpoint else None)
+    base_model = common.load_base_model(concept, model, device)
+    run(
+        Workspace(workspace_path),
+        concept,
+        build_proposers(concept, base_model, device),
+        segmenter,
+        progress=common.Progress(is_quiet),
+    ).show(as_json)
