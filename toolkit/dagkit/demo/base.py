@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dagkit.demo import world
+from dagkit.demo.degrade import encode
 from dagkit.demo.networks import build_scheduler
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def draw_example(rng: np.random.Generator, recipe: BaseRecipe) -> tuple[world.Sc
     """A scene and its caption, which is empty with probability ``caption_dropout``."""
     if rng.random() < recipe.caption_dropout:
         if rng.random() < recipe.repeat_share:
-            return world.render_scene(rng, draw_repeats(rng)), ""
+            return world.render_scene(rng, world.draw_repeats(rng)), ""
         return world.render_scene(rng, _draw_classes(rng, recipe)), ""
     scene = world.render_scene(rng, _draw_classes(rng, recipe))
     modes: Sequence[world.CaptionMode] = ("named", "class", "hinted")
@@ -46,15 +47,6 @@ def _draw_classes(rng: np.random.Generator, recipe: BaseRecipe) -> tuple[str, ..
     if rng.random() < recipe.look_alike_probability:
         return (*names[:-1], world.LOOK_ALIKES[int(rng.integers(len(world.LOOK_ALIKES)))])
     return names
-
-
-def draw_repeats(rng: np.random.Generator) -> tuple[str, ...]:
-    """Two to four objects, of which at least two are the same."""
-    count = int(rng.choice([2, 3, 4], p=[0.45, 0.4, 0.15]))
-    first = world.CLASSES[int(rng.integers(len(world.CLASSES)))]
-    num_same = int(rng.integers(2, count + 1))
-    others = [world.CLASSES[int(i)] for i in rng.choice(len(world.CLASSES), count - num_same)]
-    return (*[first] * num_same, *others)
 
 
 class DenoisingLoss:
@@ -93,11 +85,3 @@ class DenoisingLoss:
         snr = alphas_bar / (1 - alphas_bar)
         spatial = 1 + (self._recipe.object_weight - 1) * alphas_bar * covered
         return snr.clamp(max=self._recipe.min_snr_gamma) / snr * spatial / spatial.mean((2, 3), keepdim=True)
-
-
-@torch.no_grad()
-def encode(autoencoder: Any, images: np.ndarray[Any, Any]) -> Tensor:
-    """(B, 64, 64, 3) uint8 to scaled latents (B, 4, 16, 16) float32, the mode of the encoder's distribution."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents: Tensor = autoencoder.encode(pixels).latent_dist.mode() * autoencoder.config.scaling_factor
-    return latents

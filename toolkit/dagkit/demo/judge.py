@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dagkit.demo import world
-from dagkit.demo.base import draw_repeats, encode
+from dagkit.demo.degrade import degrade, reconstruct
 from dagkit.judges import demo as judges
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def draw_example(rng: np.random.Generator) -> world.Scene:
     kind = rng.random()
     if kind < 0.55:
         return world.render_scene(rng, object_px=(20, 32))
-    return world.render_scene(rng, draw_repeats(rng) if kind < 0.95 else (), object_px=(18, 30))
+    return world.render_scene(rng, world.draw_repeats(rng) if kind < 0.95 else (), object_px=(18, 30))
 
 
 class JudgeLoss:
@@ -44,7 +44,8 @@ class JudgeLoss:
         """Scalar loss of one batch."""
         recipe = self._recipe
         scenes = [draw_example(rng) for _ in range(recipe.schedule.batch_size)]
-        pixels = self._reconstruct(np.stack([scene.image for scene in scenes]), rng)
+        images = np.stack([scene.image for scene in scenes])
+        pixels = reconstruct(images, self._autoencoder, rng, recipe.reconstructed_share, recipe.latent_noise)
         pixels = torch.stack([degrade(image, rng) for image in pixels])
         heat, background = self._network(pixels)
         target = torch.stack([heat_target(scene, heat.shape[-1]) for scene in scenes])
@@ -56,34 +57,6 @@ class JudgeLoss:
             + recipe.presence_weight * presence
             + recipe.background_weight * F.cross_entropy(background, background_ids)
         )
-
-    def _reconstruct(self, images: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
-        """(B, 64, 64, 3) uint8 to (B, 3, 64, 64) in [-1, 1]; the first of them by way of noisy latents."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        count = int(len(images) * self._recipe.reconstructed_share)
-        if count:
-            latents = encode(self._autoencoder, images[:count])
-            scale = torch.from_numpy(rng.uniform(0, self._recipe.latent_noise, (count, 1, 1, 1))).float()
-            latents = latents + scale * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-            with torch.no_grad():
-                decoded = self._autoencoder.decode(latents / self._autoencoder.config.scaling_factor).sample
-            pixels[:count] = decoded.clamp(-1, 1)
-        return pixels
-
-
-def degrade(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """At random: a covered patch, blur, noise. (3, 64, 64) to the same."""
-    if rng.random() < 0.3:
-        side = int(rng.integers(4, 11))
-        y, x = (int(v) for v in rng.integers(0, world.SIZE_PX - side, 2))
-        window = image[:, y : y + side, x : x + side]
-        image = image.clone()
-        image[:, y : y + side, x : x + side] = window.mean((1, 2), keepdim=True)
-    if rng.random() < 0.3:
-        image = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-    if rng.random() < 0.5:
-        image = image + float(rng.uniform(0, 0.3)) * torch.from_numpy(rng.standard_normal(image.shape, np.float32))
-    return image.clamp(-1, 1)
 
 
 def heat_target(scene: world.Scene, num_cells: int) -> Tensor:

@@ -110,9 +110,26 @@ class JudgeRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class SamRecipe:
+    """The small SAM.
+
+    Attributes:
+        reconstructed_share: share of the images that go through the autoencoder with noise on their latents.
+        latent_noise: largest standard deviation of that noise; the latents have 1.
+        box_slack: how far each side of a box may be off, relative to the box's size.
+    """
+
+    reconstructed_share: float = 0.25
+    latent_noise: float = 0.3
+    box_slack: float = 0.12
+    schedule: Schedule = Schedule(2000, 8, 1e-3, 100, 0.2, ema_decay=0.99, seed=3)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """The whole of it."""
 
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     base: BaseRecipe = field(default_factory=BaseRecipe)
     judge: JudgeRecipe = field(default_factory=JudgeRecipe)
+    sam: SamRecipe = field(default_factory=SamRecipe)

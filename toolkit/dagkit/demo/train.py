@@ -59,6 +59,19 @@ def train_judge(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: b
     training.run(loss, export=lambda: save_half(network, out / "judge.safetensors"))
 
 
+def train_sam(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: bool) -> None:
+    """Trains the small SAM; exports go to ``out/sam_tiny.safetensors``."""
+    from dagkit.demo.sam import SamLoss
+    from dagkit.demo.training import Training
+    from dagkit.segmenters.sam_tiny import build_sam_tiny
+
+    torch.manual_seed(recipe.sam.schedule.seed)
+    sam = build_sam_tiny().train()
+    training = Training(sam, recipe.sam.schedule, out, is_resumed)
+    loss = SamLoss(sam, load_autoencoder(autoencoder_path), recipe.sam)
+    training.run(loss, export=lambda: save_half(sam, out / "sam_tiny.safetensors"))
+
+
 def load_autoencoder(path: Path) -> Any:
     """AutoencoderKL in float32, frozen."""
     from diffusers import AutoencoderKL
@@ -95,6 +108,8 @@ def main(what: str, out: Path, is_resumed: bool, init: Path | None, steps: int |
         train_base(recipe, out / "base", init, (init or out) / "vae", is_resumed)
     elif what == "judge":
         train_judge(recipe, out / "judge", (init or out) / "vae", is_resumed)
+    elif what == "sam":
+        train_sam(recipe, out / "sam", (init or out) / "vae", is_resumed)
     else:
         sys.exit("not yet")
 

@@ -112,6 +112,15 @@ def draw_classes(
     return tuple(names)
 
 
+def draw_repeats(rng: np.random.Generator) -> tuple[str, ...]:
+    """Two to four objects, of which at least two are the same."""
+    count = int(rng.choice([2, 3, 4], p=[0.45, 0.4, 0.15]))
+    first = CLASSES[int(rng.integers(len(CLASSES)))]
+    num_same = int(rng.integers(2, count + 1))
+    others = [CLASSES[int(i)] for i in rng.choice(len(CLASSES), count - num_same)]
+    return (*[first] * num_same, *others)
+
+
 def render_scene(
     rng: np.random.Generator,
     classes: Sequence[str] | None = None,
