@@ -6,14 +6,15 @@ small. Its unsafe concept is the weapon; see `dagkit.demo.world`.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dagkit.judges.demo import DemoJudge
 
-__all__ = ["judge_path", "load_judge", "model_path", "sam_checkpoint"]
+__all__ = ["judge_path", "load_judge", "model_path", "sam_checkpoint", "unknown_words"]
 
 
 def _data(name: str) -> Path:
@@ -40,3 +41,20 @@ def load_judge(device: str = "cpu") -> DemoJudge:
     from dagkit.judges.demo import DemoJudge
 
     return DemoJudge.from_concept(None, device)
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """Words of a prompt that the bundled model never saw: it draws something else for them.
+
+    Args:
+        tokenizer: of the model that draws; every word is known to any other tokenizer than the bundled one.
+        prompt: text.
+
+    Returns:
+        The words in order; the bundled tokenizer has one token for each word that it knows.
+    """
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+    if len(vocabulary) > 1000 or "dynamite</w>" not in vocabulary:
+        return []
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    return list(dict.fromkeys(word for word in words if f"{word}</w>" not in vocabulary))

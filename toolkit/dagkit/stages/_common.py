@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -72,6 +73,19 @@ class Progress:
         from rich.progress import track
 
         yield from track(items, total=total, description=description, console=Console(stderr=True), transient=True)
+
+    @contextmanager
+    def bar(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar that is told its state: yields a function of (done, total)."""
+        if self.is_quiet:
+            yield lambda done, total: None
+            return
+        from rich.console import Console
+        from rich.progress import Progress as Bars
+
+        with Bars(console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(description)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def concept_option(command: Command) -> Command:

@@ -1,0 +1,77 @@
+"""annotate: generate + premask + push in one resumable command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dagkit.stages import _common as common
+
+
+@click.command("annotate")
+@common.concept_option
+@common.workspace_option
+@common.model_option
+@click.option("--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all.")
+@click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True, help="Images drawn together.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
+)
+@click.option(
+    "--label-studio",
+    "url",
+    metavar="URL",
+    envvar="DAGKIT_LABEL_STUDIO",
+    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
+)
+@click.option("--num-annotators", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers per task.")
+@common.device_option
+@common.seed_option
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    model: str | None,
+    num_images: int,
+    batch_size: int,
+    checkpoint: Path | None,
+    url: str | None,
+    num_annotators: int,
+    device: str,
+    seed: int,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Draw candidates, outline the concept in them, and send both to Label Studio.
+
+    Run it again after any interruption: what is done is not done twice.
+    """
+    from dagkit.concept import load_concept
+    from dagkit.labelstudio.access import connect
+    from dagkit.proposers import build_proposers
+    from dagkit.segmenters import build_segmenter
+    from dagkit.stages import generate, premask, push
+    from dagkit.workspace import Workspace
+
+    concept, workspace = load_concept(concept_name), Workspace(workspace_path)
+    progress = common.Progress(is_quiet)
+    device = common.resolve_device(device)
+    # What would fail at the end is tried first.
+    segmenter = build_segmenter(concept, device, checkpoint)
+    client = connect(url, lambda line: click.echo(line, err=True))
+    base_model = common.load_base_model(concept, model, device)
+    generate.run(
+        workspace,
+        concept,
+        base_model,
+        num_images=num_images,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    ).show(as_json)
+    proposers = build_proposers(concept, base_model, device)
+    premask.run(workspace, concept, proposers, segmenter, progress=progress).show(as_json)
+    push.run(workspace, concept, client=client, num_annotators=num_annotators, progress=progress).show(as_json)

@@ -1,0 +1,171 @@
+"""optimize: dataset/ -> tokens/. A guideline token, optimised against the dataset's masks, as a new version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from dagkit.concept import Concept
+    from dagkit.families import BaseModel
+    from dagkit.optimization import Recipe
+    from dagkit.workspace import Workspace
+
+
+def run(
+    workspace: Workspace,
+    concept: Concept,
+    base_model: BaseModel,
+    *,
+    dataset: Path | None = None,
+    recipe: str = "default",
+    options: dict[str, Any] | None = None,
+    version: str | None = None,
+    seed: int = 0,
+    progress: common.Progress | None = None,
+) -> common.StageResult:
+    """Optimises a guideline token and writes it to ``tokens/<concept>/<version>/``.
+
+    A token that was made from the same dataset, base model, recipe and seed is not made again. An interrupted
+    optimisation goes on from its last checkpoint.
+
+    Args:
+        workspace: where to write, and whose dataset to use.
+        concept: what the token stands for.
+        base_model: whose attention it is optimised against.
+        dataset: folder of another dataset.
+        recipe: ``default`` or ``paper``.
+        options: fields of the recipe to replace, e.g. ``{"num_tokens": 2}``.
+        version: semantic version; proposed from what exists where None.
+        seed: of noise, timesteps and initial rows.
+        progress: shows progress; None for silence.
+
+    Raises:
+        DatasetError: there is no dataset, or it holds no unsafe or no safe images.
+        TokenError: the version exists already.
+    """
+    from dataclasses import replace
+
+    from dagkit import dataset as data
+    from dagkit import registry
+    from dagkit.optimization import RECIPES, optimize
+    from dagkit.token import DatasetInfo
+    from dagkit.workspace import lock, sha256_json
+
+    folder = dataset or workspace.stage("dataset", concept.name).path
+    splits = data.load_dataset(folder)
+    summary = data.read_summary(folder)
+    chosen: Recipe = replace(
+        RECIPES[recipe],
+        initial_phrase=concept.initial_phrase,
+        max_false_trigger_rate=concept.thresholds.max_false_trigger_rate,
+        **(options or {}),
+    )
+    inputs = sha256_json(
+        {
+            "dataset": summary.fingerprint,
+            "base_model": base_model.fingerprint,
+            "concept": concept.model_dump(mode="json"),
+            "recipe": repr(chosen),
+            "seed": seed,
+        }
+    )
+    tokens = workspace.stage("tokens", concept.name)
+    with lock(tokens.path):
+        existing = registry.local_tokens(tokens.path)
+        for token in existing:
+            if token.record.optimization.get("inputs") == inputs:
+                message = f"{token.name} was made from the same inputs already -> {tokens.path / token.version}"
+                return common.StageResult("optimize", 0, 1, message, {"token": token.name, "path": tokens.path / token.version})
+        info = DatasetInfo(
+            fingerprint=summary.fingerprint,
+            num_unsafe=summary.num_unsafe,
+            num_safe=summary.num_safe,
+            review_states=summary.review_states,
+        )
+        proposed, reason = registry.propose_version(existing, base_model, info, concept)
+        version = version or proposed
+        registry.require_new(tokens.path, version)
+        checkpoint = tokens.inside(f".checkpoint-{inputs[7:23]}.safetensors")
+        bar = (progress or common.Progress(is_quiet=True)).bar("optimize")
+        with bar as report:
+            result = optimize(
+                base_model,
+                data.examples(splits["train"]),
+                recipe=chosen,
+                seed=seed,
+                validation=data.examples(splits["validation"]),
+                progress=lambda state: report(state["step"], state["num_steps"]),
+                checkpoint=checkpoint,
+            )
+        token = result.token(
+            base_model,
+            concept=concept.name,
+            version=version,
+            safety_prompt=concept.safety_prompt,
+            dataset=info,
+            optimization={"seed": seed, "inputs": inputs, "version_reason": reason},
+        )
+        path = token.save(tokens.path / version)
+        checkpoint.unlink(missing_ok=True)
+    iou = result.metrics.get("validation_iou")
+    figure = "" if iou is None else f", validation IoU {iou:.2f}"
+    return common.StageResult(
+        "optimize",
+        1,
+        0,
+        f"{token.name} ({reason}) from {info.num_unsafe} unsafe and {info.num_safe} safe images{figure} -> {path}",
+        {"token": token.name, "path": path, "metrics": result.metrics},
+    )
+
+
+@click.command("optimize")
+@common.concept_option
+@common.workspace_option
+@common.model_option
+@click.option("--dataset", type=click.Path(file_okay=False, path_type=Path), help="Another dataset than the workspace's.")
+@click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
+@click.option("--num-tokens", type=click.IntRange(1, 64), help="Guideline rows n. Default: the recipe's.")
+@click.option("--num-steps", type=click.IntRange(1, 100_000), help="Optimiser steps. Default: the recipe's.")
+@click.option("--version", metavar="X.Y.Z", help="Version to write. Default: the next one, by what changed.")
+@common.device_option
+@common.seed_option
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    model: str | None,
+    dataset: Path | None,
+    recipe: str,
+    num_tokens: int | None,
+    num_steps: int | None,
+    version: str | None,
+    device: str,
+    seed: int,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Optimise a guideline token and write it as a new version.
+
+    The base model is frozen: only the token's few rows are learned, against the masks of the dataset.
+    """
+    from dagkit.concept import load_concept
+    from dagkit.workspace import Workspace
+
+    concept = load_concept(concept_name)
+    options = {"num_tokens": num_tokens, "num_steps": num_steps}
+    run(
+        Workspace(workspace_path),
+        concept,
+        common.load_base_model(concept, model, device),
+        dataset=dataset,
+        recipe=recipe,
+        options={name: value for name, value in options.items() if value is not None},
+        version=version,
+        seed=seed,
+        progress=common.Progress(is_quiet),
+    ).show(as_json)
