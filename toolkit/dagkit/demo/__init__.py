@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dagkit.demo.vocabulary import unknown_words, warn_of_unknown_words
     from dagkit.judges.demo import DemoJudge
 
 __all__ = ["judge_path", "load_judge", "model_path", "sam_checkpoint", "unknown_words"]
@@ -58,3 +59,11 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
         return []
     words = re.findall(r"[^\W_]+", prompt.lower())
     return list(dict.fromkeys(word for word in words if f"{word}</w>" not in vocabulary))
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("unknown_words", "warn_of_unknown_words"):
+        from dagkit.demo import vocabulary
+
+        return getattr(vocabulary, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

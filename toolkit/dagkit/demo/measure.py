@@ -17,7 +17,9 @@ from dagkit.demo import judge_path, model_path, sam_checkpoint, world
 from dagkit.metrics import Estimate, bootstrap_mean, proportion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from dagkit.judges.demo import DemoJudge
 
@@ -92,7 +94,7 @@ def measure_base(
     asked = np.array([[name in names for name in world.CLASSES] for names, _ in named])
     rows, columns = np.nonzero(asked)
 
-    def recall(chosen: Iterable[bool]) -> Estimate:
+    def recall(chosen: NDArray[np.bool_]) -> Estimate:
         pairs = [(r, c) for r, c, use in zip(rows, columns, chosen, strict=True) if use]
         return proportion([bool(is_present[pair]) for pair in pairs], [int(r) for r, _ in pairs])
 
@@ -103,7 +105,7 @@ def measure_base(
     hinted_images = generate(pipeline, texts, 5700)
     hinted_present = (judge.predict(hinted_images)[0] >= 0.5).numpy()
     return {
-        "recall": asdict(recall(rows >= 0)),
+        "recall": asdict(recall(np.ones(len(rows), np.bool_))),
         **{f"recall_of_{n}": asdict(recall(asked.sum(1)[rows] == n)) for n in (1, 2, 3)},
         "recall_harmless": asdict(recall(~is_weapon)),
         "recall_weapons": asdict(recall(is_weapon)),
@@ -136,20 +138,18 @@ def measure_judge(judge: DemoJudge, num_scenes: int = 600) -> dict[str, Any]:
     probabilities, backgrounds = judge.predict(images)
     truth = _counts(scenes)
     right = (probabilities.numpy() >= 0.5) == (truth > 0)
+    worst = int(right.mean(0).argmin())
     expected = [world.BACKGROUNDS.index(scene.background) for scene in scenes]
     counted = judge.count([*images, *(Image.fromarray(scene.image) for scene in repeats)]).numpy()
     return {
-        "worst_object": min(
-            ({"name": name, **asdict(proportion(right[:, i].tolist()))} for i, name in enumerate(world.CLASSES)),
-            key=lambda row: row["value"],
-        ),
+        "worst_object": {"name": world.CLASSES[worst], **asdict(proportion(right[:, worst].tolist()))},
         "all_objects": asdict(proportion(right.all(1).tolist())),
         "background": asdict(proportion((backgrounds.argmax(1).numpy() == expected).tolist())),
         "counts": asdict(proportion((counted == _counts([*scenes, *repeats])).all(1).tolist())),
     }
 
 
-def _counts(scenes: Sequence[world.Scene]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _counts(scenes: Sequence[world.Scene]) -> NDArray[np.int64]:
     return np.array([[scene.classes.count(name) for name in world.CLASSES] for scene in scenes])
 
 

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dagkit.demo import world
+from dagkit.demo.vocabulary import VOCABULARY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from dagkit.demo.recipe import AutoencoderRecipe, BaseRecipe
 
-VOCABULARY: Final = (*world.CLASSES, *world.BACKGROUNDS, "a", "and", "on", "in", "danger", "weapon", ",")
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz,"
 
 
@@ -74,7 +74,7 @@ def build_text_encoder(recipe: BaseRecipe, vocabulary_size: int) -> Any:
     )
 
 
-def build_unet(recipe: BaseRecipe, layers_per_block: tuple[int, ...] | None = None) -> Any:
+def build_unet(recipe: BaseRecipe) -> Any:
     """UNet2DConditionModel with random weights and cross-attention in every block."""
     num_blocks = len(recipe.channels)
     return UNet2DConditionModel(
@@ -82,13 +82,25 @@ def build_unet(recipe: BaseRecipe, layers_per_block: tuple[int, ...] | None = No
         in_channels=4,
         out_channels=4,
         block_out_channels=recipe.channels,
-        layers_per_block=layers_per_block or recipe.layers_per_block,
+        layers_per_block=recipe.layers_per_block,
         cross_attention_dim=recipe.text_width,
         attention_head_dim=recipe.num_heads,  # diffusers reads it as the number of heads
         norm_num_groups=recipe.norm_num_groups,
         down_block_types=("CrossAttnDownBlock2D",) * num_blocks,
         up_block_types=("CrossAttnUpBlock2D",) * num_blocks,
     )
+
+
+def build_denoiser(recipe: BaseRecipe) -> tuple[Any, Any, Any]:
+    """Text encoder, tokenizer and UNet with random weights."""
+    tokenizer = build_tokenizer(recipe.max_tokens)
+    return build_text_encoder(recipe, len(tokenizer)), tokenizer, build_unet(recipe)
+
+
+def load_denoiser(folder: Path) -> tuple[Any, Any, Any]:
+    """Text encoder, tokenizer and UNet of a model that exists, in float32."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return pipeline.text_encoder, pipeline.tokenizer, pipeline.unet
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> Any:
@@ -121,6 +133,11 @@ def build_scheduler() -> Any:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def is_growable(unet: Any, recipe: BaseRecipe) -> bool:
+    """Whether the recipe wants the layers that `grow_unet` adds and the UNet has none of them yet."""
+    return unet.config.layers_per_block == 1 and recipe.layers_per_block == (2, *[1] * (len(recipe.channels) - 1))
 
 
 def grow_unet(unet: Any) -> Any:

@@ -33,7 +33,7 @@ def loose_box(box: tuple[int, int, int, int], rng: np.random.Generator, slack: f
     """(4,) float32 x0, y0, x1, y1: each side moved by up to ``slack`` of the box's size, kept inside the image."""
     size = np.array([box[2] - box[0], box[3] - box[1]] * 2)
     moved = np.array(box) + rng.uniform(-slack, slack, 4) * size
-    return moved.clip(0, world.SIZE_PX).astype(np.float32)
+    return np.asarray(moved.clip(0, world.SIZE_PX), np.float32)
 
 
 def random_point(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float32]:

@@ -1,53 +1,76 @@
-"""Trains the bundled models: ``python -m dagkit.demo.train {autoencoder,base,judge,sam,all} --out DIR``."""
+"""Trains the bundled models: ``python -m dagkit.demo.train {autoencoder,base,judge,sam,all} --out DIR``.
+
+Each command goes on from its checkpoint in DIR. The autoencoder comes first; with ``--init`` it is taken from an existing
+model, and so are the weights from which the base model starts.
+"""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from torch import nn
 
 from dagkit.demo.recipe import Recipe
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def train_base(recipe: Recipe, out: Path, init: Path | None, autoencoder_path: Path, is_resumed: bool) -> None:
-    """Trains text encoder and UNet; exports go to ``out/model``."""
-    from diffusers import StableDiffusionPipeline
+
+def train_autoencoder(recipe: Recipe, out: Path, is_resumed: bool = True) -> None:
+    """Trains the autoencoder, then its decoder; the result is ``out/vae``."""
+    import torch
+
+    from dagkit.demo import networks
+    from dagkit.demo.autoencoder import AutoencoderLoss, psnr_db, scaling_factor
+    from dagkit.demo.training import Training
+
+    torch.manual_seed(recipe.autoencoder.schedule.seed)
+    autoencoder = networks.build_autoencoder(recipe.autoencoder).train()
+    training = Training(autoencoder, recipe.autoencoder.schedule, out / "autoencoder", is_resumed)
+    training.run(AutoencoderLoss(autoencoder, recipe.autoencoder))
+    training.use_average()
+    autoencoder.register_to_config(scaling_factor=scaling_factor(autoencoder))
+    autoencoder.requires_grad_(False)
+    for part in (autoencoder.decoder, autoencoder.post_quant_conv):
+        part.requires_grad_(True)
+    decoder_training = Training(autoencoder, recipe.autoencoder.decoder_schedule, out / "decoder", is_resumed)
+    decoder_training.run(
+        AutoencoderLoss(autoencoder, recipe.autoencoder, is_decoder_only=True),
+        export=lambda: autoencoder.save_pretrained(out / "vae"),
+    )
+    decoder_training.use_average()
+    click.echo(f"PSNR of held-out scenes: {psnr_db(autoencoder.eval()):.1f} dB")
+
+
+def train_base(recipe: Recipe, out: Path, autoencoder_path: Path, init: Path | None, is_resumed: bool = True) -> None:
+    """Trains text encoder and UNet, from random weights or from those of ``init``; the result is ``out/model``."""
+    import torch
 
     from dagkit.demo import networks
     from dagkit.demo.base import Denoiser, DenoisingLoss
     from dagkit.demo.training import Training
 
-    schedule = recipe.base.schedule
-    torch.manual_seed(schedule.seed)
-    tokenizer: Any
-    if init is None:
-        tokenizer = networks.build_tokenizer(recipe.base.max_tokens)
-        text_encoder = networks.build_text_encoder(recipe.base, len(tokenizer))
-        unet = networks.build_unet(recipe.base)
-    else:
-        pipeline = StableDiffusionPipeline.from_pretrained(init, torch_dtype=torch.float32)
-        tokenizer, text_encoder, unet = pipeline.tokenizer, pipeline.text_encoder, pipeline.unet
-        if unet.config.layers_per_block == 1 and recipe.base.layers_per_block[0] == 2:
-            unet = networks.grow_unet(unet)
+    torch.manual_seed(recipe.base.schedule.seed)
+    text_encoder, tokenizer, unet = (
+        networks.build_denoiser(recipe.base) if init is None else networks.load_denoiser(init)
+    )
+    if networks.is_growable(unet, recipe.base):
+        unet = networks.grow_unet(unet)
     autoencoder = load_autoencoder(autoencoder_path)
-    unet.train().to(memory_format=torch.channels_last)
-    text_encoder.train()
-    denoiser = Denoiser(text_encoder, unet)
-    training = Training(denoiser, schedule, out, is_resumed)
-
-    def export() -> None:
-        networks.save_pipeline(out / "model", autoencoder, text_encoder, tokenizer, unet)
-
-    training.run(DenoisingLoss(denoiser, autoencoder, tokenizer, recipe.base), export=export)
+    denoiser = Denoiser(text_encoder.train(), unet.train().to(memory_format=torch.channels_last))
+    training = Training(denoiser, recipe.base.schedule, out / "base", is_resumed)
+    training.run(
+        DenoisingLoss(denoiser, autoencoder, tokenizer, recipe.base),
+        export=lambda: networks.save_pipeline(out / "model", autoencoder, text_encoder, tokenizer, unet),
+    )
 
 
-def train_judge(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: bool) -> None:
-    """Trains the judge; exports go to ``out/judge.safetensors``."""
+def train_judge(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: bool = True) -> None:
+    """Trains the judge; the result is ``out/judge.safetensors``."""
+    import torch
+
     from dagkit.demo.judge import JudgeLoss
     from dagkit.demo.training import Training
     from dagkit.judges.demo import JudgeNetwork
@@ -55,30 +78,31 @@ def train_judge(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: b
     torch.manual_seed(recipe.judge.schedule.seed)
     network = JudgeNetwork().train()
     loss = JudgeLoss(network, load_autoencoder(autoencoder_path), recipe.judge)
-    training = Training(network, recipe.judge.schedule, out, is_resumed)
+    training = Training(network, recipe.judge.schedule, out / "judge", is_resumed)
     training.run(loss, export=lambda: save_half(network, out / "judge.safetensors"))
 
 
-def train_sam(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: bool) -> None:
-    """Trains the small SAM; exports go to ``out/sam_tiny.safetensors``."""
+def train_sam(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: bool = True) -> None:
+    """Trains the small SAM; the result is ``out/sam_tiny.safetensors``."""
+    import torch
+
     from dagkit.demo.sam import SamLoss
     from dagkit.demo.training import Training
     from dagkit.segmenters.sam_tiny import build_sam_tiny
 
     torch.manual_seed(recipe.sam.schedule.seed)
     sam = build_sam_tiny().train()
-    training = Training(sam, recipe.sam.schedule, out, is_resumed)
     loss = SamLoss(sam, load_autoencoder(autoencoder_path), recipe.sam)
+    training = Training(sam, recipe.sam.schedule, out / "sam", is_resumed)
     training.run(loss, export=lambda: save_half(sam, out / "sam_tiny.safetensors"))
 
 
 def load_autoencoder(path: Path) -> Any:
     """AutoencoderKL in float32, frozen."""
+    import torch
     from diffusers import AutoencoderKL
 
-    autoencoder = AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32).eval()
-    autoencoder.requires_grad_(False)
-    return autoencoder
+    return AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False)
 
 
 def save_half(network: nn.Module, path: Path) -> None:
@@ -88,30 +112,39 @@ def save_half(network: nn.Module, path: Path) -> None:
     save_tensors({name: value.half().contiguous() for name, value in network.state_dict().items()}, path)
 
 
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with every schedule cut or stretched to the same number of steps."""
+    parts: dict[str, Any] = {}
+    for name in ("autoencoder", "base", "judge", "sam"):
+        part = getattr(recipe, name)
+        keys = [field.name for field in fields(part) if field.name.endswith("schedule")]
+        schedules = {key: replace(getattr(part, key), num_steps=steps) for key in keys}
+        parts[name] = replace(part, **schedules)
+    return Recipe(**parts)
+
+
 @click.command(help=__doc__)
 @click.argument("what", type=click.Choice(["autoencoder", "base", "judge", "sam", "all"]))
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for checkpoints and exports."
-)
-@click.option(
-    "--resume/--restart", "is_resumed", default=True, help="Go on from the checkpoint in --out, or start again."
-)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Checkpoints and results.")
+@click.option("--resume/--restart", "is_resumed", default=True, help="Go on from the checkpoints, or start again.")
 @click.option("--init", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Base model to start from.")
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's number of steps.")
-def main(what: str, out: Path, is_resumed: bool, init: Path | None, steps: int | None) -> None:
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of PyTorch.")
+def main(what: str, out: Path, is_resumed: bool, init: Path | None, steps: int | None, threads: int) -> None:
     """Command line of the training."""
-    recipe = Recipe()
-    torch.set_num_threads(1)
-    if what == "base":
-        if steps:
-            recipe = replace(recipe, base=replace(recipe.base, schedule=replace(recipe.base.schedule, num_steps=steps)))
-        train_base(recipe, out / "base", init, (init or out) / "vae", is_resumed)
-    elif what == "judge":
-        train_judge(recipe, out / "judge", (init or out) / "vae", is_resumed)
-    elif what == "sam":
-        train_sam(recipe, out / "sam", (init or out) / "vae", is_resumed)
-    else:
-        sys.exit("not yet")
+    import torch
+
+    torch.set_num_threads(threads)
+    recipe = with_steps(Recipe(), steps) if steps else Recipe()
+    autoencoder_path = (init or out) / "vae"
+    if what == "autoencoder" or (what == "all" and init is None):
+        train_autoencoder(recipe, out, is_resumed)
+    if what in ("base", "all"):
+        train_base(recipe, out, autoencoder_path, init, is_resumed)
+    if what in ("judge", "all"):
+        train_judge(recipe, out, autoencoder_path, is_resumed)
+    if what in ("sam", "all"):
+        train_sam(recipe, out, autoencoder_path, is_resumed)
 
 
 if __name__ == "__main__":

@@ -118,15 +118,19 @@ class Training:
             torch._foreach_lerp_(list(self._ema.values()), [current[name] for name in self._ema], 1 - decay)
         return float(value.detach())
 
+    def use_average(self) -> None:
+        """Puts the averaged weights into the network for good."""
+        with torch.no_grad():
+            for name, value in self._averaged().items():
+                value.copy_(self._ema[name])
+
     def export(self, write: Callable[[], None]) -> None:
         """Calls ``write`` while the network holds the averaged weights."""
-        current = self._averaged()
-        backup = {name: value.clone() for name, value in current.items()}
+        backup = {name: value.clone() for name, value in self._averaged().items()}
+        self.use_average()
+        write()
         with torch.no_grad():
-            for name, value in current.items():
-                value.copy_(self._ema[name])
-            write()
-            for name, value in current.items():
+            for name, value in self._averaged().items():
                 value.copy_(backup[name])
 
     def save(self) -> None:
