@@ -6,13 +6,11 @@ small. Its unsafe concept is the weapon; see `dagkit.demo.world`.
 
 from __future__ import annotations
 
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dagkit.demo.vocabulary import unknown_words, warn_of_unknown_words
     from dagkit.judges.demo import DemoJudge
 
 __all__ = ["judge_path", "load_judge", "model_path", "sam_checkpoint", "unknown_words"]
@@ -45,25 +43,12 @@ def load_judge(device: str = "cpu") -> DemoJudge:
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """Words of a prompt that the bundled model never saw: it draws something else for them.
+    """Words of a prompt that the bundled model never saw, in order and once each: it draws something else for them.
 
     Args:
-        tokenizer: of the model that draws; every word is known to any other tokenizer than the bundled one.
+        tokenizer: of the model that draws; to any other tokenizer than the bundled one every word is known.
         prompt: text.
-
-    Returns:
-        The words in order; the bundled tokenizer has one token for each word that it knows.
     """
-    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
-    if len(vocabulary) > 1000 or "dynamite</w>" not in vocabulary:
-        return []
-    words = re.findall(r"[^\W_]+", prompt.lower())
-    return list(dict.fromkeys(word for word in words if f"{word}</w>" not in vocabulary))
+    from dagkit.demo import vocabulary
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("unknown_words", "warn_of_unknown_words"):
-        from dagkit.demo import vocabulary
-
-        return getattr(vocabulary, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return vocabulary.unknown_words(tokenizer, prompt)

@@ -110,7 +110,7 @@ def measure_base(
         "recall_harmless": asdict(recall(~is_weapon)),
         "recall_weapons": asdict(recall(is_weapon)),
         "duplicates_per_image": asdict(bootstrap_mean(surplus.astype(float).tolist())),
-        "images_with_duplicates": asdict(proportion((surplus > 0).tolist())),
+        "images_with_duplicates": asdict(proportion([bool(n) for n in surplus])),
         "unprompted_per_image": asdict(bootstrap_mean((is_present & ~asked).sum(1).astype(float).tolist())),
         "background": asdict(proportion((backgrounds.argmax(1).numpy() == expected).tolist())),
         "hinted_weapon": asdict(proportion(hinted_present[:, len(world.HARMLESS) :].any(1).tolist())),

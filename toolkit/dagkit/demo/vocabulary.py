@@ -1,9 +1,8 @@
-"""The words that the bundled base model knows, and a warning about the others."""
+"""The words that the bundled base model knows."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any, Final
 
 from dagkit.demo.world import BACKGROUNDS, CLASSES
@@ -14,7 +13,7 @@ _WORD: Final = re.compile(r"[^\W\d_]+|\d|[^\s\w]+|_+")
 
 def is_bundled(tokenizer: Any) -> bool:
     """Whether a tokenizer is the bundled model's: it has every word of the world as one token, and few others."""
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
     return len(vocabulary) < 3 * len(VOCABULARY) + 60 and all(f"{word}</w>" in vocabulary for word in VOCABULARY)
 
 
@@ -24,15 +23,3 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
         return []
     words = dict.fromkeys(word.lower() for word in _WORD.findall(prompt))
     return [word for word in words if word not in VOCABULARY]
-
-
-def warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
-    """Warns (UserWarning) where `unknown_words` finds some, and names those that the model knows."""
-    unknown = unknown_words(tokenizer, prompt)
-    if unknown:
-        warnings.warn(
-            f"The bundled model does not know {', '.join(map(repr, unknown))} in {prompt!r} and draws something else. "
-            f"It knows: {' '.join(VOCABULARY)}",
-            UserWarning,
-            stacklevel=2,
-        )
