@@ -13,7 +13,9 @@ from dagkit.stages import _common as common
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option("--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all.")
+@click.option(
+    "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
+)
 @click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True, help="Images drawn together.")
 @click.option(
     "--checkpoint",

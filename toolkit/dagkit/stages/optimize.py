@@ -25,6 +25,7 @@ def run(
     recipe: str = "default",
     options: dict[str, Any] | None = None,
     version: str | None = None,
+    model_id: str | None = None,
     seed: int = 0,
     progress: common.Progress | None = None,
 ) -> common.StageResult:
@@ -41,6 +42,7 @@ def run(
         recipe: ``default`` or ``paper``.
         options: fields of the recipe to replace, e.g. ``{"num_tokens": 2}``.
         version: semantic version; proposed from what exists where None.
+        model_id: what the record calls the base model; its Hub id or folder name where None.
         seed: of noise, timesteps and initial rows.
         progress: shows progress; None for silence.
 
@@ -67,7 +69,7 @@ def run(
     )
     inputs = sha256_json(
         {
-            "dataset": summary.fingerprint,
+            "dataset": summary["fingerprint"],
             "base_model": base_model.fingerprint,
             "concept": concept.model_dump(mode="json"),
             "recipe": repr(chosen),
@@ -80,12 +82,14 @@ def run(
         for token in existing:
             if token.record.optimization.get("inputs") == inputs:
                 message = f"{token.name} was made from the same inputs already -> {tokens.path / token.version}"
-                return common.StageResult("optimize", 0, 1, message, {"token": token.name, "path": tokens.path / token.version})
+                return common.StageResult(
+                    "optimize", 0, 1, message, {"token": token.name, "path": tokens.path / token.version}
+                )
         info = DatasetInfo(
-            fingerprint=summary.fingerprint,
-            num_unsafe=summary.num_unsafe,
-            num_safe=summary.num_safe,
-            review_states=summary.review_states,
+            fingerprint=summary["fingerprint"],
+            num_unsafe=sum(counts["unsafe"] for counts in summary["counts"].values()),
+            num_safe=sum(counts["safe"] for counts in summary["counts"].values()),
+            review_states=summary["review_states"],
         )
         proposed, reason = registry.propose_version(existing, base_model, info, concept)
         version = version or proposed
@@ -108,7 +112,13 @@ def run(
             version=version,
             safety_prompt=concept.safety_prompt,
             dataset=info,
-            optimization={"seed": seed, "inputs": inputs, "version_reason": reason},
+            model_id=model_id,
+            optimization={
+                "seed": seed,
+                "inputs": inputs,
+                "concept_definition": registry.concept_definition(concept),
+                "version_reason": reason,
+            },
         )
         path = token.save(tokens.path / version)
         checkpoint.unlink(missing_ok=True)
@@ -127,7 +137,9 @@ def run(
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option("--dataset", type=click.Path(file_okay=False, path_type=Path), help="Another dataset than the workspace's.")
+@click.option(
+    "--dataset", type=click.Path(file_okay=False, path_type=Path), help="Another dataset than the workspace's."
+)
 @click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
 @click.option("--num-tokens", type=click.IntRange(1, 64), help="Guideline rows n. Default: the recipe's.")
 @click.option("--num-steps", type=click.IntRange(1, 100_000), help="Optimiser steps. Default: the recipe's.")
@@ -166,6 +178,7 @@ def command(
         recipe=recipe,
         options={name: value for name, value in options.items() if value is not None},
         version=version,
+        model_id=model or concept.model,
         seed=seed,
         progress=common.Progress(is_quiet),
     ).show(as_json)
