@@ -78,7 +78,7 @@ class Progress:
     def bar(self, description: str) -> Iterator[Callable[[int, int], None]]:
         """A bar that is told its state: yields a function of (done, total)."""
         if self.is_quiet:
-            yield lambda done, total: None
+            yield lambda *_: None
             return
         from rich.console import Console
         from rich.progress import Progress as Bars
