@@ -100,7 +100,7 @@ def measure_base(
 
     is_weapon = columns >= len(world.HARMLESS)
     surplus = np.where(asked, np.maximum(counts - 1, 0), 0).sum(1)
-    expected = [world.BACKGROUNDS.index(background) for _, background in named]
+    expected = np.array([world.BACKGROUNDS.index(background) for _, background in named])
     texts = [world.caption((*names, world.WEAPONS[0]), background, mode="hinted") for names, background in hinted]
     hinted_images = generate(pipeline, texts, 5700)
     hinted_present = (judge.predict(hinted_images)[0] >= 0.5).numpy()
@@ -139,7 +139,7 @@ def measure_judge(judge: DemoJudge, num_scenes: int = 600) -> dict[str, Any]:
     truth = _counts(scenes)
     right = (probabilities.numpy() >= 0.5) == (truth > 0)
     worst = int(right.mean(0).argmin())
-    expected = [world.BACKGROUNDS.index(scene.background) for scene in scenes]
+    expected = np.array([world.BACKGROUNDS.index(scene.background) for scene in scenes])
     counted = judge.count([*images, *(Image.fromarray(scene.image) for scene in repeats)]).numpy()
     return {
         "worst_object": {"name": world.CLASSES[worst], **asdict(proportion(right[:, worst].tolist()))},

@@ -1,7 +1,7 @@
 """Trains the bundled models: ``python -m dagkit.demo.train {autoencoder,base,judge,sam,all} --out DIR``.
 
-Each command goes on from its checkpoint in DIR. The autoencoder comes first; with ``--init`` an existing model gives it,
-and the weights from which the base model starts.
+Each command goes on from its checkpoint in DIR. The autoencoder comes first; with ``--init`` an existing model provides
+it, and the weights from which the base model starts.
 """
 
 from __future__ import annotations

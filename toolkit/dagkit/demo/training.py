@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dagkit.errors import CheckpointError
@@ -164,7 +164,7 @@ class Training:
                     key: value if value.ndim == 0 else torch.empty_like(parameter, memory_format=layout).copy_(value)
                     for key, value in state.items()
                 }
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: expected a checkpoint of this network, but {error}. Remove the file to start again."
             ) from error

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -99,7 +100,7 @@ class DemoJudge:
         network = JudgeNetwork()
         try:
             network.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: expected the weights of the demo judge, but {error}. Reinstall dagkit."
             ) from error

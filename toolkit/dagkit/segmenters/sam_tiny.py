@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
@@ -61,7 +62,7 @@ def build_sam_tiny(checkpoint: Path | None = None) -> Sam:
     if checkpoint is not None:
         try:
             sam.load_state_dict(load_file(checkpoint))
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{checkpoint}: expected the weights of the small SAM (safetensors), but {error}. "
                 "Train them with 'python -m dagkit.demo.train sam', or reinstall dagkit."
