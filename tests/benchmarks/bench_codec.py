@@ -15,9 +15,10 @@ import time
 from collections import defaultdict
 
 import numpy as np
-from dagkit.labelstudio import codec
 from label_studio_sdk.converter import brush
 from scipy.ndimage import gaussian_filter
+
+from dagkit.labelstudio import codec
 
 SIZE = 1024
 

@@ -1,12 +1,13 @@
 """Label Studio's brush format: run-length codes of an RGBA raster, packed bit by bit.
 
-The stream is that of ``@thi.ng/rle-pack`` (https://github.com/thi-ng/umbrella/tree/develop/packages/rle-pack): a header of 53
-bits (32: number of values; 5: bits per value - 1; 4 x 4: the four widths of length fields - 1), then blocks. A block is one bit
-(1: one value repeated, 0: literal values), 2 bits (which width), the length - 1, and the value or values. The values are the
-bytes of a row-major (H, W, 4) raster, of which the fourth channel, alpha, is the mask.
+The stream is that of ``@thi.ng/rle-pack`` (https://github.com/thi-ng/umbrella/tree/develop/packages/rle-pack): a
+header of 53 bits (32: number of values; 5: bits per value - 1; 4 x 4: the four widths of length fields - 1), then
+blocks. A block is one bit (1: one value repeated, 0: literal values), 2 bits (which width), the length - 1, and the
+value or values. The values are the bytes of a row-major (H, W, 4) raster, of which the fourth channel, alpha, is the
+mask.
 
-Both directions are vectorised and give, bit for bit, what ``label_studio_sdk.converter.brush`` gives; what that module would
-read as garbage or write past the end of an array is refused here.
+Both directions are vectorised and give, bit for bit, what ``label_studio_sdk.converter.brush`` gives; what that module
+would read as garbage or write past the end of an array is refused here.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def encode(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> list[int]:
         packed += np.bincount(first + index, (window >> (32 - 8 * index)) & 255, packed.size)
     out = packed.astype(np.uint8)
     out[:7] |= np.frombuffer(_header(pixels.size * 4), np.uint8)
-    return out[: total_bits // 8 + 1].tolist()  # like the SDK: a whole byte of padding where none is needed
+    return list(out[: total_bits // 8 + 1].tobytes())  # like the SDK: a whole byte of padding where none is needed
 
 
 def decode(rle: Sequence[int], width: int, height: int) -> NDArray[np.uint8]:
@@ -154,8 +155,8 @@ def _header(num_values: int) -> bytes:
 def _block_starts(kinds: bytes, padded: bytes, width_of: list[int], word_size: int) -> NDArray[np.int64]:
     """Bit positions at which blocks begin, to the end of the data (padding included).
 
-    A chain, so the one part that cannot be vectorised. A run's size follows from its first three bits; only literal blocks
-    need their length read here.
+    A chain, so the one part that cannot be vectorised. A run's size follows from its first three bits; only literal
+    blocks need their length read here.
     """
     run_step = [0] * 4 + [3 + width + word_size for width in width_of]
     starts: list[int] = []
@@ -179,5 +180,9 @@ def _read(
 ) -> NDArray[np.int64]:
     """Big-endian fields of at most 16 bits at the given bit positions."""
     at = positions >> 3
-    window = (padded[at].astype(np.int64) << 16) | (padded[at + 1].astype(np.int64) << 8) | padded[at + 2]
-    return (window >> (24 - (positions & 7) - widths)) & ((1 << np.asarray(widths)) - 1)
+    window: NDArray[np.int64] = (
+        (padded[at].astype(np.int64) << 16) | (padded[at + 1].astype(np.int64) << 8) | padded[at + 2]
+    )
+    window >>= 24 - (positions & 7) - widths
+    window &= (1 << np.asarray(widths)) - 1
+    return window

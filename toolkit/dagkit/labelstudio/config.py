@@ -1,7 +1,7 @@
 """The labelling page of a concept, as Label Studio's XML, and checks of what is sent to it.
 
-The page hides the image until the annotator asks for it. Its controls are fixed: brush labels ``mask`` and choices ``verdict``,
-both on the object ``image``; what differs between concepts are the labels.
+The page hides the image until the annotator asks for it. Its controls are fixed: brush labels ``mask`` and choices
+``verdict``, both on the object ``image``; what differs between concepts are the labels.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ _NEGATIVE_COLOURS: Final = ("#1e88e5", "#00897b", "#3949ab", "#546e7a")
 _HOTKEYS: Final = "123456789qwertyuiop"  # without those of the page itself and of the two choices
 
 _STYLE: Final = """\
-    .lsf-table__cell img, .dm-table__cell img {filter: blur(12px) grayscale(1)}
-    .dagkit-note {font-size: 14px; margin: 0 0 8px; color: #444}"""
+    .lsf-table__cell img, .dm-table__cell img {filter: blur(12px) grayscale(1)}"""
 
 
 def labelling_config(concept: Concept) -> str:
@@ -55,20 +54,15 @@ def labelling_config(concept: Concept) -> str:
         + "/>"
         for name, colour in labels
     ]
-    unsafe = quoteattr(f"Mark all of: {', '.join(concept.labels.positive)}")
-    exclude = (
-        f"\n    <Text name=\"exclude\" value={quoteattr('Cut out with: ' + ', '.join(concept.labels.negative))}/>"
-        if concept.labels.negative
-        else ""
-    )
+    notes = [f"Mark every: {', '.join(concept.labels.positive)}"]
+    if concept.labels.negative:
+        notes.append(f"Cut out of it: {', '.join(concept.labels.negative)}")
     return f"""\
 <View>
   <Style>
 {_STYLE}
   </Style>
-  <View className="dagkit-note">
-    <Text name="task" value={unsafe}/>{exclude}
-  </View>
+  <Header size="5" value={quoteattr(". ".join(notes) + ".")}/>
   <View style="display: flex; gap: 24px; flex-wrap: wrap">
     <BrushLabels name="{MASK_CONTROL}" toName="{IMAGE_OBJECT}" showInline="true">
 {chr(10).join(lines)}
@@ -98,14 +92,24 @@ def interface(xml: str) -> LabelInterface:
     Raises:
         LabelStudioError: the XML is not a valid labelling page.
     """
-    from label_studio_sdk._extensions.label_studio_tools.core.utils.exceptions import LabelStudioValidationErrorSentryIgnored
+    from label_studio_sdk._legacy.exceptions import (
+        LabelStudioValidationErrorSentryIgnored,
+        LabelStudioXMLSyntaxErrorSentryIgnored,
+        LSConfigParseException,
+    )
     from label_studio_sdk.label_interface import LabelInterface
 
+    invalid = (
+        LabelStudioValidationErrorSentryIgnored,
+        LabelStudioXMLSyntaxErrorSentryIgnored,
+        LSConfigParseException,
+        ValueError,
+    )
     try:
         parsed = LabelInterface(xml)
         parsed.validate()
-    except (LabelStudioValidationErrorSentryIgnored, ValueError) as error:
-        raise LabelStudioError(f"The labelling page is not valid: {error}") from error
+    except invalid as error:
+        raise LabelStudioError(f"The labelling page is not valid: {' '.join(str(error).split())}") from error
     return parsed
 
 
@@ -122,7 +126,9 @@ def check_prediction(xml: str, prediction: dict[str, Any], width: int, height: i
     Raises:
         LabelStudioError: unknown labels or controls, a score outside [0, 1], damaged masks, or masks of another size.
     """
-    problems = interface(xml).validate_prediction(prediction, return_errors=True)
+    # Without the numbers of the masks: the SDK would look at each, and print them all.
+    bare = {**prediction, "result": [_without_rle(region) for region in prediction["result"]]}
+    problems = interface(xml).validate_prediction(bare, return_errors=True)
     if problems:
         raise LabelStudioError(f"{where}: the prediction does not fit the labelling page: {'; '.join(problems)}.")
     for region in prediction["result"]:
@@ -131,9 +137,14 @@ def check_prediction(xml: str, prediction: dict[str, Any], width: int, height: i
         size = (region["original_width"], region["original_height"])
         if size != (width, height):
             raise LabelStudioError(
-                f"{where}: the mask is {size[0]}x{size[1]} pixels, but its image {width}x{height}. Run `dagkit premask` again."
+                f"{where}: the mask is {size[0]}x{size[1]} pixels, but its image {width}x{height}. Run `dagkit "
+                "premask` again."
             )
         try:
             codec.decode(region["value"]["rle"], width, height)
         except LabelStudioError as error:
             raise LabelStudioError(f"{where}: {error}") from error
+
+
+def _without_rle(region: dict[str, Any]) -> dict[str, Any]:
+    return {**region, "value": {**region["value"], "rle": [0]}} if "rle" in region["value"] else region

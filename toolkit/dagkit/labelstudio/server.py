@@ -1,7 +1,7 @@
 """The embedded Label Studio server: installed on first use, on loopback only, and it phones nobody.
 
-It lives in a virtual environment of its own (its dependencies clash with those of a diffusion toolkit) in the user's cache;
-its data are no cache and lie in the user's data folder::
+It lives in a virtual environment of its own (its dependencies clash with those of a diffusion toolkit) in the user's
+cache; its data are no cache and lie in the user's data folder::
 
     <cache>/dagkit/label-studio/<version>/venv/       1 GB; DAGKIT_LABEL_STUDIO_VENV names another one
     <cache>/dagkit/label-studio/<version>/template/   a migrated, empty database: a new server starts in seconds
@@ -80,6 +80,7 @@ class EmbeddedServer:
         self.login_file = self.folder / "login.json"
         self.log = self.folder / "server.log"
         self._pid_file = self.folder / "server.pid"
+        self._process: subprocess.Popen[bytes] | None = None  # where this very object started it
 
     @property
     def python(self) -> Path:
@@ -100,8 +101,8 @@ class EmbeddedServer:
             pid = int(self._pid_file.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        with contextlib.suppress(ChildProcessError):  # the server is a child when this very process started it
-            os.waitpid(pid, os.WNOHANG)
+        if self._process is not None:
+            self._process.poll()  # else it stays a zombie, and looks alive
         shown = subprocess.run(
             ["ps", "-ww", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False
         )
@@ -115,7 +116,8 @@ class EmbeddedServer:
             return None
         except (ValueError, TypeError) as error:
             raise LabelStudioError(
-                f"{self.login_file}: expected url, username, password and token as JSON, but it is damaged. Restore it from a "
+                f"{self.login_file}: expected url, username, password and token as JSON, but it is damaged. Restore "
+                "it from a "
                 "backup, or delete it and run `dagkit label-studio up`: a second account is then made."
             ) from error
 
@@ -142,7 +144,8 @@ class EmbeddedServer:
             if not self.is_installed:
                 if os.environ.get("DAGKIT_LABEL_STUDIO_VENV"):
                     raise LabelStudioError(
-                        f"DAGKIT_LABEL_STUDIO_VENV: no interpreter at {self.python}. Name a virtual environment that has "
+                        f"DAGKIT_LABEL_STUDIO_VENV: no interpreter at {self.python}. Name a virtual environment that "
+                        "has "
                         "Label Studio, or unset the variable and let dagkit install its own."
                     )
                 tell(f"Installing Label Studio {VERSION} into {self.cache / 'venv'} (1 GB, a few minutes, once)")
@@ -196,8 +199,8 @@ class EmbeddedServer:
                 partial.rename(data)
             self._write_login(login)  # before the account exists: a crash must not lose its password
             tell(f"Starting Label Studio at {url}")
-            process = self._start(login, data)
-            self._wait(process, login)
+            self._process = self._start(login, data)
+            self._wait(self._process, login)
             if not login.token:
                 login = Login(login.url, login.username, login.password, _new_token(login))
                 self._write_login(login)
@@ -225,7 +228,7 @@ class EmbeddedServer:
         raise LabelStudioError(f"Label Studio (process {pid}) does not end. Stop it by hand: kill -9 {pid}")
 
     def _start(self, login: Login, data: Path) -> subprocess.Popen[bytes]:
-        environment = _environment() | {
+        account = {
             "LABEL_STUDIO_USERNAME": login.username,
             "LABEL_STUDIO_PASSWORD": login.password,
         }
@@ -234,7 +237,7 @@ class EmbeddedServer:
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             process = subprocess.Popen(
                 command,
-                env=environment,
+                env=_environment(data) | account,
                 cwd=data,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -292,7 +295,8 @@ def _require_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise LabelStudioError(
-                f"Port {port} on 127.0.0.1 cannot be used ({(error.strerror or str(error)).lower()}). Choose another one: "
+                f"Port {port} on 127.0.0.1 cannot be used ({(error.strerror or str(error)).lower()}). Choose another "
+                "one: "
                 f"dagkit label-studio up --port {port + 1}"
             ) from error
 

@@ -1,0 +1,262 @@
+"""What annotators answered: from exported tasks to masks, states and a consensus.
+
+The mask of an answer is the union of the concept's positive labels minus the union of its negative ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from dagkit.errors import LabelStudioError
+from dagkit.labelstudio import codec
+from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from dagkit.concept import Labels
+
+State = Literal["accepted", "changed", "empty", "skipped", "cannot_tell"]
+Consensus = Literal["majority", "union", "intersection"]
+CONSENSUS_RULES: Final[tuple[Consensus, ...]] = ("majority", "union", "intersection")
+Masks = dict[str, "NDArray[np.bool_]"]
+_VOTES: Final = ("accepted", "changed", "empty")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One annotator's answer to one task.
+
+    Attributes:
+        annotator: pseudonym.
+        state: ``accepted`` (the pre-mask as it was), ``changed``, ``empty`` (nothing unsafe here), ``skipped`` (no
+            answer), ``cannot_tell``.
+        masks: label -> (H, W) bool, only labels that mark a pixel; {} unless accepted or changed.
+        iou_to_premask: of the answer's mask and the pre-mask's, in [0, 1]; None without an answer or a pre-mask.
+        seconds: time spent, None where unknown.
+        created: when it was first submitted, as the server writes it.
+        updated: when it was last submitted.
+    """
+
+    annotator: str
+    state: State
+    masks: Masks = field(default_factory=dict)
+    iou_to_premask: float | None = None
+    seconds: float | None = None
+    created: str = ""
+    updated: str = ""
+
+    @property
+    def is_vote(self) -> bool:
+        """Whether it says what is in the image."""
+        return self.state in _VOTES
+
+
+def read_answers(
+    task: Mapping[str, Any],
+    labels: Labels,
+    size: tuple[int, int],
+    pseudonym: Callable[[int], str],
+    premask: Masks | None = None,
+) -> list[Answer]:
+    """Reads the answers of one exported task: of each annotator the last one, in the order of their pseudonyms.
+
+    Args:
+        task: as the JSON export writes it.
+        labels: of the concept.
+        size: width and height of the image, pixels.
+        pseudonym: user id of the server -> pseudonym.
+        premask: what was proposed, for answers that do not tell from which prediction they came.
+
+    Raises:
+        LabelStudioError: an unknown label, a region without one, damaged data, or a mask of another size.
+    """
+    where = f"task {task['id']} ({task['data'].get('key', 'no key')})"
+    last: dict[int, Mapping[str, Any]] = {}
+    for annotation in sorted(task["annotations"], key=lambda annotation: int(annotation["id"])):
+        user = annotation["completed_by"]
+        last[int(user["id"] if isinstance(user, dict) else user)] = annotation
+    answers = [
+        _read_answer(annotation, labels, size, pseudonym(user), premask, where)
+        for user, annotation in sorted(last.items())
+    ]
+    return sorted(answers, key=lambda answer: answer.annotator)
+
+
+def decode_masks(regions: Sequence[Mapping[str, Any]], labels: Labels, size: tuple[int, int], where: str) -> Masks:
+    """Decodes the brush regions of a result; regions of one label are united, and labels that mark no pixel left out.
+
+    Args:
+        regions: of an annotation or prediction.
+        labels: of the concept.
+        size: width and height of the image, pixels.
+        where: how to name it in an error.
+    """
+    width, height = size
+    known = [*labels.positive, *labels.negative]
+    masks: Masks = {}
+    for region in regions:
+        if region["type"] != "brushlabels":
+            continue
+        names = region["value"].get("brushlabels") or []
+        if len(names) != 1:
+            raise LabelStudioError(
+                f"{where}: a brush region has no label. Open the task, give it one and submit again."
+            )
+        name = names[0]
+        if name not in known:
+            raise LabelStudioError(
+                f"{where}: {name!r} is not a label of this concept ({', '.join(known)}). Relabel the region, or add "
+                "the label to "
+                "the concept file."
+            )
+        drawn = (region["original_width"], region["original_height"])
+        if drawn != size:
+            raise LabelStudioError(
+                f"{where}: the mask {name!r} is {drawn[0]}x{drawn[1]} pixels, but its image {width}x{height}. Was the "
+                "image "
+                "replaced? Delete the region, draw it again and submit."
+            )
+        try:
+            mask = codec.binarise(codec.decode(region["value"].get("rle", []), width, height))
+        except LabelStudioError as error:
+            raise LabelStudioError(f"{where}, label {name!r}: {error}") from error
+        masks[name] = masks[name] | mask if name in masks else mask
+    return {name: masks[name] for name in known if name in masks and masks[name].any()}
+
+
+def whole_mask(masks: Mapping[str, NDArray[np.bool_]], labels: Labels, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """(H, W) bool: the union of the positive labels minus the union of the negative ones."""
+    marked = np.zeros((size[1], size[0]), bool)
+    for name in labels.positive:
+        if name in masks:
+            marked |= masks[name]
+    for name in labels.negative:
+        if name in masks:
+            marked &= ~masks[name]
+    return marked
+
+
+def iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Intersection over union of two masks, in [0, 1]; 1 where both are empty."""
+    union = np.count_nonzero(first | second)
+    return float(np.count_nonzero(first & second) / union) if union else 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the answers to one task come to.
+
+    Attributes:
+        state: as of an answer; ``accepted`` only where every vote accepted the pre-mask.
+        masks: label -> (H, W) bool.
+        iou_to_premask: of the consensus, or None.
+        pair_ious: (annotator, annotator, IoU of their masks, or None where neither marks anything) of every two votes.
+        reasons: why a person should look again: ``presence`` (marked by some, empty for others), ``outline`` (an IoU
+            below the bar), ``cannot_tell`` (some vote, others cannot tell).
+    """
+
+    state: State
+    masks: Masks
+    iou_to_premask: float | None
+    pair_ious: tuple[tuple[str, str, float | None], ...]
+    reasons: tuple[str, ...]
+
+
+def decide(
+    answers: Sequence[Answer],
+    labels: Labels,
+    size: tuple[int, int],
+    *,
+    premask: Masks | None = None,
+    rule: Consensus = "majority",
+    min_iou: float = 0.7,
+) -> Verdict:
+    """Merges the answers to one task.
+
+    A pixel has a label where more than half of the votes mark it (``majority``), any (``union``) or all
+    (``intersection``). Skips are no votes. Where more annotators cannot tell than vote, nobody can.
+
+    Args:
+        answers: at least one.
+        labels: of the concept.
+        size: width and height of the image, pixels.
+        premask: what was proposed, or None.
+        rule: how votes make a mask.
+        min_iou: below this, two votes disagree about the outline.
+    """
+    votes = [answer for answer in answers if answer.is_vote]
+    num_cannot_tell = sum(answer.state == "cannot_tell" for answer in answers)
+    wholes = [whole_mask(vote.masks, labels, size) for vote in votes]
+    pairs = tuple(
+        (first.annotator, second.annotator, iou(one, two) if one.any() or two.any() else None)
+        for (first, one), (second, two) in combinations(zip(votes, wholes, strict=True), 2)
+    )
+    is_marked = [bool(whole.any()) for whole in wholes]
+    reasons = []
+    if len(set(is_marked)) == 2:
+        reasons.append("presence")
+    outlines = [value for value, (one, two) in zip(pairs, combinations(is_marked, 2), strict=True) if one and two]
+    if any(value is not None and value < min_iou for _, _, value in outlines):
+        reasons.append("outline")
+    if votes and num_cannot_tell:
+        reasons.append("cannot_tell")
+    if not votes or num_cannot_tell > len(votes):
+        state: State = "cannot_tell" if num_cannot_tell else "skipped"
+        return Verdict(state, {}, None, pairs, tuple(reasons))
+
+    least = {"majority": len(votes) // 2 + 1, "union": 1, "intersection": len(votes)}[rule]
+    masks: Masks = {}
+    for name in (*labels.positive, *labels.negative):
+        drawn = [vote.masks[name] for vote in votes if name in vote.masks]
+        if len(drawn) >= least:
+            mask = np.sum(drawn, axis=0) >= least
+            if mask.any():
+                masks[name] = mask
+    whole = whole_mask(masks, labels, size)
+    to_premask = iou(whole, whole_mask(premask, labels, size)) if premask is not None else None
+    if not whole.any():
+        return Verdict("empty", {}, to_premask, pairs, tuple(reasons))
+    is_accepted = all(vote.state == "accepted" for vote in votes)
+    return Verdict("accepted" if is_accepted else "changed", masks, to_premask, pairs, tuple(reasons))
+
+
+def _read_answer(
+    annotation: Mapping[str, Any],
+    labels: Labels,
+    size: tuple[int, int],
+    annotator: str,
+    premask: Masks | None,
+    where: str,
+) -> Answer:
+    result = annotation["result"] or []
+    facts: dict[str, Any] = {
+        "seconds": annotation.get("lead_time"),
+        "created": annotation["created_at"],
+        "updated": annotation["updated_at"],
+    }
+    verdicts = {choice for region in result if region["type"] == "choices" for choice in region["value"]["choices"]}
+    if annotation["was_cancelled"]:
+        return Answer(annotator, "skipped", **facts)
+    if CANNOT_TELL in verdicts:
+        return Answer(annotator, "cannot_tell", **facts)
+    origin = (annotation.get("prediction") or {}).get("result")
+    if origin is not None:
+        premask = decode_masks(origin, labels, size, f"{where}, pre-mask")
+    masks = decode_masks(result, labels, size, where) if NOTHING_UNSAFE not in verdicts else {}
+    whole = whole_mask(masks, labels, size)
+    to_premask = iou(whole, whole_mask(premask, labels, size)) if premask is not None else None
+    if not whole.any():
+        return Answer(annotator, "empty", iou_to_premask=to_premask, **facts)
+    is_accepted = (
+        premask is not None
+        and masks.keys() == premask.keys()
+        and all(np.array_equal(masks[name], premask[name]) for name in masks)
+    )
+    return Answer(annotator, "accepted" if is_accepted else "changed", masks, to_premask, **facts)

@@ -1,0 +1,306 @@
+"""pull: Label Studio -> annotations/. What annotators made of the pre-masks, as masks with a state and a history."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from dagkit.concept import Concept
+    from dagkit.labelstudio.answers import Consensus, Masks
+    from dagkit.labelstudio.client import Client
+    from dagkit.workspace import Workspace
+
+
+def run(
+    workspace: Workspace,
+    concept: Concept,
+    *,
+    client: Client | None = None,
+    url: str | None = None,
+    consensus: Consensus = "majority",
+    min_iou: float = 0.7,
+    progress: common.Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> common.StageResult:
+    """Fetches the answers that are new or changed since the last pull into ``annotations/<concept>/``.
+
+    Writes masks and one row a task, ``agreement.json`` (of all tasks) and ``annotators.json`` (the server's user ids ->
+    pseudonyms; the only place where both stand).
+
+    Args:
+        workspace: holds ``candidates/`` and ``labeling/``.
+        concept: whose labels are expected.
+        client: connection to use; None: `dagkit.labelstudio.access.connect` with ``url``.
+        url: root of a team's server; None: the server to which the tasks were pushed.
+        consensus: how several answers make one mask: ``majority``, ``union`` or ``intersection``.
+        min_iou: two masks of one task with a lower IoU count as a disagreement.
+        progress: shows progress; None for silence.
+        tell: is given one line before each long step.
+
+    Raises:
+        LabelStudioError: the server is down or refuses; or answers cannot be used (the message says which and how to
+            mend
+            them: all others were fetched, and the next pull tries these again).
+        WorkspaceError: nothing was pushed from this workspace.
+    """
+    from dagkit.errors import LabelStudioError, WorkspaceError
+    from dagkit.labelstudio.access import connect
+    from dagkit.labelstudio.agreement import agreement
+    from dagkit.workspace import lock
+
+    progress = progress or common.Progress(is_quiet=True)
+    labeling, folder = workspace.stage("labeling", concept.name), workspace.stage("annotations", concept.name)
+    if not (labeling.path / "project.json").exists():
+        raise WorkspaceError(f"{labeling.path}: nothing was pushed from this workspace. Run `dagkit push` first.")
+    project = labeling.read_json("project.json")
+    settings = {
+        "project": project["title"],
+        "consensus": consensus,
+        "min_iou": min_iou,
+        "labels": concept.labels.model_dump(),
+    }
+    with lock(folder.path):
+        client = client or connect(url or _pushed_to(project), tell)
+        found = client.find_projects(project["title"])
+        if not found:
+            raise LabelStudioError(
+                f"{client.url} has no project {project['title']!r}, to which this workspace was pushed. It was at "
+                f"{project.get('url', 'no server yet')}: use that server, or push again."
+            )
+        reader = _Reader(workspace, concept, consensus, min_iou)
+        cursor = folder.read_json("cursor.json") if (folder.path / "cursor.json").exists() else {}
+        since = cursor.get("since") if cursor.get("settings") == settings else None
+        changed = client.changed_tasks(found[0], _with_margin(since))
+        ids = [task_id for task_id, _ in changed]
+        num_done, problems = 0, []
+        total = -(-len(ids) // 100)
+        for batch in progress.track(list(common.batches(ids, 100)), total=total, description="pull"):
+            done, wrong = reader.take(batch, client.export(found[0], batch))
+            num_done += done
+            problems += wrong
+        folder.write_json("agreement.json", agreement(reader.rows.values(), reader.labels))
+        if problems:
+            raise LabelStudioError(
+                f"{problems[0]} ({len(problems)} of {len(ids)} tasks were left out; pull again then.)"
+            )
+        latest = max((updated for _, updated in changed), default=since)
+        folder.write_json("cursor.json", {"settings": settings, "since": latest})
+    rows = reader.rows.values()
+    counts = {state: sum(row["state"] == state for row in rows) for state in sorted({row["state"] for row in rows})}
+    shown = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items()) or "no answers yet"
+    num_open = len(labeling.keys() - reader.rows.keys())
+    disagreements = sum(bool(row["reasons"]) for row in rows)
+    return common.StageResult(
+        "pull",
+        num_done,
+        len(rows) - num_done,
+        f"{num_done} tasks new or changed, {len(rows)} in all ({shown}; {disagreements} in disagreement, {num_open} "
+        "open) "
+        f"-> {folder.path}",
+        {"states": counts, "num_disagreements": disagreements, "num_open": num_open, "path": folder.path},
+    )
+
+
+class _Reader:
+    """Turns exported tasks into rows and mask files; a task that says nothing new is left as it is."""
+
+    def __init__(self, workspace: Workspace, concept: Concept, consensus: Consensus, min_iou: float) -> None:
+        self.candidates = workspace.stage("candidates", concept.name)
+        self.premasks = workspace.stage("premasks", concept.name)
+        self.folder = workspace.stage("annotations", concept.name)
+        self.images = {row["key"]: row["image"] for row in self.candidates.rows()}
+        self.proposed = {row["key"]: row["masks"] for row in self.premasks.rows()}
+        self.concept_labels = concept.labels
+        self.labels = [*concept.labels.positive, *concept.labels.negative]
+        self.consensus, self.min_iou = consensus, min_iou
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.folder.rows()}
+        has_names = (self.folder.path / "annotators.json").exists()
+        self.names: dict[str, str] = self.folder.read_json("annotators.json") if has_names else {}
+
+    def take(self, ids: Sequence[int], tasks: Any) -> tuple[int, list[str]]:
+        """Takes in the answers to some tasks.
+
+        Args:
+            ids: of all tasks asked for; those that are not exported have no answers (any more).
+            tasks: as exported.
+
+        Returns:
+            How many rows are new or changed, and what could not be used, one line each.
+        """
+        from dagkit.errors import LabelStudioError
+
+        num_done, problems, answered = 0, [], set()
+        is_replaced = False
+        for task in tasks:
+            answered.add(task["id"])
+            try:
+                row, masks = self._read(task)
+            except LabelStudioError as error:
+                problems.append(str(error))
+                continue
+            before = self.rows.get(row["key"])
+            if before == row:
+                continue
+            for label, mask in masks.items():
+                self.folder.write_bytes(row["masks"][label], _png(mask))
+            self.rows[row["key"]] = row
+            num_done += 1
+            if before is None:
+                self.folder.append(row)
+            else:
+                is_replaced = True
+        withdrawn = [key for key, row in self.rows.items() if row["task_id"] in set(ids) - answered]
+        for key in withdrawn:
+            del self.rows[key]
+        if is_replaced or withdrawn:
+            lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in self.rows.values()]
+            self.folder.write_bytes("manifest.jsonl", "".join(lines).encode())
+        return num_done + len(withdrawn), problems
+
+    def _read(self, task: Mapping[str, Any]) -> tuple[dict[str, Any], Masks]:
+        from dagkit.errors import LabelStudioError
+        from dagkit.labelstudio.answers import decide, read_answers
+
+        key = task["data"].get("key")
+        if key not in self.images:
+            raise LabelStudioError(
+                f"task {task['id']}: its key {key!r} is no candidate of this workspace ({self.candidates.path}). Was "
+                "it made by "
+                "hand? Delete it in Label Studio."
+            )
+        size = self.candidates.read_image(self.images[key]).size
+        premask = self._premask(key)
+        answers = read_answers(task, self.concept_labels, size, self._pseudonym, premask)
+        verdict = decide(answers, self.concept_labels, size, premask=premask, rule=self.consensus, min_iou=self.min_iou)
+        seconds = [answer.seconds for answer in answers if answer.seconds is not None]
+        row: dict[str, Any] = {
+            "key": key,
+            "state": verdict.state,
+            "masks": {label: f"masks/{key}-{label}.png" for label in verdict.masks},
+            "iou_to_premask": verdict.iou_to_premask,
+            "annotators": [answer.annotator for answer in answers],
+            "seconds": sum(seconds) if seconds else None,
+            "created": min(answer.created for answer in answers),
+            "updated": max(answer.updated for answer in answers),
+            "task_id": task["id"],
+            "reasons": list(verdict.reasons),
+            "pair_ious": [list(pair) for pair in verdict.pair_ious],
+            "answers": [
+                {
+                    "annotator": answer.annotator,
+                    "state": answer.state,
+                    "labels": list(answer.masks),
+                    "iou_to_premask": answer.iou_to_premask,
+                    "seconds": answer.seconds,
+                    "updated": answer.updated,
+                }
+                for answer in answers
+            ],
+        }
+        return row, verdict.masks
+
+    def _premask(self, key: str) -> Masks | None:
+        import numpy as np
+
+        if key not in self.proposed:
+            return None
+        return {
+            label: np.asarray(self.premasks.read_image(found["path"], "L")) > 127
+            for label, found in self.proposed[key].items()
+        }
+
+    def _pseudonym(self, user_id: int) -> str:
+        """Numbered in the order of appearance, and written down before a row uses it."""
+        if str(user_id) not in self.names:
+            self.names[str(user_id)] = f"annotator-{len(self.names) + 1}"
+            self.folder.write_json("annotators.json", self.names)
+        return self.names[str(user_id)]
+
+
+def _with_margin(since: str | None) -> str | None:
+    """A minute earlier: databases may show a change later than one that bears a later time."""
+    from datetime import UTC, datetime, timedelta
+
+    if since is None:
+        return None
+    earlier = datetime.fromisoformat(since).astimezone(UTC) - timedelta(minutes=1)
+    return earlier.strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the one form that the server's filters read
+
+
+def _pushed_to(project: Mapping[str, Any]) -> str | None:
+    """The server that holds the tasks, or None where that is the embedded one, which is then started."""
+    from dagkit.labelstudio.server import EmbeddedServer
+
+    login = EmbeddedServer().login()
+    url = project.get("url")
+    return None if login is not None and url == login.url else url
+
+
+def _png(mask: Any) -> bytes:
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@click.command("pull")
+@common.concept_option
+@common.workspace_option
+@click.option(
+    "--label-studio",
+    "url",
+    metavar="URL",
+    envvar="DAGKIT_LABEL_STUDIO",
+    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: where the tasks were pushed.",
+)
+@click.option(
+    "--consensus",
+    type=click.Choice(["majority", "union", "intersection"]),
+    default="majority",
+    show_default=True,
+    help="How several answers to one task make a mask.",
+)
+@click.option(
+    "--min-iou",
+    type=click.FloatRange(0, 1),
+    default=0.7,
+    show_default=True,
+    help="Two masks with a lower IoU count as a disagreement.",
+)
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    url: str | None,
+    consensus: Consensus,
+    min_iou: float,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Fetch what annotators made of the pre-masks.
+
+    Fetches only what is new or changed; run it as often as you like.
+    """
+    from dagkit.concept import load_concept
+    from dagkit.workspace import Workspace
+
+    run(
+        Workspace(workspace_path),
+        load_concept(concept_name),
+        url=url,
+        consensus=consensus,
+        min_iou=min_iou,
+        progress=common.Progress(is_quiet),
+        tell=lambda line: click.echo(line, err=True),
+    ).show(as_json)

@@ -1,0 +1,217 @@
+"""push: premasks/ -> labeling/. Candidates and their pre-masks become tasks in Label Studio, each exactly once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dagkit.concept import Concept
+    from dagkit.labelstudio.client import Client
+    from dagkit.labelstudio.tasks import Task
+    from dagkit.workspace import StageFolder, Workspace
+
+
+def run(
+    workspace: Workspace,
+    concept: Concept,
+    *,
+    client: Client | None = None,
+    url: str | None = None,
+    label_config: str | None = None,
+    num_annotators: int = 1,
+    batch_size: int | None = None,
+    progress: common.Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> common.StageResult:
+    """Sends to Label Studio what it does not have yet, and notes the ids of its tasks in ``labeling/<concept>/``.
+
+    The project is found again by its title, which is made once for a workspace; so a run that was killed, or whose
+    server died, is finished by running it again, and nothing is there twice.
+
+    Args:
+        workspace: holds ``candidates/`` and ``premasks/``.
+        concept: whose labels to offer.
+        client: connection to use; None: `dagkit.labelstudio.access.connect` with ``url``.
+        url: root of a team's server; None for the embedded one.
+        label_config: XML of the labelling page; None: rendered from the concept, or ``<concept>.xml`` beside its file.
+        num_annotators: how many are to answer each task, >= 1.
+        batch_size: tasks a request; None for the default.
+        progress: shows progress; None for silence.
+        tell: is given one line before each long step.
+
+    Raises:
+        LabelStudioError: the server is down, refuses, or a prediction is invalid. What was sent before stays.
+        WorkspaceError: nothing to send, or images or masks are unreadable; all others were sent.
+    """
+    from dagkit.errors import WorkspaceError
+    from dagkit.labelstudio import tasks
+    from dagkit.labelstudio.access import connect
+    from dagkit.labelstudio.config import interface
+    from dagkit.workspace import lock
+
+    candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)
+    images = {row["key"]: row["image"] for row in candidates.rows()}
+    rows = {row["key"]: row for row in premasks.rows() if row["key"] in images}
+    if not rows:
+        raise WorkspaceError(
+            f"{premasks.path}: expected pre-masked candidates, but there are none. Run `dagkit premask` first."
+        )
+    config = label_config or page(concept)
+    interface(config)
+    progress = progress or common.Progress(is_quiet=True)
+    folder = workspace.stage("labeling", concept.name)
+    with lock(folder.path):
+        client = client or connect(url, tell)
+        project_id = find_project(client, folder, concept, config, num_annotators)
+        noted = folder.keys()
+        num_before = len(noted)
+        problems: list[str] = []
+
+        def make(key: str) -> Task | None:
+            try:
+                return _task(key, images[key], rows[key], candidates, premasks)
+            except WorkspaceError as error:
+                problems.append(str(error))
+                return None
+
+        def done(ids: Mapping[str, int]) -> None:
+            for key in (key for key in rows if key in ids and key not in noted):
+                folder.append({"key": key, "task_id": ids[key]})
+                noted.add(key)
+
+        num_sent = tasks.push(
+            client,
+            project_id,
+            config,
+            list(rows),
+            make,
+            done,
+            batch_size=batch_size or tasks.DEFAULT_BATCH_SIZE,
+            track=lambda batches, total: progress.track(batches, total=total, description="push"),
+        )
+    if problems:
+        raise WorkspaceError(
+            f"{problems[0]} ({len(problems)} of {len(rows)} were not sent; the others are on the server.)"
+        )
+    address = f"{client.url}/projects/{project_id}/data"
+    return common.StageResult(
+        "push",
+        num_sent,
+        len(rows) - num_sent,
+        f"{num_sent} tasks sent, {len(rows) - num_sent} were there already -> {address}",
+        {"url": address, "project_id": project_id, "num_noted_before": num_before, "path": folder.path},
+    )
+
+
+def page(concept: Concept) -> str:
+    """The labelling page of a concept: ``annotation_configs/<name>.xml`` where there is one, else rendered."""
+    from dagkit.labelstudio.config import labelling_config
+    from dagkit.resources import shipped_folder
+
+    override = shipped_folder("annotation_configs") / f"{concept.name}.xml"
+    return override.read_text(encoding="utf-8") if override.exists() else labelling_config(concept)
+
+
+def find_project(client: Client, folder: StageFolder, concept: Concept, config: str, num_annotators: int) -> int:
+    """Finds this workspace's project on a server, or makes it, and brings its page up to date.
+
+    Its title is written down before the project is made, so a run that dies in between makes no second one.
+
+    Raises:
+        LabelStudioError: the workspace belongs to a project on another server, or the project was deleted.
+    """
+    import secrets
+
+    from dagkit.errors import LabelStudioError
+
+    if not (folder.path / "project.json").exists():
+        folder.write_json("project.json", {"title": f"dagkit {concept.name} {secrets.token_hex(4)}"})
+    saved = folder.read_json("project.json")
+    found = client.find_projects(saved["title"])
+    if not found and "project_id" in saved:
+        raise LabelStudioError(
+            f"{folder.path}: its tasks are in project {saved['project_id']} at {saved['url']}, but {client.url} has "
+            "no such project. "
+            f"Use that server; or, if the project was deleted, delete {folder.path} and push again."
+        )
+    if not found:
+        description = f"Mark {', '.join(concept.labels.positive)}: {concept.summary}"
+        found = [client.create_project(saved["title"], config, description, num_annotators)]
+    project_id = saved.get("project_id") if saved.get("project_id") in found else found[0]
+    settings = {"label_config": config, "maximum_annotations": num_annotators}
+    before = client.project(project_id)
+    if changed := {name: value for name, value in settings.items() if before[name] != value}:
+        client.update_project(project_id, **changed)
+    folder.write_json("project.json", {"title": saved["title"], "url": client.url, "project_id": project_id})
+    return int(project_id)
+
+
+def _task(key: str, image: str, row: Mapping[str, Any], candidates: StageFolder, premasks: StageFolder) -> Task:
+    import numpy as np
+
+    from dagkit.labelstudio.tasks import Task, prediction
+
+    width, height = candidates.read_image(image).size
+    masks, scores = {}, {}
+    for label, found in row["masks"].items():
+        masks[label] = np.asarray(premasks.read_image(found["path"], "L")) > 127
+        scores[label] = found["score"]
+    makers = [*row.get("proposers", []), *([row["segmenter"]] if row.get("segmenter") else [])]
+    version = "+".join(f"{maker['name']}@{maker['version']}" for maker in makers) or "dagkit"
+    proposed = prediction(masks, scores, model_version=version) if masks else None
+    return Task(key, candidates.inside(image).read_bytes(), width, height, proposed)
+
+
+@click.command("push")
+@common.concept_option
+@common.workspace_option
+@click.option(
+    "--label-studio",
+    "url",
+    metavar="URL",
+    envvar="DAGKIT_LABEL_STUDIO",
+    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
+)
+@click.option(
+    "--label-config",
+    "label_config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="XML of the labelling page. Default: made from the concept.",
+)
+@click.option("--num-annotators", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers per task.")
+@click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    url: str | None,
+    label_config: Path | None,
+    num_annotators: int,
+    batch_size: int | None,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Send candidates and pre-masks to Label Studio.
+
+    Sends only what is not there yet; run it again after any failure.
+    """
+    from dagkit.concept import load_concept
+    from dagkit.workspace import Workspace
+
+    run(
+        Workspace(workspace_path),
+        load_concept(concept_name),
+        url=url,
+        label_config=label_config.read_text(encoding="utf-8") if label_config else None,
+        num_annotators=num_annotators,
+        batch_size=batch_size,
+        progress=common.Progress(is_quiet),
+        tell=lambda line: click.echo(line, err=True),
+    ).show(as_json)
