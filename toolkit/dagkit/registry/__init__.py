@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from dagkit.registry.cache import cache_folder
+from dagkit.registry.index import FIGURES_FILE, SIGNATURE_FILE, Entry, Index
+from dagkit.registry.locations import Location, open_location
 from dagkit.registry.proposal import concept_definition, propose_version
-from dagkit.registry.reference import Reference, is_version, parse, version_key
+from dagkit.registry.publishing import (
+    Parcel,
+    check,
+    pack,
+    publish,
+    published,
+    published_figures,
+    replaced,
+    written_files,
+)
+from dagkit.registry.reference import Reference, is_version, parse, parse_location, version_key
 from dagkit.registry.resolution import ResolvedToken, load_token, resolve
 from dagkit.registry.roots import concepts_in, local_tokens, next_version_in, require_new, token_roots, versions_in
 
 __all__ = [
+    "FIGURES_FILE",
+    "SIGNATURE_FILE",
+    "Entry",
+    "Index",
+    "Location",
+    "Parcel",
     "Reference",
     "ResolvedToken",
+    "cache_folder",
+    "check",
     "concept_definition",
     "concepts_in",
     "is_version",
     "load_token",
     "local_tokens",
     "next_version_in",
+    "open_location",
+    "pack",
     "parse",
+    "parse_location",
     "propose_version",
+    "publish",
+    "published",
+    "published_figures",
+    "replaced",
     "require_new",
     "resolve",
     "token_roots",
     "version_key",
     "versions_in",
+    "written_files",
 ]

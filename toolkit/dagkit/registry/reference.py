@@ -78,6 +78,22 @@ def parse(text: str) -> Reference:
     return Reference(text, name=name, wanted=_wanted(text, wanted, bool(at)))
 
 
+def parse_location(text: str) -> str:
+    """Checks the URL of a place to publish to: like a reference, but without a version.
+
+    Raises:
+        TokenError: it is no such URL, or has a version.
+    """
+    reference = parse(text)
+    if reference.url is None:
+        raise TokenError(
+            f"{text!r} is not a place for tokens. Expected hf://org/name, s3://bucket/prefix or file:///folder."
+        )
+    if "@" in text.rpartition("/")[2]:
+        raise TokenError(f"{text!r}: expected a place without a version. Write {reference.url}.")
+    return reference.url
+
+
 def is_version(text: str) -> bool:
     """Whether ``text`` is a semantic version of three plain numbers, as all tokens have."""
     return _VERSION.fullmatch(text) is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dagkit.errors import TokenError
 from dagkit.registry import roots as token_folders
+from dagkit.registry.cache import fetch
 from dagkit.registry.reference import is_version, parse
 from dagkit.token import RECORD_FILE, GuidelineToken
 
@@ -51,7 +52,8 @@ def resolve(
     if parsed.name is not None:
         path = token_folders.find(parsed, token_folders.token_roots(workspace) if roots is None else roots)
         return ResolvedToken(parsed.text, path, concept=parsed.name, version=path.name)
-    raise TokenError(f"{parsed.text!r}: URLs cannot be read yet.")
+    path, pin = fetch(parsed)
+    return ResolvedToken(parsed.text, path, concept=pin.concept, version=pin.entry.version, url=parsed.url)
 
 
 def load_token(reference: str | Path, *, workspace: str | Path | None = None) -> GuidelineToken:

@@ -1,0 +1,185 @@
+"""``hf://org/name``: a model repository on the Hugging Face Hub, with a tag ``v1.2.0`` for each version.
+
+Credentials come from ``hf auth login`` or ``HF_TOKEN``, the server from ``HF_ENDPOINT``. Written are the files (one
+commit), the tag, and last the index (one commit): readers go by the index, which pins the commit of every version.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or httpx2, as it uses
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dagkit.errors import PublishError
+from dagkit.registry.index import (
+    EXAMPLES,
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    PAGE_FILE,
+    SIGNATURE_FILE,
+    Entry,
+    Index,
+    page,
+    parse_index,
+)
+from dagkit.registry.locations.keyed import extend
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+_MAIN: Final = "main"
+
+
+class Hub:
+    """A repository, private where it is made by us unless asked otherwise."""
+
+    def __init__(self, url: str, *, is_public: bool = False) -> None:
+        self.url = url
+        self.is_public = is_public
+        self._repo = url.removeprefix("hf://")
+
+    def local_folder(self, entry: Entry) -> Path | None:
+        """None: not on this disk."""
+        return None
+
+    def read_index(self) -> Index | None:
+        """What is published, or None where there is no index or no repository that we may see."""
+        with self._errors("read"):
+            try:
+                return self._index(_MAIN)
+            except (RevisionNotFoundError, RepositoryNotFoundError):
+                return None
+
+    def read(self, entry: Entry, name: str) -> bytes:
+        """One file of a version, at the commit that the index pins."""
+        with self._errors("read"):
+            try:
+                return self._download(name, entry.revision or f"v{entry.version}", entry.files[name].size)
+            except (EntryNotFoundError, RevisionNotFoundError) as error:
+                raise PublishError(
+                    f"{self.url}: the index names {name} of {entry.version}, but it is not there. Publish it again."
+                ) from error
+
+    def publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
+        """Writes the files, then the tag, then the index that names them."""
+        api = HfApi()
+        with self._errors("written"):
+            info = self._repository(api)
+            before = self._index(info.sha or _MAIN)
+            extend(before, concept, entry, self.url)
+            stale = {
+                sibling.rfilename
+                for sibling in info.siblings or ()
+                if sibling.rfilename.startswith(EXAMPLES) or sibling.rfilename == SIGNATURE_FILE
+            } - set(files)
+            commit = api.create_commit(
+                self._repo,
+                [
+                    *(CommitOperationAdd(name, data) for name, data in files.items()),
+                    *(CommitOperationDelete(name) for name in sorted(stale)),
+                ],
+                commit_message=f"Add {concept} {entry.version}",
+                parent_commit=info.sha,
+            )
+            self._tag(api, f"v{entry.version}", commit.oid)
+            index = extend(before, concept, entry.model_copy(update={"revision": commit.oid}), self.url)
+            api.create_commit(
+                self._repo,
+                [
+                    CommitOperationAdd(INDEX_FILE, index.to_bytes()),
+                    CommitOperationAdd(PAGE_FILE, page(index, self.url).encode()),
+                ],
+                commit_message=f"Publish {concept} {entry.version}",
+                parent_commit=commit.oid,
+            )
+        return index
+
+    def write_page(self, index: Index) -> None:
+        """Writes ``INDEX.md`` anew."""
+        with self._errors("written"):
+            HfApi().create_commit(
+                self._repo,
+                [CommitOperationAdd(PAGE_FILE, page(index, self.url).encode())],
+                commit_message="Write the index page anew",
+            )
+
+    def _repository(self, api: HfApi) -> ModelInfo:
+        try:
+            info = api.model_info(self._repo, revision=_MAIN)
+        except RepositoryNotFoundError:
+            api.create_repo(self._repo, private=not self.is_public, exist_ok=True)
+            return api.model_info(self._repo, revision=_MAIN)
+        if info.private is False and not self.is_public:
+            raise PublishError(f"{self.url} is public. Add --public if everybody may have this token, or use another.")
+        return info
+
+    def _tag(self, api: HfApi, tag: str, revision: str) -> None:
+        try:
+            api.create_tag(self._repo, tag=tag, revision=revision)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            api.delete_tag(self._repo, tag=tag)  # left by a publish that was interrupted: no index names it
+            api.create_tag(self._repo, tag=tag, revision=revision)
+
+    def _index(self, revision: str) -> Index | None:
+        try:
+            data = self._download(INDEX_FILE, revision, MAX_INDEX_BYTES)
+        except EntryNotFoundError:
+            return None
+        return parse_index(data, f"{self.url}/{INDEX_FILE}")
+
+    def _download(self, name: str, revision: str, limit: int) -> bytes:
+        url = hf_hub_url(self._repo, name, revision=revision, endpoint=constants.ENDPOINT)
+        size = get_hf_file_metadata(url).size
+        if size is not None and size > limit:
+            raise PublishError(f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it.")
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(hf_hub_download(self._repo, name, revision=revision, local_dir=folder)).read_bytes()
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RepositoryNotFoundError as error:
+            raise PublishError(
+                f"{self.url}: there is no such repository, or you may not see it. Log in with: hf auth login"
+            ) from error
+        except (LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
+            raise PublishError(f"{self.url} cannot be {what}: {str(error).splitlines()[0]}") from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            advice = {
+                401: "Log in with: hf auth login",
+                403: "Your access token may not write there; make one that may.",
+                409: "Somebody else published there at the same time. Run the same command again.",
+                412: "Somebody else published there at the same time. Run the same command again.",
+            }.get(status, "Try again later.")
+            reason = error.server_message or error.response.reason_phrase
+            raise PublishError(f"{self.url} cannot be {what}: HTTP {status} {reason}. {advice}") from error
+        except (HTTPError, OSError) as error:
+            raise PublishError(
+                f"{self.url} cannot be {what}: {str(error) or type(error).__name__}. Check the network and HF_ENDPOINT."
+            ) from error
