@@ -1,0 +1,43 @@
+"""Datasets of reviewed masks: built from a workspace, split so that near-twins stay together, with card and provenance.
+
+data = load_dataset("runs/dataset/weapon")        # datasets.DatasetDict: train, validation, test
+rows = examples(data["train"])                    # images, masks, prompts
+"""
+
+from __future__ import annotations
+
+from dagkit.dataset.building import Collection, Record, build, collect
+from dagkit.dataset.checking import Finding, check
+from dagkit.dataset.schema import FEATURES, REVIEW_STATES, SPLITS
+from dagkit.dataset.storage import (
+    AnnotatedImage,
+    examples,
+    fingerprint,
+    load_dataset,
+    push_dataset,
+    read_summary,
+    save_dataset,
+    summarise,
+    write_parquet,
+)
+
+__all__ = [
+    "FEATURES",
+    "REVIEW_STATES",
+    "SPLITS",
+    "AnnotatedImage",
+    "Collection",
+    "Finding",
+    "Record",
+    "build",
+    "check",
+    "collect",
+    "examples",
+    "fingerprint",
+    "load_dataset",
+    "push_dataset",
+    "read_summary",
+    "save_dataset",
+    "summarise",
+    "write_parquet",
+]

@@ -1,0 +1,253 @@
+"""From a workspace to a dataset: what annotators said, or, if asked for, pre-masks that nobody looked at."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dagkit.dataset.likeness import find_twins, perceptual_hash
+from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS
+from dagkit.dataset.splitting import assign_splits, find_families
+from dagkit.errors import DatasetError, WorkspaceError
+from dagkit.segmenters import combine
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from dagkit.concept import Concept
+    from dagkit.workspace import StageFolder, Workspace
+
+TWIN_DISTANCE: Final = 2
+"""Images whose perceptual hashes differ in at most so many bits never straddle splits."""
+
+_LEFT_OUT: Final = {"skipped": "skipped by annotators", "cannot_tell": "annotators cannot tell"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a dataset before it has a split.
+
+    Attributes:
+        values: all columns but ``family``; the image as its path, so that memory holds one image at a time.
+        perceptual_hash: of the image.
+    """
+
+    values: dict[str, Any]
+    perceptual_hash: int
+
+    @property
+    def key(self) -> str:
+        """The candidate's key."""
+        key: str = self.values["key"]
+        return key
+
+    @property
+    def is_unsafe(self) -> bool:
+        """Whether its mask has a pixel."""
+        return bool(self.values["label"] == LABELS.index("unsafe"))
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a workspace holds for a dataset.
+
+    Attributes:
+        records: usable rows, in the order of the candidates.
+        left_out: reason -> number of candidates that are not in it.
+    """
+
+    records: list[Record]
+    left_out: dict[str, int]
+
+
+def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool = False) -> Collection:
+    """Reads candidates, pre-masks and annotations of a concept.
+
+    A reviewed candidate counts as its annotators say: what they marked, or nothing. Skipped ones are left out, and so
+    are those about which they cannot tell.
+
+    Args:
+        workspace: with candidates, and pre-masks or annotations.
+        concept: whose labels to combine.
+        accept_unreviewed: take candidates that nobody reviewed, too, with their pre-masks. Those of unsafe prompts in
+            which nothing was found are left out all the same: nobody knows what they show.
+
+    Raises:
+        DatasetError: a mask is not as large as its image, or an unknown review state.
+        WorkspaceError: a file is missing or unreadable; the message names it.
+    """
+    candidates, premasks, annotations = (
+        workspace.stage(name, concept.name) for name in ("candidates", "premasks", "annotations")
+    )
+    premask_rows = {row["key"]: row for row in premasks.rows()}
+    annotation_rows = {row["key"]: row for row in annotations.rows()}
+    records: list[Record] = []
+    left_out: Counter[str] = Counter()
+    for candidate in candidates.rows():
+        key = candidate["key"]
+        premask = premask_rows.get(key)
+        review = annotation_rows.get(key, {"state": "unreviewed", "masks": {}})
+        state = review["state"]
+        if state not in (*REVIEW_STATES, *_LEFT_OUT):
+            raise DatasetError(
+                f"{annotations.manifest}: {key} has the state {state!r}; expected one of "
+                f"{', '.join((*REVIEW_STATES, *_LEFT_OUT))}. Run: dagkit pull --concept {concept.name}"
+            )
+        if state in _LEFT_OUT:
+            left_out[_LEFT_OUT[state]] += 1
+        elif state == "unreviewed" and not accept_unreviewed:
+            left_out["not reviewed yet"] += 1
+        elif state == "unreviewed" and premask is None:
+            left_out["neither reviewed nor pre-masked"] += 1
+        elif state == "unreviewed" and premask and not premask["masks"] and candidate["kind"] != "safe":
+            left_out["unsafe prompt, nothing found, not reviewed"] += 1
+        else:
+            is_reviewed = state != "unreviewed"
+            paths = review["masks"] if is_reviewed else {k: v["path"] for k, v in (premask or {})["masks"].items()}
+            masks_folder = annotations if is_reviewed else premasks
+            records.append(_record(concept, candidates, candidate, premask, review, masks_folder, paths))
+    return Collection(records, dict(left_out))
+
+
+def build(
+    collection: Collection, concept: Concept, *, previous: Mapping[str, str] | None = None, seed: int = 0
+) -> DatasetDict:
+    """Splits the records into train, validation and test.
+
+    Rows that share a prompt or a seed, or look nearly the same, stay together. A split may be empty when there are few
+    rows.
+
+    Args:
+        collection: as from `collect`.
+        concept: for messages.
+        previous: key -> split in the dataset that this one replaces; kept.
+        seed: of the split.
+
+    Raises:
+        DatasetError: there is no row, or none that shows the concept.
+    """
+    from datasets import Dataset, DatasetDict
+
+    records = collection.records
+    if not any(record.is_unsafe for record in records):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in collection.left_out.items()) or "no candidates"
+        raise DatasetError(
+            f"concept {concept.name!r}: {len(records)} usable images, and none shows the concept ({reasons} left out). "
+            f"Review candidates with dagkit annotate --concept {concept.name}, or accept pre-masks with --unreviewed."
+        )
+    keys = [record.key for record in records]
+    twins = find_twins({record.key: record.perceptual_hash for record in records}, TWIN_DISTANCE)
+    families = find_families(
+        keys,
+        [
+            {record.key: record.values["prompt"] for record in records},
+            {record.key: record.values["seed"] for record in records},
+            {key: twins.get(key, key) for key in keys},
+        ],
+    )
+    strata = {record.key: LABELS[record.values["label"]] for record in records}
+    splits = assign_splits(families, strata, previous=previous, seed=seed)
+    return DatasetDict(
+        {
+            split: Dataset.from_list(
+                [{**r.values, "family": families[r.key]} for r in records if splits[r.key] == split], features=FEATURES
+            )
+            for split in SPLITS
+        }
+    )
+
+
+def _record(
+    concept: Concept,
+    candidates: StageFolder,
+    candidate: dict[str, Any],
+    premask: dict[str, Any] | None,
+    review: dict[str, Any],
+    masks_folder: StageFolder,
+    paths: Mapping[str, str],
+) -> Record:
+    image = candidates.read_image(candidate["image"])
+    masks = {label: _read_mask(masks_folder, path, image.size) for label, path in paths.items()}
+    mask = combine(masks, concept.labels.negative, (image.height, image.width))
+    state = review["state"]
+    settings = candidate["settings"]
+    found = premask or {"proposers": [], "segmenter": {"name": None, "version": None}, "score": None, "masks": {}}
+    values = {
+        "key": candidate["key"],
+        "image": {"bytes": None, "path": str(candidates.inside(candidate["image"]))},
+        "mask": {"bytes": _png(mask), "path": None},
+        "label": int(mask.any()),
+        "concept": concept.name,
+        "prompt": candidate["prompt"],
+        "prompt_kind": candidate.get("prompt_kind", candidate["kind"]),
+        "seed": candidate["seed"],
+        "model": _model_name(candidate["model"], concept),
+        "model_fingerprint": candidate["model_fingerprint"],
+        "sampler": {name: settings.get(name) for name in FEATURES["sampler"]},
+        "proposers": found["proposers"],
+        "segmenter": found["segmenter"],
+        "premask_score": found["score"],
+        "regions": [
+            {
+                "label": label,
+                "is_positive": label in concept.labels.positive,
+                "score": region.get("score"),
+                "proposal_score": region.get("proposal_score"),
+            }
+            for label, region in found["masks"].items()
+        ],
+        "review_state": state,
+        "is_changed": state == "changed" or (state == "empty" and bool(found["masks"])),
+        "iou_to_premask": review.get("iou_to_premask"),
+        "agreement": review.get("agreement"),
+        "annotators": review.get("annotators", []),
+        "seconds": review.get("seconds"),
+        "created": _time(review.get("created")),
+        "updated": _time(review.get("updated")),
+    }
+    return Record(values, perceptual_hash(image))
+
+
+def _read_mask(folder: StageFolder, path: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+    mask = folder.read_image(path, "L")
+    if mask.size != size:
+        raise DatasetError(
+            f"{folder.path / path}: expected a mask of {size[0]}x{size[1]} px, as large as its image, but got "
+            f"{mask.width}x{mask.height}. Delete the mask and its row in {folder.manifest}, and run the stage again."
+        )
+    result: NDArray[np.bool_] = np.asarray(mask) > 127
+    return result
+
+
+def _png(mask: NDArray[np.bool_]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _model_name(source: str, concept: Concept) -> str:
+    """A Hub id or ``demo`` as it is; of a local folder only its name, so that no dataset tells where somebody works."""
+    path = PurePath(source)
+    if concept.model == "demo" and path.parts[-3:] == ("demo", "data", "model"):
+        return "demo"
+    return path.name if path.is_absolute() or source.startswith((".", "~")) else source
+
+
+def _time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError as error:
+        raise WorkspaceError(
+            f"expected an ISO 8601 time in an annotation, but got {text!r}. Run dagkit pull again."
+        ) from error

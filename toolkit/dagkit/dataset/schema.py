@@ -1,0 +1,81 @@
+"""The columns of a dataset, and what their values may be."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from datasets import ClassLabel, Features, Image, List, Value
+
+SPLITS: Final = ("train", "validation", "test")
+LABELS: Final = ("safe", "unsafe")
+REVIEW_STATES: Final = ("accepted", "changed", "empty", "unreviewed")
+"""What a person made of the pre-mask: kept it, changed it, said that there is nothing, or never saw it."""
+
+FEATURES: Final = Features(
+    {
+        "key": Value("string"),
+        "image": Image(),
+        "mask": Image(),
+        "label": ClassLabel(names=list(LABELS)),
+        "concept": Value("string"),
+        "prompt": Value("string"),
+        "prompt_kind": Value("string"),
+        "seed": Value("int64"),
+        "model": Value("string"),
+        "model_fingerprint": Value("string"),
+        "sampler": {
+            "scheduler": Value("string"),
+            "num_inference_steps": Value("int32"),
+            "guidance_scale": Value("float32"),
+            "width": Value("int32"),
+            "height": Value("int32"),
+        },
+        "proposers": List({"name": Value("string"), "version": Value("string")}),
+        "segmenter": {"name": Value("string"), "version": Value("string")},
+        "premask_score": Value("float32"),
+        "regions": List(
+            {
+                "label": Value("string"),
+                "is_positive": Value("bool"),
+                "score": Value("float32"),
+                "proposal_score": Value("float32"),
+            }
+        ),
+        "review_state": Value("string"),
+        "is_changed": Value("bool"),
+        "iou_to_premask": Value("float32"),
+        "agreement": Value("float32"),
+        "annotators": List(Value("string")),
+        "seconds": Value("float32"),
+        "created": Value("timestamp[s, tz=UTC]"),
+        "updated": Value("timestamp[s, tz=UTC]"),
+        "family": Value("string"),
+    }
+)
+
+DESCRIPTIONS: Final = {
+    "key": "the candidate's key in the workspace",
+    "image": "RGB, as the base model drew it",
+    "mask": "mode L, 255 where the concept is: positive labels minus negative ones",
+    "label": "unsafe where the mask has a pixel, else safe",
+    "concept": "the concept's name",
+    "prompt": "what the image was drawn from",
+    "prompt_kind": "unsafe, hinted or safe: what the prompt asked for, not what came",
+    "seed": "of the image",
+    "model": "the base model that drew it",
+    "model_fingerprint": "SHA-256 of its weights",
+    "sampler": "scheduler, steps, guidance scale, size in pixels",
+    "proposers": "who proposed regions, with versions",
+    "segmenter": "who outlined them, with version",
+    "premask_score": "mean trust in the positive pre-masks, in [0, 1]; 0 without any",
+    "regions": "each label of the pre-mask with the scores of its outline and of its proposal",
+    "review_state": "accepted, changed, empty (a person says that there is nothing) or unreviewed",
+    "is_changed": "whether a person changed the pre-mask",
+    "iou_to_premask": "IoU of mask and pre-mask, where a person saw it",
+    "agreement": "mean pairwise IoU of the annotators, where there were several",
+    "annotators": "pseudonyms",
+    "seconds": "time that annotators spent",
+    "created": "when it was first annotated",
+    "updated": "when it was last annotated",
+    "family": "rows of one family share a prompt, a seed or a look, and never straddle splits",
+}

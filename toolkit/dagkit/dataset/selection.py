@@ -1,0 +1,99 @@
+"""Which candidates to send to annotators first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Selection = Literal["all", "uncertain", "diverse"]
+SELECTIONS: Final[tuple[Selection, ...]] = ("all", "uncertain", "diverse")
+
+_CELLS: Final = 8
+
+
+def select_uncertain(uncertainty: Mapping[str, float]) -> list[str]:
+    """Keys by falling uncertainty; ties keep their order.
+
+    Args:
+        uncertainty: key -> in [0, 1], e.g. `disagreement`, or 1 minus the pre-mask's score.
+    """
+    return sorted(uncertainty, key=lambda key: -uncertainty[key])
+
+
+def select_diverse(features: Mapping[str, NDArray[np.floating[Any]]], num: int | None = None) -> list[str]:
+    """Keys so ordered that any beginning covers the images well: farthest-first traversal (Gonzalez 1985).
+
+    Args:
+        features: key -> (d,) float, e.g. `layout_features` or an embedding of the base model.
+        num: how many; all where not given.
+
+    Returns:
+        The image next to the mean first, then always the one that is farthest from all before it.
+    """
+    keys = list(features)
+    if not keys:
+        return []
+    points = np.stack([np.asarray(features[key], np.float64).ravel() for key in keys])
+    chosen = [int(np.linalg.norm(points - points.mean(0), axis=1).argmin())]
+    distance = np.linalg.norm(points - points[chosen[0]], axis=1)
+    while len(chosen) < min(len(keys), num if num is not None else len(keys)):
+        distance[chosen] = -1.0
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return [keys[index] for index in chosen]
+
+
+def disagreement(token_region: NDArray[np.bool_], premask: NDArray[np.bool_]) -> float:
+    """How much a guideline token and SAM differ about one image: 1 - IoU, in [0, 1]; 0 where both see nothing.
+
+    Args:
+        token_region: (H, W) bool, the token's highlighted region.
+        premask: (H, W) bool.
+    """
+    union = int((token_region | premask).sum())
+    return 1.0 - int((token_region & premask).sum()) / union if union else 0.0
+
+
+def layout_features(image: Image.Image) -> NDArray[np.float64]:
+    """(192,) float64 in [0, 1]: mean colour of each of 8x8 cells. A simple embedding that needs no model."""
+    from PIL import Image as images  # noqa: N813
+
+    small = image.convert("RGB").resize((_CELLS, _CELLS), images.Resampling.BOX)
+    return np.asarray(small, np.float64).ravel() / 255
+
+
+def select(
+    selection: Selection,
+    keys: Sequence[str],
+    *,
+    uncertainty: Mapping[str, float] | None = None,
+    features: Mapping[str, NDArray[np.floating[Any]]] | None = None,
+    num: int | None = None,
+) -> list[str]:
+    """Orders candidates for annotators, and keeps the first ``num``.
+
+    Args:
+        selection: ``all`` keeps the order; ``uncertain`` needs ``uncertainty``; ``diverse`` needs ``features``.
+        keys: of the candidates.
+        uncertainty: key -> in [0, 1].
+        features: key -> (d,) float.
+        num: how many; all where not given.
+
+    Raises:
+        ValueError: what the selection needs is not given.
+    """
+    if selection == "uncertain":
+        if uncertainty is None:
+            raise ValueError("the selection 'uncertain' needs uncertainties.")
+        return select_uncertain({key: uncertainty[key] for key in keys})[:num]
+    if selection == "diverse":
+        if features is None:
+            raise ValueError("the selection 'diverse' needs features.")
+        return select_diverse({key: features[key] for key in keys}, num)
+    return list(keys)[:num]
