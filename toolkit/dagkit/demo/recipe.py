@@ -122,7 +122,7 @@ class SamRecipe:
     reconstructed_share: float = 0.25
     latent_noise: float = 0.3
     box_slack: float = 0.12
-    schedule: Schedule = Schedule(2000, 8, 1e-3, 100, 0.2, ema_decay=0.99, seed=3)
+    schedule: Schedule = Schedule(1600, 8, 1e-3, 100, 0.2, ema_decay=0.99, seed=3)
 
 
 @dataclass(frozen=True, slots=True)
