@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dagkit.dataset.likeness import find_twins, perceptual_hash
-from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS
+from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
 from dagkit.dataset.splitting import assign_splits, find_families
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.segmenters import combine
@@ -156,13 +156,11 @@ def build(
     )
     strata = {record.key: LABELS[record.values["label"]] for record in records}
     splits = assign_splits(families, strata, previous=previous, seed=seed)
+    rows = {
+        split: [{**r.values, "family": families[r.key]} for r in records if splits[r.key] == split] for split in SPLITS
+    }
     return DatasetDict(
-        {
-            split: Dataset.from_list(
-                [{**r.values, "family": families[r.key]} for r in records if splits[r.key] == split], features=FEATURES
-            )
-            for split in SPLITS
-        }
+        {split: Dataset.from_list(rows[split], features=FEATURES) if rows[split] else empty_split() for split in SPLITS}
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from datasets import ClassLabel, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
 SPLITS: Final = ("train", "validation", "test")
 LABELS: Final = ("safe", "unsafe")
@@ -47,11 +47,17 @@ FEATURES: Final = Features(
         "agreement": Value("float32"),
         "annotators": List(Value("string")),
         "seconds": Value("float32"),
-        "created": Value("timestamp[s, tz=UTC]"),
-        "updated": Value("timestamp[s, tz=UTC]"),
+        "created": Value("timestamp[ms, tz=UTC]"),
+        "updated": Value("timestamp[ms, tz=UTC]"),
         "family": Value("string"),
     }
 )
+
+
+def empty_split() -> Dataset:
+    """A split without rows."""
+    return Dataset(FEATURES.arrow_schema.empty_table())
+
 
 DESCRIPTIONS: Final = {
     "key": "the candidate's key in the workspace",

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dagkit._version import __version__
 from dagkit.dataset.card import dataset_card
-from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS
+from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
 from dagkit.errors import DatasetError
 from dagkit.workspace import sha256_json
 
@@ -330,7 +330,7 @@ def _describe(dataset: DatasetDict, folder: Path, summary: Mapping[str, Any]) ->
 
 
 def _checked(dataset: DatasetDict, where: str) -> DatasetDict:
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
     unknown = [split for split in dataset if split not in SPLITS]
     if "train" not in dataset or unknown:
@@ -338,8 +338,7 @@ def _checked(dataset: DatasetDict, where: str) -> DatasetDict:
     missing = [name for name in FEATURES if name not in dataset["train"].column_names]
     if missing:
         raise DatasetError(f"{where}: the columns {', '.join(missing)} are missing. Was it made by dagkit export?")
-    empty = Dataset.from_list([], features=FEATURES)
-    return DatasetDict({split: dataset.get(split, empty) for split in SPLITS})
+    return DatasetDict({split: dataset.get(split, empty_split()) for split in SPLITS})
 
 
 def _write_table(split: Dataset, path: Path) -> None:
