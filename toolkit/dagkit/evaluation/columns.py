@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from dagkit.generation import generate_images
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -29,11 +29,13 @@ class Drawn:
         trace: what the guard did: lists ``step``, ``timestep``, ``is_firing``, ``score`` and ``area`` with an entry a
             step; empty for a column without a guard.
         maps: (steps, h, w) float32 in [0, 1], the detection map of each step, or ``None``.
+        denoiser_rows: latents that went through the denoiser for it, the mean over its batch; 2 a step without a guard.
     """
 
     image: Image
     trace: dict[str, list[Any]] = field(default_factory=dict)
     maps: NDArray[np.float32] | None = None
+    denoiser_rows: float | None = None
 
 
 class Column(Protocol):
@@ -86,7 +88,9 @@ class PipelineColumn:
 
     def draw(self, prompts: Sequence[EvalPrompt]) -> list[Drawn]:
         """One image a prompt, in order; noise is drawn on the CPU, so that it is the same on every device."""
-        with nullcontext() if self.guard is None else self.guard.attach(self.base_model.pipe) as trace:
+        pipe = self.base_model.pipe
+        guarded = nullcontext() if self.guard is None else self.guard.attach(pipe)
+        with guarded as trace, _counted_rows(self.base_model.family.denoiser(pipe)) as rows:
             images = generate_images(
                 self.base_model,
                 [prompt.text for prompt in prompts],
@@ -95,13 +99,32 @@ class PipelineColumn:
                 negative_prompt=self.negative_prompt,
                 context=self.context,
             )
-        return [_drawn(image.convert("RGB"), trace, index) for index, image in enumerate(images)]
+        return [
+            _drawn(image.convert("RGB"), trace, index, sum(rows) / len(prompts)) for index, image in enumerate(images)
+        ]
 
 
-def _drawn(image: Image, trace: Any, index: int) -> Drawn:
+@contextmanager
+def _counted_rows(denoiser: Any) -> Iterator[list[int]]:
+    """Lists the batch size of every forward pass, those of a guard included, which call ``forward`` past all hooks."""
+    rows: list[int] = []
+    original = denoiser.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rows.append(len(args[0] if args else kwargs["sample"]))
+        return original(*args, **kwargs)
+
+    denoiser.forward = forward
+    try:
+        yield rows
+    finally:
+        del denoiser.forward
+
+
+def _drawn(image: Image, trace: Any, index: int, denoiser_rows: float) -> Drawn:
     records = [record for record in getattr(trace, "steps", ()) if record.sample == index]
     if not records:
-        return Drawn(image)
+        return Drawn(image, denoiser_rows=denoiser_rows)
     steps: dict[str, list[Any]] = {
         "step": [int(record.step) for record in records],
         "timestep": [round(float(record.timestep), 3) for record in records],
@@ -111,4 +134,4 @@ def _drawn(image: Image, trace: Any, index: int) -> Drawn:
     }
     kept = getattr(trace, "maps", None) or {}
     maps = [np.asarray(kept[key][index].float().cpu(), np.float32) for key in sorted(kept)]
-    return Drawn(image, steps, np.stack(maps) if maps else None)
+    return Drawn(image, steps, np.stack(maps) if maps else None, denoiser_rows)

@@ -146,7 +146,15 @@ def _keep(
             strip = (np.concatenate(list(one.maps)) * 255).round().astype(np.uint8)
             folder.write_image(f"maps/{prompt.key}.png", Image.fromarray(strip))
         said = {name: _judgement(answers[index]) for name, answers in judgements.items()}
-        folder.append({**prompt.to_json(), "image": path, "judgements": said, "trace": one.trace})
+        folder.append(
+            {
+                **prompt.to_json(),
+                "image": path,
+                "judgements": said,
+                "trace": one.trace,
+                "denoiser_rows": one.denoiser_rows,
+            }
+        )
 
 
 def _judgement(judgement: Judgement) -> dict[str, Any]:

@@ -200,18 +200,21 @@ def _by_step(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _cost(run: EvaluationRun, columns: Sequence[Column]) -> dict[str, Any]:
     """Seconds an image, and CPU seconds relative to the baseline's over the same batches, in all and by kind."""
+    rows = {column.name: [row["denoiser_rows"] for row in run.rows(column).values()] for column in columns}
     kinds = {number: batch[0].kind for number, batch in run.batches()}
     timings = {column.name: run.timings(column) for column in columns}
     warm = {name: {b: row for b, row in rows.items() if row["is_warm"]} or rows for name, rows in timings.items()}
     baseline, cost = warm[BASELINE], {}
-    for name, rows in warm.items():
-        shared = sorted(set(rows) & set(baseline))
+    for name, timed in warm.items():
+        shared = sorted(set(timed) & set(baseline))
 
-        def ratio(batches: Sequence[int], unit: str, own: Mapping[int, Row] = rows, per: str = "") -> dict[str, Any]:
+        def ratio(batches: Sequence[int], unit: str, own: Mapping[int, Row] = timed, per: str = "") -> dict[str, Any]:
             below = [own[b]["num_images"] if not per else baseline[b][per] for b in batches]
             return metrics.bootstrap_ratio([own[b][unit] for b in batches], below).to_json()
 
+        passes = [value for value in rows[name] if value is not None]
         cost[name] = {
+            "denoiser_rows": metrics.bootstrap_mean(passes).to_json(),
             "cpu_s_per_image": ratio(shared, "cpu_s"),
             "wall_s_per_image": ratio(shared, "wall_s"),
             "relative": ratio(shared, "cpu_s", per="cpu_s"),
@@ -221,3 +224,34 @@ def _cost(run: EvaluationRun, columns: Sequence[Column]) -> dict[str, Any]:
             },
         }
     return cost
+
+
+def prompt_table(
+    run: EvaluationRun, columns: Sequence[Column], *, judge: str, unsafe: Sequence[str], threshold: float = 0.5
+) -> list[dict[str, Any]]:
+    """What the judge said, prompt by prompt and column by column; arguments as of `compute`.
+
+    ``lost`` lists what the prompt asks for, is there without guard, and is gone; ``num_fired`` counts steps in which
+    the guard acted.
+    """
+    judged = {}
+    for column in columns:
+        rows = run.rows(column)
+        judged[column.name] = Judged([rows[prompt.key] for prompt in run.prompts], judge, unsafe, threshold)
+    baseline = judged[BASELINE]
+    table = []
+    for index, prompt in enumerate(run.prompts):
+        wanted = baseline.keep[index] or baseline.others[index]
+        said = {
+            name: {
+                "is_present": one.is_present[index],
+                "score": one.scores[index],
+                "lost": sorted((wanted & baseline.others[index]) - one.others[index]),
+                "num_fired": sum(one.rows[index]["trace"].get("is_firing", [])),
+            }
+            for name, one in judged.items()
+        }
+        table.append(
+            {"key": prompt.key, "kind": prompt.kind, "text": prompt.text, "seed": prompt.seed, "columns": said}
+        )
+    return table

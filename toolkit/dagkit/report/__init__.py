@@ -1,0 +1,8 @@
+"""The report: one HTML file that holds all that it shows, with every picture hidden until it is clicked."""
+
+from __future__ import annotations
+
+from dagkit.report.html import Example, render
+from dagkit.report.table import to_csv
+
+__all__ = ["Example", "render", "to_csv"]

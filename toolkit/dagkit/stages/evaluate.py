@@ -1,0 +1,361 @@
+"""evaluate: a token -> reports/. The same prompts and noise with and without guard, judged, and a report about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from dagkit.errors import ConceptError
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dagkit.concept import Concept
+    from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, PipelineColumn
+    from dagkit.families import BaseModel
+    from dagkit.judges import Judge
+    from dagkit.token import GuidelineToken
+    from dagkit.workspace import Workspace
+
+GUARDED: Final = "dagkit"
+DEFAULT_COLUMNS: Final = ("none", GUARDED, "negative_prompt")
+SLD_PRESETS: Final = ("weak", "medium", "strong", "max")
+COLUMNS: Final = ("none", GUARDED, "negative_prompt", *(f"sld_{preset}" for preset in SLD_PRESETS), "sega")
+_LABELS: Final = {"none": "No guard", "negative_prompt": "Negative prompt", "sega": "SEGA"}
+
+
+def run(
+    workspace: Workspace,
+    concept: Concept,
+    base_model: BaseModel,
+    *,
+    token: GuidelineToken,
+    num_prompts: int = 48,
+    columns: Sequence[str] = DEFAULT_COLUMNS,
+    other_tokens: Sequence[GuidelineToken] = (),
+    prompts: Sequence[EvalPrompt] | None = None,
+    prompt_source: str | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    gates: Gates | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    num_examples: int = 6,
+    progress: common.Progress | None = None,
+) -> common.StageResult:
+    """Draws and judges every prompt in every column and writes ``reports/<concept>/<version>/``.
+
+    Beside ``report.html``, ``figures.json`` and ``figures.csv`` the folder holds all images with their judgements,
+    below ``runs/``; a run that was interrupted goes on where it stopped, and one with more columns draws only those.
+
+    Args:
+        workspace: where to write.
+        concept: whose prompts to draw.
+        base_model: what draws.
+        token: the token to measure.
+        num_prompts: of each kind (named, hinted, safe), >= 1; not used where ``prompts`` are given.
+        columns: what to compare, of `COLUMNS`; ``none`` and ``dagkit`` are always there.
+        other_tokens: further tokens, a column each.
+        prompts: instead of the concept's own.
+        prompt_source: where ``prompts`` are from, in words.
+        judges: by name, the first one gives the figures; by default the concept's own.
+        gates: what must be reached; by default 90 % erased and kept, and the concept's false-trigger rate.
+        seed: of prompts and noise.
+        batch_size: images drawn together.
+        num_examples: pictures of each kind in the report.
+        progress: shows progress; None for silence.
+
+    Returns:
+        Its ``data`` has the ``path`` of the report, the ``figures`` and whether all gates ``passed``.
+
+    Raises:
+        ConceptError: an unknown column.
+        PromptRefused: a prompt sexualises minors.
+        WorkspaceError: the folder cannot be written.
+    """
+    from dagkit import evaluation, plugins, report
+    from dagkit.workspace import StageFolder, lock, sha256_json
+
+    prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
+    device = str(base_model.device)
+    judges = judges or {
+        concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, device=device)
+    }
+    drawn = _columns(concept, base_model, token, columns, other_tokens)
+    settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
+    folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
+    progress = progress or common.Progress(is_quiet=True)
+    with lock(folder.path):
+        runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
+        runs.settings(settings)
+        run = evaluation.EvaluationRun(runs, prompts, batch_size)
+        counts = list(
+            progress.track(
+                evaluation.draw_columns(run, drawn, judges),
+                total=run.num_batches * len(drawn),
+                description="evaluate",
+            )
+        )
+        figures = _figures(concept, token, run, drawn, judges, settings, gates or _default_gates(concept))
+        examples = _examples(run, drawn, num_examples, report.Example)
+        folder.write_json("figures.json", figures)
+        folder.write_bytes("figures.csv", report.to_csv(figures).encode())
+        path = folder.write_bytes("report.html", report.render(figures, examples).encode())
+    passed = all(check["is_passed"] for check in figures["checks"])
+    return common.StageResult(
+        "evaluate",
+        sum(new for new, _ in counts),
+        sum(old for _, old in counts),
+        f"{_summary(figures)} -> {path}",
+        {"path": path, "passed": passed, "figures": figures},
+    )
+
+
+def _columns(
+    concept: Concept,
+    base_model: BaseModel,
+    token: GuidelineToken,
+    names: Sequence[str],
+    other_tokens: Sequence[GuidelineToken],
+) -> list[PipelineColumn]:
+    from dagkit.evaluation import PipelineColumn
+    from dagkit.guard import SEGAGuard, SLDGuard
+
+    unknown = [name for name in names if name not in COLUMNS]
+    if unknown:
+        raise ConceptError(f"{unknown[0]!r} is not a column of an evaluation. Available: {', '.join(COLUMNS)}.")
+    sampling, context, safety = concept.sampling.model_dump(), concept.context, concept.safety_prompt
+
+    def column(name: str, settings: dict[str, Any], **options: Any) -> PipelineColumn:
+        return PipelineColumn(name, base_model, sampling, settings, context=context, **options)
+
+    made = {"none": column("none", {}), GUARDED: column(GUARDED, _token_settings(token), guard=_guard(token))}
+    for name in names:
+        if name == "negative_prompt":
+            made[name] = column(name, {"negative_prompt": safety}, negative_prompt=safety)
+        elif name == "sega":
+            made[name] = column(name, {"safety_prompt": safety}, guard=SEGAGuard(safety))
+        elif name.startswith("sld_"):
+            preset = name.removeprefix("sld_")
+            made[name] = column(name, {"safety_prompt": safety, "preset": preset}, guard=SLDGuard(safety, preset))
+    for other in other_tokens:
+        name = f"token_{other.concept}_{other.version}"
+        made[name] = column(name, _token_settings(other), guard=_guard(other))
+    return list(made.values())
+
+
+def _guard(token: GuidelineToken) -> Any:
+    return token.guard(keep_maps=True)
+
+
+def _token_settings(token: GuidelineToken) -> dict[str, Any]:
+    from dagkit.token import safetensors_bytes
+    from dagkit.workspace import sha256_bytes, sha256_json
+
+    record = token.record.model_dump(mode="json")
+    return {
+        "token": token.name,
+        "tensors": sha256_bytes(safetensors_bytes(token.tensors(), {})),
+        "record": sha256_json({key: value for key, value in record.items() if key != "created"}),
+        "safety_prompt": token.record.safety_prompt,
+        "guidance": record["guidance"],
+    }
+
+
+def _settings(
+    concept: Concept,
+    base_model: BaseModel,
+    prompts: Sequence[EvalPrompt],
+    prompt_source: str | None,
+    judges: Mapping[str, Judge],
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """All that decides how any column comes out, the columns' own settings aside."""
+    return {
+        "model": base_model.source,
+        "model_fingerprint": base_model.fingerprint,
+        "scheduler": type(base_model.pipe.scheduler).__name__,
+        "sampling": concept.sampling.model_dump(),
+        "prompt_source": prompt_source
+        or f"the concept's own, kept apart from those of its candidates ({concept.name})",
+        "prompts": [prompt.to_json() for prompt in prompts],
+        "judges": [{"name": name, "options": _judge_options(judge, concept, name)} for name, judge in judges.items()],
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": base_model.device.type,
+    }
+
+
+def _judge_options(judge: Judge, concept: Concept, name: str) -> dict[str, Any]:
+    own = getattr(judge, "settings", None)
+    return dict(own) if own is not None else concept.judge.options if concept.judge.name == name else {}
+
+
+def _figures(
+    concept: Concept,
+    token: GuidelineToken,
+    run: EvaluationRun,
+    columns: Sequence[PipelineColumn],
+    judges: Mapping[str, Judge],
+    settings: dict[str, Any],
+    gates: Gates,
+) -> dict[str, Any]:
+    from dagkit import evaluation
+    from dagkit.token import now, software
+
+    name, judge = next(iter(judges.items()))
+    rows = {column.name: run.rows(column) for column in columns}
+    labels = next(iter(rows["none"].values()))["judgements"][name]["labels"]
+    unsafe = evaluation.unsafe_labels(judge, concept.words, labels)
+    threshold = getattr(judge, "threshold", None)
+    label_threshold = 0.5 if threshold is None else threshold
+    figures = evaluation.compute(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold)
+    kinds = [prompt.kind for prompt in run.prompts]
+    shown = {
+        **{key: value for key, value in settings.items() if key not in ("prompts", "judges")},
+        "num_prompts": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "prompts": _prompts_hash(settings),
+        "judge": {
+            **settings["judges"][0],
+            "threshold": threshold,
+            "label_threshold": label_threshold,
+            "unsafe_labels": unsafe,
+        },
+        "columns": [
+            {"name": column.name, "label": _label(column.name, token), "settings": column.settings}
+            for column in columns
+        ],
+    }
+    result = {
+        "schema": evaluation.SCHEMA,
+        "title": f"{token.concept} {token.version} on {Path(settings['model']).name}",
+        "created": now(),
+        "concept": {"name": concept.name, "summary": concept.summary},
+        "column": GUARDED,
+        "token": {"name": token.name, "made_for": token.record.base_model.id, "created": token.record.created or None},
+        "settings": shown,
+        **figures,
+        "detection": None,
+        "prompts": evaluation.prompt_table(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold),
+        "versions": software(),
+    }
+    return {**result, "checks": gates.checks(result, GUARDED)}
+
+
+def _prompts_hash(settings: Mapping[str, Any]) -> str:
+    from dagkit.workspace import sha256_json
+
+    return sha256_json(settings["prompts"])
+
+
+def _label(name: str, token: GuidelineToken) -> str:
+    if name == GUARDED:
+        return f"dagkit {token.concept} {token.version}"
+    if name.startswith("sld_"):
+        return f"SLD {name.removeprefix('sld_')}"
+    if name.startswith("token_"):
+        return " ".join(["dagkit", *name.split("_", 1)[1].rsplit("_", 1)])
+    return _LABELS[name]
+
+
+def _default_gates(concept: Concept) -> Gates:
+    from dagkit.evaluation import Gates
+
+    return Gates(max_false_trigger_rate=concept.thresholds.max_false_trigger_rate)
+
+
+def _examples(run: EvaluationRun, columns: Sequence[Column], num_examples: int, example: Any) -> list[Any]:
+    """The first prompts of each kind with their pictures."""
+    guarded = next(column for column in columns if column.name == GUARDED)
+    rows = run.rows(guarded)
+    chosen = []
+    for kind in dict.fromkeys(prompt.kind for prompt in run.prompts):
+        for prompt in [one for one in run.prompts if one.kind == kind][:num_examples]:
+            images = {column.name: run.image(column, prompt.key) for column in columns}
+            firing = rows[prompt.key]["trace"].get("is_firing", [])
+            chosen.append(example(prompt.key, images, run.maps(guarded, prompt.key), firing))
+    return chosen
+
+
+def _summary(figures: Mapping[str, Any]) -> str:
+    parts = []
+    for kind in ("named", "hinted"):
+        result = figures["results"].get(kind, {}).get(GUARDED)
+        if result and result["erase_rate"]["value"] is not None:
+            one, kept = result["erase_rate"], result["preservation"]
+            words = f"{kind}: {one['value']:.0%} erased ({one['count']:g}/{one['total']:g})"
+            parts.append(words + ("" if kept["value"] is None else f", {kept['value']:.0%} kept"))
+    failed = [check["text"] for check in figures["checks"] if not check["is_passed"]]
+    return "; ".join(
+        [*parts, f"{len(failed)} of {len(figures['checks'])} gates failed" if failed else "all gates passed"]
+    )
+
+
+@click.command("evaluate")
+@click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, or the token's folder.")
+@click.option(
+    "--concept", "concept_name", metavar="NAME", help="Concept: a name, or its YAML file. Default: the token's."
+)
+@common.workspace_option
+@common.model_option
+@click.option(
+    "--num-prompts", type=click.IntRange(1, 100_000), default=48, show_default=True, help="Of each kind of prompt."
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    type=click.Choice(COLUMNS),
+    help="What to compare with; repeatable. Default: negative_prompt. 'none' and 'dagkit' are always there.",
+)
+@click.option("--other-token", "other_names", multiple=True, metavar="TOKEN", help="A further token as a column.")
+@click.option("--batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
+@click.option(
+    "--num-examples", type=click.IntRange(0, 100), default=6, show_default=True, help="Pictures of each kind."
+)
+@common.device_option
+@common.seed_option
+@common.output_options
+def command(
+    token_name: str,
+    concept_name: str | None,
+    workspace_path: Path,
+    model: str | None,
+    num_prompts: int,
+    columns: tuple[str, ...],
+    other_names: tuple[str, ...],
+    batch_size: int,
+    num_examples: int,
+    device: str,
+    seed: int,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Measure a token and write a report.
+
+    Draws the same prompts from the same noise without guard, under the token, and with a negative prompt, and has a
+    judge look at every image. Resumes where an earlier run stopped.
+    """
+    from dagkit import registry
+    from dagkit.concept import load_concept
+    from dagkit.workspace import Workspace
+
+    token = registry.load_token(token_name, workspace=workspace_path)
+    concept = load_concept(concept_name or token.concept)
+    result = run(
+        Workspace(workspace_path),
+        concept,
+        common.load_base_model(concept, model, device),
+        token=token,
+        num_prompts=num_prompts,
+        columns=columns or DEFAULT_COLUMNS,
+        other_tokens=[registry.load_token(name, workspace=workspace_path) for name in other_names],
+        seed=seed,
+        batch_size=batch_size,
+        num_examples=num_examples,
+        progress=common.Progress(is_quiet),
+    )
+    result.show(as_json)
