@@ -1,8 +1,8 @@
 """Cross-attention maps (CAMs) of a guideline token, read from the queries of a denoiser's ordinary forward pass.
 
-Terms: a *layer* is a cross-attention module ``attn2`` of the denoiser with ``to_q``, ``to_k``, ``heads`` and ``scale``; a
-*sequence* is ``[SOT, background.., guideline..]``, rows in the space of ``encoder_hidden_states``; its CAM is the share of
-attention that falls on the guideline rows.
+Terms: a *layer* is a cross-attention module ``attn2`` of the denoiser with ``to_q``, ``to_k``, ``heads`` and ``scale``;
+a *sequence* is ``[SOT, background.., guideline..]``, rows in the space of ``encoder_hidden_states``; its CAM is the
+share of attention that falls on the guideline rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def check_layer(name: str, layer: nn.Module) -> None:
     missing = [attribute for attribute in REQUIRED_ATTRIBUTES if not hasattr(layer, attribute)]
     if missing:
         raise GuardError(
-            f"layer {name} is a {kind} without {', '.join(missing)}; expected diffusers' Attention. This model cannot be guarded."
+            f"layer {name} is a {kind} without {', '.join(missing)}; expected diffusers' Attention. This model "
+            "cannot be guarded."
         )
     for norm in ("norm_q", "norm_k"):
         if getattr(layer, norm, None) is not None:
@@ -41,7 +42,7 @@ def check_layer(name: str, layer: nn.Module) -> None:
 
 
 class _Store:
-    """What the hooks write to; deliberately free of references to any module, so that torch.compile can trace the hooks."""
+    """What the hooks write to; it refers to no module, so that torch.compile can trace the hooks."""
 
     def __init__(self) -> None:
         self.is_recording = False
@@ -113,7 +114,8 @@ class QueryTap:
         missing = [name for name in self.layers if name not in queries]
         if missing:
             raise GuardError(
-                f"queries of {len(missing)} of {len(self.layers)} layers were not seen (first: {missing[0]}). A model compiled before"
+                f"queries of {len(missing)} of {len(self.layers)} layers were not seen (first: {missing[0]}). A "
+                "model compiled before"
                 " the guard was attached skips new hooks: call torch._dynamo.reset() and attach again."
             )
         return {name: queries[name] for name in self.layers}
@@ -139,7 +141,7 @@ def grid(num_queries: int, height: int, width: int) -> tuple[int, int]:
 
 
 def project_keys(layers: Mapping[str, Any], sequence: Tensor) -> dict[str, Tensor]:
-    """Keys of a sequence at each layer: name -> (heads, L, d_head), computed by calling ``to_k`` (LoRA and offload included).
+    """Keys of a sequence at each layer: name -> (heads, L, d_head), by calling ``to_k`` (LoRA, offload included).
 
     Args:
         layers: name -> attention module.
@@ -160,9 +162,10 @@ def split_heads(projected: Tensor, heads: int) -> Tensor:
 
 
 def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: float) -> Tensor:
-    """Share of attention on the last ``num_guideline`` rows: ``softmax(q k^T * scale)`` over the sequence, summed over them.
+    """Share of attention on the last ``num_guideline`` rows: ``softmax(q k^T * scale)``, summed over them.
 
-    With one guideline row and only SOT beside it this is ``sigmoid(q . (k_c - k_sot) * scale)``: a logistic model per head.
+    With one guideline row and only SOT beside it this is ``sigmoid(q . (k_c - k_sot) * scale)``: a logistic model per
+    head.
 
     Args:
         queries: (B, heads, N, d_head), any float dtype; computed in float32.
@@ -198,8 +201,8 @@ def cross_attention_map(
 ) -> Tensor:
     """Detection map: the CAM of the guideline rows over heads and layers (DAG, detection).
 
-    Per layer and head ``softmax(q k^T / sqrt(d_head))``, summed over the guideline rows; mean (or weighted mean) over heads;
-    bilinear resize; mean (or weighted mean) over layers.
+    Per layer and head ``softmax(q k^T / sqrt(d_head))``, summed over the guideline rows; mean (or weighted mean) over
+    heads; bilinear resize; mean (or weighted mean) over layers.
 
     Args:
         layers: name -> attention module, in the token's order.
@@ -239,7 +242,7 @@ def word_map(
     size: tuple[int, int],
     latent_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Attention of the prompt's own tokens at ``indices``, over the whole prompt: a rough locator that needs no training.
+    """Attention of the prompt's own tokens at ``indices``: a rough locator that needs no training.
 
     Args:
         layers: name -> attention module.

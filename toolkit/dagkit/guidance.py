@@ -1,10 +1,11 @@
 """Guidance equations as pure tensor functions.
 
-All of them change the conditional prediction only. A pipeline computes ``eps = eps_u + s * (eps_p - eps_u)``; a guard hands it
-``eps_p'`` in place of ``eps_p``. The weights of every form are affine and sum to 1, so each holds for epsilon, v and sample
-prediction alike, and for any scheduler.
+All of them change the conditional prediction only. A pipeline computes ``eps = eps_u + s * (eps_p - eps_u)``; a guard
+hands it ``eps_p'`` in place of ``eps_p``. The weights of every form are affine and sum to 1, so each holds for
+epsilon, v and sample prediction alike, and for any scheduler.
 
-Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under the safety prompt, all (B, C, H, W); maps are
+Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under the safety prompt, all (B, C, H, W);
+    maps are
 (B, H, W) and are broadcast over channels.
 """
 
@@ -24,7 +25,9 @@ MAGNITUDE_CAP: Final = 5.0
 
 
 def edit_gate(cam: Tensor, edit: float, max_area: float = 0.8) -> Tensor:
-    """Gate ``M`` of the paper: 1 where CAM >= ``edit``; all 0 where that is more than ``max_area`` of the image (no mode is decided yet).
+    """Gate ``M`` of the paper: 1 where CAM >= ``edit``; all 0 where that is more than ``max_area`` of the image.
+
+    In such a step no mode is decided yet, so it is skipped.
 
     Args:
         cam: (B, H, W) in [0, 1].
@@ -75,8 +78,8 @@ def magnitude_scale(cam: Tensor, edit: float = 0.01, cap: float = MAGNITUDE_CAP)
 def paper_scale(cam: Tensor, edit: float = 0.01, highlight: float = 0.5, max_area: float = 0.8) -> Tensor:
     """``S * M`` of the paper: gate, area scaler and magnitude scaler.
 
-    Inside the gate the area scaler is the larger of the component's value and of the editing region's own (``5/(H*W)``, one
-    pixel's worth), so that pixels outside any highlighted component are still edited, weakly.
+    Inside the gate the area scaler is the larger of the component's value and of the editing region's own
+    (``5/(H*W)``, one pixel's worth), so that pixels outside any highlighted component are still edited, weakly.
 
     Returns:
         (B, H, W) float32 >= 0.
@@ -105,7 +108,7 @@ def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0) -> 
 
 
 def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Tensor:
-    """``eps_p - scale * (eps_cs - eps_u)``: pushes away from the safety condition (DAG; the paper's form with ``paper_scale``).
+    """``eps_p - scale * (eps_cs - eps_u)``: pushes away from the safety condition (DAG, with ``paper_scale``).
 
     Args:
         eps_p: (B, C, H, W).
@@ -117,10 +120,10 @@ def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Ten
 
 
 def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: float = 1.0) -> Tensor:
-    """``eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))``: where the concept is, the prompt stops pushing as well.
+    """``eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))``: the prompt's own push is dropped as well.
 
-    With gate 1 the guided result is ``eps_u - s * strength * (eps_cs - eps_u)``: the prompt has no say in that region. This is
-    dagkit's own form; 0.5 to 1.5 is the usual range of ``strength``.
+    With gate 1 the guided result is ``eps_u - s * strength * (eps_cs - eps_u)``: the prompt has no say in that
+    region. This is dagkit's own form; 0.5 to 1.5 is the usual range of ``strength``.
 
     Args:
         eps_p: (B, C, H, W).
@@ -155,7 +158,7 @@ SLD_PRESETS: Final = {
 def sld(
     eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SLDPreset, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Safe Latent Diffusion (arXiv 2211.05105, equations 3 to 8): a global push away from the safety condition with momentum.
+    """Safe Latent Diffusion (arXiv 2211.05105, equations 3 to 8): a global push away, with momentum.
 
     Args:
         eps_p: (B, C, H, W).
@@ -191,8 +194,8 @@ def sega(
 ) -> tuple[Tensor, Tensor]:
     """Semantic Guidance away from one concept (Brack et al., NeurIPS 2023, arXiv 2301.12247).
 
-    The push is kept only in the largest ``1 - threshold`` share of its values per channel. SEGA adds it beside classifier-free
-    guidance, hence the division by the pipeline's ``guidance_scale``.
+    The push is kept only in the largest ``1 - threshold`` share of its values per channel. SEGA adds it beside
+    classifier-free guidance, hence the division by the pipeline's ``guidance_scale``.
 
     Args:
         eps_p: (B, C, H, W).
@@ -200,7 +203,8 @@ def sega(
         eps_cs: (B, C, H, W).
         momentum: (B, C, H, W), zeros at the first step.
         preset: constants.
-        step: denoiser call of this run, from 0; as in diffusers, momentum builds up during warm-up, guidance starts after it.
+        step: denoiser call of this run, from 0; as in diffusers, momentum builds up during warm-up, guidance starts
+            after it.
         guidance_scale: the pipeline's, > 1.
 
     Returns:

@@ -1,9 +1,9 @@
 """Families of base models: what differs between them, behind one protocol.
 
-    base = families.load("runwayml/stable-diffusion-v1-5")
-    base.family.name                      # "sd"
-    condition = base.encode(["a cat"])    # text-encoder output
-    queries = base.queries(latents, timesteps, condition, seed=0)
+base = families.load("runwayml/stable-diffusion-v1-5")
+base.family.name                      # "sd"
+condition = base.encode(["a cat"])    # text-encoder output
+queries = base.queries(latents, timesteps, condition, seed=0)
 """
 
 from __future__ import annotations

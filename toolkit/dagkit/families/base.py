@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class Family(Protocol):
     def matches(self, pipe: Any) -> bool:
         """Whether this family knows the pipeline's denoiser, text encoder and batch layout."""
 
-    def denoiser(self, pipe: Any) -> nn.Module:
+    def denoiser(self, pipe: Any) -> Any:
         """The module that predicts noise."""
 
     def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -85,7 +86,8 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return next(self.family.denoiser(self.pipe).parameters()).device
+        device: torch.device = next(self.family.denoiser(self.pipe).parameters()).device
+        return device
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -107,12 +109,20 @@ class BaseModel:
             seed: of the noise.
         """
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-        alpha = self.pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][:, None, None, None]
+        alpha: Tensor = self.pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][
+            :, None, None, None
+        ]
         return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
     @torch.no_grad()
     def queries(
-        self, latents: Tensor, timesteps: Tensor, condition: Condition, *, seed: int, layers: Mapping[str, Any] | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        *,
+        seed: int,
+        layers: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """Noises latents, runs the denoiser once, and returns the queries of the layers.
 
@@ -141,16 +151,26 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
         dtype: of the weights; float32 on a CPU and float16 elsewhere where not given.
 
     Raises:
-        ModelError: there is no such folder or id, a part is missing or unreadable, or no family knows this architecture.
+        ModelError: there is no such folder or id, a part is missing or unreadable, or no family knows this
+            architecture.
     """
+    import diffusers
     from diffusers import DiffusionPipeline
 
     folder = _folder(model)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    precision = {
+        "dtype"
+        if hasattr(diffusers.utils.deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE")
+        else "torch_dtype": dtype
+    }
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        with _no_progress_bars():
+            pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True, **precision)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{model}: diffusers cannot load this model: {error}. Check the folder, or download it again.") from error
+        raise ModelError(
+            f"{model}: diffusers cannot load this model: {error}. Check the folder, or download it again."
+        ) from error
     family = match(pipe)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
@@ -192,7 +212,9 @@ def _folder(model: str | Path) -> Path:
     folder = Path(model)
     if not folder.is_dir():
         if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise ModelError(f"{model}: no such folder. Expected a folder in diffusers' format, or a Hub id such as org/name.")
+            raise ModelError(
+                f"{model}: no such folder. Expected a folder in diffusers' format, or a Hub id such as org/name."
+            )
         try:
             folder = Path(DiffusionPipeline.download(model, use_safetensors=True))
         except (OSError, ValueError) as error:
@@ -202,6 +224,24 @@ def _folder(model: str | Path) -> Path:
     if not any((folder / part).is_dir() for part in ("unet", "transformer")):
         raise ModelError(f"{folder}: no unet folder, so there is no denoiser to guard. Download the model again.")
     return folder
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps diffusers and transformers from drawing bars while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    were_on = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was_on in zip(libraries, were_on, strict=True):
+            if was_on:
+                library.enable_progress_bar()
 
 
 def _fingerprint(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """Fingerprints of weights that survive a change of precision.
 
-A hash of bytes would differ between the float32, float16 and bfloat16 copies of one model. A count sketch does not: each weight is
-multiplied by a fixed random sign and added to one of 64 buckets, so the distance of two sketches estimates the distance of the
-two weight vectors, at any precision.
+A hash of bytes would differ between the float32, float16 and bfloat16 copies of one model. A count sketch does not:
+each weight is multiplied by a fixed random sign and added to one of 64 buckets, so the distance of two sketches
+estimates the distance of the two weight vectors, at any precision.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BUCKETS: Final = 64
 TOLERANCE: Final = 0.005
-"""Largest relative difference that counts as the same weights: casting to bfloat16 makes 0.002, another model makes about 1."""
+"""Largest relative difference that counts as the same: a cast to bfloat16 makes 0.002, other weights about 1."""
 
 _PERIOD: Final = 64 * 1021
 _PREFIX: Final = "sketch1:"
@@ -52,7 +53,7 @@ def difference(left: str, right: str) -> float:
     return float(np.linalg.norm(a - b)) / scale
 
 
-def _decode(text: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _decode(text: str) -> NDArray[np.float64]:
     if not text.startswith(_PREFIX):
         raise ValueError(f"expected {_PREFIX}..., but got {text[:16]!r}")
     values = np.frombuffer(base64.b64decode(text[len(_PREFIX) :], validate=True), dtype=np.float32).astype(np.float64)

@@ -14,7 +14,7 @@ from dagkit.families.base import Condition, pixels
 from dagkit.families.sketch import sketch
 
 MIN_SIDE, MAX_SIDE = 16, 32
-"""Layers whose grid at the model's own size has sides in this range carry most of the semantics (DAG, and Prompt-to-Prompt before)."""
+"""Layers whose grid at the model's own size has sides in this range carry most of the semantics (DAG)."""
 
 
 class UNetFamily:
@@ -25,16 +25,17 @@ class UNetFamily:
     """Pipeline classes whose batch is ``[unconditional; conditional]``."""
 
     def matches(self, pipe: Any) -> bool:
-        """Whether the pipeline's class, or one that it derives from, is one of ``pipelines`` and its denoiser a U-Net."""
-        return any(cls.__name__ in self.pipelines for cls in type(pipe).__mro__) and hasattr(self.denoiser(pipe), "up_blocks")
+        """Whether the class, or one that it derives from, is one of ``pipelines``, and the denoiser a U-Net."""
+        return any(cls.__name__ in self.pipelines for cls in type(pipe).__mro__) and hasattr(
+            self.denoiser(pipe), "up_blocks"
+        )
 
-    def denoiser(self, pipe: Any) -> nn.Module:
+    def denoiser(self, pipe: Any) -> Any:
         """The U-Net."""
-        unet: nn.Module = pipe.unet
-        return unet
+        return pipe.unet
 
     def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-        """Cross-attention layers of 16 to 32 cells a side at the model's own size, or the finest where none is; or exactly ``names``."""
+        """Layers of 16 to 32 cells a side at the model's own size, the finest where none is; or exactly ``names``."""
         unet = self.denoiser(pipe)
         layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
         layers = {name.removeprefix("_orig_mod."): module for name, module in layers.items()}
@@ -42,15 +43,18 @@ class UNetFamily:
             missing = [name for name in names if name not in layers]
             if missing:
                 raise ModelError(
-                    f"the denoiser has no cross-attention layer {missing[0]} ({len(missing)} of {len(names)} are missing); it has "
+                    f"the denoiser has no cross-attention layer {missing[0]} ({len(missing)} of {len(names)} are "
+                    "missing); it has "
                     f"{len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for another architecture."
                 )
             return {name: layers[name] for name in names}
         if not layers:
-            raise ModelError("the denoiser has no cross-attention layer (attn2), so there is nothing to read a concept from.")
+            raise ModelError(
+                "the denoiser has no cross-attention layer (attn2), so there is nothing to read a concept from."
+            )
         size = unet.config.sample_size
         side = min(size) if isinstance(size, (list, tuple)) else int(size)
-        levels = {name: _level(name, len(unet.up_blocks)) for name in layers}  # type: ignore[arg-type]
+        levels = {name: _level(name, len(unet.up_blocks)) for name in layers}
         chosen = [name for name in layers if MIN_SIDE <= side / 2 ** levels[name] <= MAX_SIDE]
         chosen = chosen or [name for name in layers if levels[name] == min(levels.values())]
         return {name: layers[name] for name in chosen}
@@ -61,15 +65,17 @@ class UNetFamily:
         image = pixels(images).to(vae.device, vae.dtype)
         latents: Tensor = vae.encode(image).latent_dist.mode()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * vae.config.scaling_factor
+        scaled: Tensor = (latents - shift) * vae.config.scaling_factor
+        return scaled
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """One plain forward pass of the U-Net."""
         unet = self.denoiser(pipe)
-        channels = unet.config.in_channels  # type: ignore[union-attr]
+        channels = unet.config.in_channels
         if latents.shape[1] != channels:
             raise ModelError(
-                f"the denoiser takes {channels} channels, but latents have {latents.shape[1]}; optimise on the text-to-image model of this family."
+                f"the denoiser takes {channels} channels, but latents have {latents.shape[1]}; optimise on the "
+                "text-to-image model of this family."
             )
         prediction: Tensor = unet(
             latents.to(unet.dtype),
@@ -89,12 +95,17 @@ class UNetFamily:
         return [pipe.text_encoder]
 
     def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Sketches of the text encoders' weights and of the layers' key projections (a LoRA's base weights, where one is loaded)."""
+        """Sketches of the text encoders' and the layers' ``to_k`` weights, without a LoRA that is loaded on them."""
         layers = layers or self.cross_attention(pipe)
-        encoders = [p for encoder in self.text_encoders(pipe) for n, p in sorted(encoder.named_parameters()) if "lora_" not in n]
+        encoders = [
+            p for encoder in self.text_encoders(pipe) for n, p in sorted(encoder.named_parameters()) if "lora_" not in n
+        ]
         keys = [getattr(layer.to_k, "base_layer", layer.to_k).weight for layer in layers.values()]
         if any(tensor.is_meta for tensor in [*encoders, *keys]):
-            raise ModelError("some weights are on the meta device (sequential offload). Attach the guard first, then enable offloading.")
+            raise ModelError(
+                "some weights are on the meta device (sequential offload). Attach the guard first, then enable "
+                "offloading."
+            )
         return {"text_encoder": sketch(encoders), "key_projections": sketch(keys)}
 
 
@@ -108,7 +119,7 @@ def _level(name: str, num_levels: int) -> int:
 
 def encode_with(pipe: Any, prompts: list[str]) -> tuple[Tensor, ...]:
     """Calls the pipeline's own ``encode_prompt`` for prompts without guidance."""
-    result: tuple[Tensor, ...] = pipe.encode_prompt(prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    result: tuple[Tensor, ...] = pipe.encode_prompt(
+        prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     return result
-
-

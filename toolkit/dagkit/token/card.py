@@ -1,0 +1,107 @@
+"""The model card that travels with a guideline token, in the Hub's format."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from dagkit.token.record import TokenRecord
+
+_CARD = """---
+library_name: dagkit
+tags: [dagkit, guideline-token, safety, text-to-image]
+{base}---
+
+# {name}: a guideline token
+
+Finds `{concept}` in the cross-attention of a text-to-image model while it samples, and steers away from it where it is
+found (Detect-and-Guide, [arXiv 2503.15197](https://arxiv.org/abs/2503.15197)). The base model is not changed.
+{unreviewed}
+## How to use
+
+```python
+import dagkit
+
+with dagkit.load_token("PATH").guard().attach(pipe) as trace:  # any diffusers pipeline of the base model
+    image = pipe("...").images[0]
+```
+
+## Intended use
+
+Guarding and monitoring `{model}` ({architecture}). It is refused on other weights: text encoder and key projections are
+fingerprinted. It is not a textual-inversion embedding and must not be loaded as one.
+
+## Limits
+
+- It lowers the chance of the concept; it does not make it impossible. Combine it with a judge of the finished image.
+- It knows what its data showed. Unlike looks, styles and adversarial prompts may pass.
+- Figures hold for the base model, sampler settings and judge they were measured with.
+
+## Training
+
+{num_unsafe} unsafe and {num_safe} safe images; masks: {states}.
+{rows} guideline rows, {background} background rows, {weights} head weights over {layers} layers.
+Safety prompt: "{safety_prompt}".
+
+| setting | value |
+|---|---|
+{settings}
+
+## Thresholds
+
+| timestep | edit | highlight |
+|---|---|---|
+{thresholds}
+
+## Figures
+
+{figures}
+"""
+
+_UNREVIEWED = """
+> **Unreviewed masks.** This token was trained on pre-masks that nobody corrected. Have them reviewed before you rely on
+> it.
+"""
+
+
+def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
+    """Renders the card of a token; the same token gives the same text."""
+    model, guidance, thresholds, data = record.base_model, record.guidance, record.thresholds, record.dataset
+    settings = {
+        "guidance form": guidance.form,
+        "guidance strength": guidance.strength,
+        "dilation": guidance.dilation,
+        "reuse_steps": guidance.reuse_steps,
+        "smallest area": thresholds.min_area,
+        **{key: value for key, value in sorted(record.optimization.items()) if not isinstance(value, (list, dict))},
+    }
+    figures = {key: value for key, value in sorted(record.metrics.items()) if isinstance(value, (int, float))}
+    knots = zip(thresholds.timesteps, thresholds.edit, thresholds.highlight, strict=True)
+    return _CARD.format(
+        base=f"base_model: {json.dumps(model.id)}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", model.id) else "",
+        name=f"{record.concept}@{record.version}",
+        concept=record.concept,
+        model=model.id,
+        architecture=model.architecture,
+        unreviewed=_UNREVIEWED if data.is_unreviewed else "",
+        num_unsafe=data.num_unsafe,
+        num_safe=data.num_safe,
+        states=", ".join(f"{count} {state}" for state, count in sorted(data.review_states.items())) or "not recorded",
+        rows=len(tensors["guideline"]),
+        background=len(tensors.get("background", ())),
+        weights="learned" if "head_weights" in tensors else "uniform",
+        layers=len(record.layers),
+        safety_prompt=record.safety_prompt,
+        settings="\n".join(f"| {key} | {_figure(value)} |" for key, value in settings.items()),
+        thresholds="\n".join(f"| {knot} | {low:.3f} | {high:.3f} |" for knot, low, high in knots),
+        figures="\n".join(["| figure | value |", "|---|---|", *(f"| {k} | {_figure(v)} |" for k, v in figures.items())])
+        if figures
+        else "Not measured yet: run `dagkit evaluate`.",
+    )
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)

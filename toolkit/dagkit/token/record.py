@@ -1,0 +1,127 @@
+"""The schema of ``token.json``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+SCHEMA_VERSION: Final = 1
+
+Version = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(ge=0, le=1000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Thresholds(_Strict):
+    """When a region counts as the concept, by timestep.
+
+    Attributes:
+        timesteps: knots in [0, 1000), rising; values between them are interpolated linearly, beyond them held.
+        highlight: CAM from which a pixel is surely the concept, one a knot.
+        edit: CAM from which a pixel may be changed, one a knot, at most ``highlight``.
+        min_area: share of the image that must be highlighted before the guard acts.
+        max_area: share of the image above which the gate counts as undecided and the step is skipped (paper's form).
+    """
+
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=1000)], ...] = (0,)
+    highlight: tuple[Share, ...] = (0.5,)
+    edit: tuple[Share, ...] = (0.01,)
+    min_area: Share = 0.0
+    max_area: Share = 0.8
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if not len(self.timesteps) == len(self.highlight) == len(self.edit) >= 1:
+            raise ValueError("timesteps, highlight and edit must have one length, at least 1")
+        if sorted(set(self.timesteps)) != list(self.timesteps):
+            raise ValueError("timesteps must rise")
+        if any(low > high for low, high in zip(self.edit, self.highlight, strict=True)):
+            raise ValueError("edit must not exceed highlight")
+        return self
+
+    def at(self, timestep: float) -> tuple[float, float]:
+        """(edit, highlight) at a timestep."""
+        return _interpolate(timestep, self.timesteps, self.edit), _interpolate(timestep, self.timesteps, self.highlight)
+
+
+class Guidance(_Strict):
+    """How the guard acts where the concept is: the form the token was calibrated for and its constants.
+
+    Attributes:
+        form: ``drop`` (dagkit's default), ``subtract`` or ``paper``; see ``dagkit.guidance``.
+        strength: multiplies the push away from the safety condition.
+        dilation: cells of the latent by which the gate is grown (not in the paper's form).
+        reuse_steps: denoiser calls for which a safety prediction is kept before it is made anew; 1 = never kept.
+    """
+
+    form: Literal["drop", "subtract", "paper"] = "drop"
+    strength: Positive = 1.0
+    dilation: Annotated[int, Field(ge=0, le=64)] = 1
+    reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class BaseModelInfo(_Strict):
+    """The base model a token belongs to.
+
+    Attributes:
+        id: folder name or Hub id.
+        revision: of the Hub repository, where known.
+        architecture: the family's name, e.g. ``sd`` or ``sdxl``.
+        fingerprint: ``sha256:`` of the weight files.
+        text_encoder: sketch of the text encoders' weights (see ``dagkit.families.sketch``).
+        key_projections: sketch of the layers' ``to_k`` weights.
+    """
+
+    id: str
+    revision: str | None = None
+    architecture: Name
+    fingerprint: str
+    text_encoder: str
+    key_projections: str
+
+
+class DatasetInfo(_Strict):
+    """What the token was optimised on."""
+
+    fingerprint: str = ""
+    num_unsafe: Annotated[int, Field(ge=0)] = 0
+    num_safe: Annotated[int, Field(ge=0)] = 0
+    review_states: dict[str, Annotated[int, Field(ge=0)]] = {}
+
+    @property
+    def is_unreviewed(self) -> bool:
+        """Whether some masks were taken as the segmenter made them."""
+        return self.review_states.get("unreviewed", 0) > 0
+
+
+class TokenRecord(_Strict):
+    """``token.json``. Unknown keys and schema versions above ``SCHEMA_VERSION`` are refused."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    concept: Name
+    version: Version
+    base_model: BaseModelInfo
+    layers: Annotated[tuple[str, ...], Field(min_length=1, max_length=4096)]
+    thresholds: Thresholds = Thresholds()
+    guidance: Guidance = Guidance()
+    safety_prompt: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    optimization: dict[str, Any] = {}
+    dataset: DatasetInfo = DatasetInfo()
+    metrics: dict[str, Any] = {}
+    software: dict[str, str] = {}
+    created: str = ""
+
+
+def _interpolate(x: float, knots: tuple[int, ...], values: tuple[float, ...]) -> float:
+    for (left, low), (right, high) in zip(
+        zip(knots, values, strict=True), list(zip(knots, values, strict=True))[1:], strict=False
+    ):
+        if x <= right:
+            return low + (high - low) * max(x - left, 0) / (right - left)
+    return values[-1]
