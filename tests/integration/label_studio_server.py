@@ -1,7 +1,7 @@
 """A real Label Studio server for tests: started once a session, on a free port, from the migrated template.
 
-Its virtual environment is that of ``DAGKIT_LABEL_STUDIO_VENV`` or the one in the user's cache. Where there is none, it is
-installed if ``CI`` or ``DAGKIT_TEST_LABEL_STUDIO=1`` is set; else these tests are skipped, and say so.
+Its virtual environment is that of ``DAGKIT_LABEL_STUDIO_VENV`` or the one in the user's cache. Where there is none,
+it is installed if ``CI`` or ``DAGKIT_TEST_LABEL_STUDIO=1`` is set; else these tests are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def reviewable(tmp_path: Path, concept: Concept) -> Workspace:
 
 
 def make_reviewable(root: Path, concept: Concept, num: int, seed: int = 0) -> Workspace:
-    """A workspace as `dagkit premask` leaves it, with random images and ragged masks; a third of the images are safe."""
+    """A workspace as `dagkit premask` leaves it: random images, ragged masks; a third of the images are safe."""
     workspace = Workspace(root)
     rng = np.random.default_rng(seed)
     candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from label_studio_server import api, client, concept, free_port, login, read_mask, reviewable, server  # noqa: F401
+from label_studio_server import api, free_port, read_mask
 
 from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError
@@ -87,7 +87,7 @@ def test_second_push_sends_only_what_is_new(
 
 def test_wrong_token_is_one_clear_line_without_the_token(login: Login) -> None:
     token = "0123456789abcdef0123456789abcdef01234567"
-    with pytest.raises(LabelStudioError, match="does not take the token.*LABEL_STUDIO_API_KEY") as caught:
+    with pytest.raises(LabelStudioError, match=r"does not take the token.*LABEL_STUDIO_API_KEY") as caught:
         check(login.url, token)
     assert token not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -100,7 +100,7 @@ def test_wrong_path_in_the_address(login: Login, path: str) -> None:
 
 
 def test_server_down() -> None:
-    with pytest.raises(LabelStudioError, match="cannot be reached.*dagkit label-studio up"):
+    with pytest.raises(LabelStudioError, match=r"cannot be reached.*dagkit label-studio up"):
         check(f"http://127.0.0.1:{free_port()}", "x" * 40)
 
 

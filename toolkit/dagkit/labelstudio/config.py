@@ -28,10 +28,16 @@ CANNOT_TELL: Final = "cannot tell"
 
 _POSITIVE_COLOURS: Final = ("#d81b60", "#8e24aa", "#f4511e", "#6d4c41")  # told apart with a red-green deficiency, too
 _NEGATIVE_COLOURS: Final = ("#1e88e5", "#00897b", "#3949ab", "#546e7a")
-_HOTKEYS: Final = "123456789qwertyuiop"  # without those of the page itself and of the two choices
+_HOTKEYS: Final = "123456789qwtyiop"  # without those of the page itself (b, e, h, r, u, v ...) and of the two choices
 
+# The image is laid out, but not visible, until the panel is unfolded: inside the panel Label Studio would measure it while
+# it has no size, and never fit it to the page. Should a later version rename the panel's class, the image stays hidden.
 _STYLE: Final = """\
+    .dagkit-image, .dagkit-image img {visibility: hidden !important}
+    .dagkit-page:has(.dagkit-reveal .ant-collapse-item-active) .dagkit-image {visibility: visible !important}
+    .dagkit-reveal h4 {margin: 0; font-size: 13px; font-weight: normal}
     .lsf-table__cell img, .dm-table__cell img {filter: blur(12px) grayscale(1)}"""
+_COMFORT: Final = "You may fold it away, skip the task or stop at any time."
 
 
 def labelling_config(concept: Concept) -> str:
@@ -58,7 +64,7 @@ def labelling_config(concept: Concept) -> str:
     if concept.labels.negative:
         notes.append(f"Cut out of it: {', '.join(concept.labels.negative)}")
     return f"""\
-<View>
+<View className="dagkit-page">
   <Style>
 {_STYLE}
   </Style>
@@ -72,11 +78,17 @@ def labelling_config(concept: Concept) -> str:
       <Choice value="{CANNOT_TELL}" hotkey="c"/>
     </Choices>
   </View>
-  <Collapse>
-    <Panel value="Show image">
-      <Image name="{IMAGE_OBJECT}" value="${IMAGE_OBJECT}" zoom="true" zoomControl="true" brightnessControl="true"/>
-    </Panel>
-  </Collapse>
+  <View className="dagkit-reveal">
+    <Collapse>
+      <Panel value="Show image">
+        <Header size="6" value="{_COMFORT}"/>
+      </Panel>
+    </Collapse>
+  </View>
+  <View className="dagkit-image">
+    <Image name="{IMAGE_OBJECT}" value="${IMAGE_OBJECT}" defaultZoom="fit" zoom="true" zoomControl="true"
+           brightnessControl="true"/>
+  </View>
 </View>
 """
 

@@ -1,0 +1,206 @@
+"""An annotator's way through Label Studio's own page, in headless Chromium.
+
+Skipped, loudly, where there is no Playwright or no Chromium, but never in CI. With ``DAGKIT_SCREENSHOTS=FOLDER`` it writes
+the pictures of docs/annotation.md.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from label_studio_server import read_mask
+from label_studio_sdk.converter import brush
+from PIL import Image, ImageDraw
+
+from dagkit.concept import Concept
+from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.server import Login
+from dagkit.stages import pull, push
+from dagkit.workspace import Workspace
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
+
+WIDTH, HEIGHT = 256, 192
+PAPER, DISC, CUSHION = (122, 170, 153), (51, 51, 51), (204, 51, 51)
+FLAGS = """--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync
+    --no-first-run --disable-quic --disable-extensions --mute-audio"""
+
+
+@pytest.fixture
+def page(login: Login) -> Iterator[Page]:
+    """A page of a browser that reaches the server only; every other address that it asks for fails the test."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not os.environ.get("CI"):
+        if chromium is None:
+            pytest.skip("NO CHROMIUM: the browser test did not run (Debian: apt-get install chromium)")
+        pytest.importorskip("playwright", reason="NO PLAYWRIGHT: the browser test did not run (pip install playwright)")
+    from playwright.sync_api import sync_playwright
+
+    outside = []
+
+    def local_only(route) -> None:
+        if route.request.url.startswith((login.url, "data:", "blob:")):
+            route.continue_()
+        else:
+            outside.append(route.request.url)
+            route.abort()
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS.split())
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(90_000)
+        page.route("**/*", local_only)
+        yield page
+        browser.close()
+    assert outside == []
+
+
+def workspace_with_a_disc(root: Path, concept: Concept) -> Workspace:
+    """One image with a dark disc, of which the pre-mask covers the left three quarters, and a harmless cushion."""
+    workspace = Workspace(root)
+    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((60, 50, 140, 130), fill=DISC)
+    draw.rectangle((170, 90, 230, 150), fill=CUSHION)
+    disc = Image.new("L", (WIDTH, HEIGHT))
+    ImageDraw.Draw(disc).ellipse((60, 50, 140, 130), fill=255)
+    disc.paste(0, (120, 0, WIDTH, HEIGHT))
+    candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)
+    candidates.write_image("images/disc.png", image)
+    candidates.append({"key": "disc", "image": "images/disc.png", "prompt": "a disc", "kind": "unsafe", "seed": 0})
+    premasks.write_image("masks/disc-weapon.png", disc)
+    premasks.append(
+        {
+            "key": "disc",
+            "masks": {"weapon": {"path": "masks/disc-weapon.png", "score": 0.83, "boxes": [[60, 50, 119, 130]]}},
+            "proposers": [{"name": "attention", "version": "1"}],
+            "segmenter": {"name": "sam", "version": "1"},
+            "score": 0.83,
+        }
+    )
+    return workspace
+
+
+def photograph(page: Page, name: str) -> None:
+    if folder := os.environ.get("DAGKIT_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / name)
+
+
+def shown(page: Page) -> np.ndarray:
+    """(H, W, 3) what the annotator sees of the image, scaled back to its own size."""
+    data = page.screenshot(clip=page.locator(".dagkit-image .lsf-image").bounding_box())
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((WIDTH, HEIGHT)), int)
+
+
+def wait_until_still(page: Page) -> None:
+    """The panel unfolds in steps and moves the image down."""
+    page.wait_for_function(
+        "() => { const top = document.querySelector('.dagkit-image .lsf-image').getBoundingClientRect().top;"
+        "const isStill = window.seenTop === top; window.seenTop = top; return isStill; }",
+        polling=400,
+    )
+
+
+def log_in(page: Page, login: Login) -> None:
+    page.goto(f"{login.url}/user/login/")
+    page.fill("input[name=email]", login.username)
+    page.fill("input[name=password]", login.password)
+    page.click("button[type=submit]")
+    page.wait_for_url(lambda url: "/user/login" not in url, wait_until="domcontentloaded")
+
+
+def open_task(page: Page, address: str) -> None:
+    """Opens a task and waits for its region: seldom, Label Studio shows none before a reload."""
+    from playwright.sync_api import TimeoutError as NotThere
+
+    for timeout in (20_000, 90_000):
+        page.goto(address)
+        page.locator("[data-testid=bottombar-submit-button]").wait_for()
+        try:
+            page.locator(".lsf-outliner-item").first.wait_for(timeout=timeout)
+            return
+        except NotThere:
+            continue
+    pytest.fail("the page shows no region of the prediction")
+
+
+def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, concept: Concept, tmp_path: Path) -> None:
+    workspace = workspace_with_a_disc(tmp_path / "runs", concept)
+    data_manager = push.run(workspace, concept, client=client).data["url"]
+    labeling = workspace.stage("labeling", concept.name)
+    task_id = labeling.rows()[0]["task_id"]
+
+    log_in(page, login)
+    page.goto(data_manager)
+    page.locator("[data-testid=table-row]").first.wait_for()
+    photograph(page, "data-manager.png")
+    assert page.locator("img[src*='/data/upload/']").count() == 0, "the data manager shows an image"
+
+    open_task(page, f"{data_manager}?task={task_id}")
+    canvas = page.locator(".konvajs-content")
+    assert not page.locator(".dagkit-image img:visible").count()
+    assert not canvas.is_visible(), "the image is shown before it was asked for"
+    photograph(page, "task-hidden.png")
+
+    page.get_by_text("Show image").click()
+    canvas.wait_for(state="visible")
+    wait_until_still(page)
+    photograph(page, "task-shown.png")
+    before = shown(page)
+    assert np.abs(before[20, 20] - PAPER).max() < 25, "the paper is not shown as it is"
+    assert before[90, 90, 0] - before[90, 90, 1] > 40, "the pre-mask does not tint the left of the disc"
+    assert np.abs(before[90, 132] - DISC).max() < 25, "the right of the disc is not free"
+
+    page.locator(".lsf-outliner-item").first.click()
+    page.locator("[aria-label=brush-tool]").click()
+    box = page.locator(".dagkit-image .lsf-image").bounding_box()
+    assert box is not None
+    scale = box["width"] / WIDTH
+
+    def move(x: float, y: float) -> None:
+        page.mouse.move(box["x"] + x * scale, box["y"] + y * scale, steps=4)
+
+    move(130, 62)
+    page.mouse.down()
+    move(132, 118)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    after = shown(page)
+    assert after[90, 131, 0] - after[90, 131, 1] > 40, "the brush left no mark"
+    photograph(page, "task-changed.png")
+    with page.expect_response(
+        lambda answer: "/annotations" in answer.url and answer.request.method == "POST"
+    ) as posted:
+        page.locator("[data-testid=bottombar-submit-button]").click()
+    assert posted.value.status == 201
+
+    result = pull.run(workspace, concept, client=client)
+    assert result.data["states"] == {"changed": 1}
+    annotations = workspace.stage("annotations", concept.name)
+    row = annotations.rows()[0]
+    premask = read_mask(workspace.stage("premasks", concept.name).path / "masks/disc-weapon.png")
+    corrected = read_mask(annotations.path / row["masks"]["weapon"])
+
+    task = client.request("GET", f"/api/tasks/{task_id}")
+    regions = [region for region in task["annotations"][0]["result"] if region["type"] == "brushlabels"]
+    layers = [brush.decode_rle(region["value"]["rle"]).reshape(HEIGHT, WIDTH, 4)[..., 3] for region in regions]
+    expected = np.max(layers, axis=0) > 127
+    assert np.array_equal(corrected, expected)
+    assert corrected[90, 131]
+    assert not premask[90, 131]
+    assert corrected[90, 90]
+    iou = (premask & expected).sum() / (premask | expected).sum()
+    assert row["iou_to_premask"] == pytest.approx(iou)
+    assert 0.3 < iou < 1
+    assert row["state"] == "changed"
+    assert row["seconds"] > 0
