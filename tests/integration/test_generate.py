@@ -1,14 +1,9 @@
 """generate: the bundled model, any SD-1.x-shaped model, interruption, and bad input."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +13,8 @@ from dagkit.cli import command
 from dagkit.concept import load_concept
 from dagkit.errors import DagkitError, ModelError, PromptRefused, WorkspaceError
 from dagkit.stages import generate
-from dagkit.workspace import Workspace
+from dagkit.workspace import StageFolder, Workspace
+from interruption import content, finish, kill_when, num_rows
 from tiny_models import save_tiny_sd
 
 CONCEPT = """\
@@ -49,12 +45,6 @@ def concept_file(tiny_sd: Path, tmp_path: Path) -> Path:
     return path
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Every file of a folder by its hash."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def test_any_sd_shaped_model_draws(concept_file: Path, tmp_path: Path):
     options = ["--concept", str(concept_file), "--workspace", str(tmp_path / "runs"), "--num-images", "5", "--json"]
     result = CliRunner().invoke(command, ["generate", *options], catch_exceptions=False)
@@ -71,25 +61,19 @@ def test_any_sd_shaped_model_draws(concept_file: Path, tmp_path: Path):
 
 
 def test_killed_run_ends_like_an_undisturbed_one(concept_file: Path, tmp_path: Path):
-    def start(workspace: Path) -> subprocess.Popen[bytes]:
-        arguments = ["generate", "--concept", str(concept_file), "--workspace", str(workspace), "--num-images", "8"]
-        return subprocess.Popen([sys.executable, "-m", "dagkit.cli", *arguments, "--batch-size", "1", "--quiet"])
+    def arguments(workspace: Path) -> list[object]:
+        where = ["--concept", concept_file, "--workspace", workspace]
+        return ["generate", *where, "--num-images", 8, "--batch-size", 1, "--quiet"]
 
-    assert start(tmp_path / "undisturbed").wait() == 0
-    process = start(tmp_path / "killed")
-    manifest = tmp_path / "killed" / "candidates" / "tiny" / "manifest.jsonl"
-    deadline = time.monotonic() + 120
-    while (not manifest.exists() or manifest.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 2 <= manifest.read_bytes().count(b"\n") < 8
-    before = {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*.png")}
+    finish(*arguments(tmp_path / "undisturbed"))
+    folder = tmp_path / "killed" / "candidates" / "tiny"
+    kill_when(lambda: num_rows(folder) >= 2, *arguments(tmp_path / "killed"))
+    assert 2 <= num_rows(folder) < 8
+    before = {row["image"]: (folder / row["image"]).stat().st_mtime_ns for row in StageFolder(folder).rows()}
 
-    assert start(tmp_path / "killed").wait() == 0
-    assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
-    finished = [path for path in before if path.stem in manifest.read_text()]
-    assert [path for path in finished[:2] if path.stat().st_mtime_ns != before[path]] == []
+    finish(*arguments(tmp_path / "killed"))
+    assert content(folder) == content(tmp_path / "undisturbed" / "candidates" / "tiny")
+    assert {image: (folder / image).stat().st_mtime_ns for image in before} == before
 
 
 def run(concept_file: Path, workspace: Path, **options: object) -> DagkitError:
