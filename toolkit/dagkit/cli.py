@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
-from typing import Any
-
 import click
 
 from dagkit._version import __version__
@@ -59,7 +56,7 @@ def command() -> None:
 
 def main() -> None:
     """Runs the command line: one line and status 1 for an error that a user can mend, a traceback for a bug."""
-    _quieten_libraries()
+    _prepare_libraries()
     try:
         command(prog_name="dagkit")
     except DagkitError as error:
@@ -70,19 +67,22 @@ def main() -> None:
         sys.exit(1)
 
 
-def _quieten_libraries() -> None:
-    """Keeps libraries' progress bars and chatter out of ours; their warnings stay."""
-    defaults: dict[str, Any] = {
+def _prepare_libraries() -> None:
+    """Defaults for libraries that are not loaded yet; what the user has set stays."""
+    defaults = {
+        # progress bars and chatter beside ours
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # idle threads that spin take the cores of those that work
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    logging.captureWarnings(capture=False)
 
 
 if __name__ == "__main__":
