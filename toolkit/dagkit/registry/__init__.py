@@ -17,12 +17,15 @@ from dagkit.registry.publishing import (
     written_files,
 )
 from dagkit.registry.reference import Reference, is_version, parse, parse_location, version_key
-from dagkit.registry.resolution import ResolvedToken, load_token, resolve
+from dagkit.registry.resolution import ResolvedToken, load_resolved, load_token, resolve
 from dagkit.registry.roots import concepts_in, local_tokens, next_version_in, require_new, token_roots, versions_in
+from dagkit.registry.signing import sign
+from dagkit.registry.verification import Check, verify
 
 __all__ = [
     "FIGURES_FILE",
     "SIGNATURE_FILE",
+    "Check",
     "Entry",
     "Index",
     "Location",
@@ -34,6 +37,7 @@ __all__ = [
     "concept_definition",
     "concepts_in",
     "is_version",
+    "load_resolved",
     "load_token",
     "local_tokens",
     "next_version_in",
@@ -48,7 +52,9 @@ __all__ = [
     "replaced",
     "require_new",
     "resolve",
+    "sign",
     "token_roots",
+    "verify",
     "version_key",
     "versions_in",
     "written_files",

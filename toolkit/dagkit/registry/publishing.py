@@ -23,9 +23,8 @@ from dagkit.registry.index import (
 )
 from dagkit.registry.locations import Location
 from dagkit.registry.reference import version_key
-from dagkit.token import MAX_BYTES, GuidelineToken, now
-
-MAX_SIGNATURE_BYTES = 1 << 20
+from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file
+from dagkit.token import GuidelineToken, now
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ def pack(
         PublishError: an example is no image, there are too many, or a file is too large.
     """
     token = GuidelineToken.load(folder)
-    files = {name: _read(folder / name, limit) for name, limit in MAX_BYTES.items()}
+    files = artifact_files(folder)
     if (folder / SIGNATURE_FILE).is_file():
-        files[SIGNATURE_FILE] = _read(folder / SIGNATURE_FILE, MAX_SIGNATURE_BYTES)
+        files[SIGNATURE_FILE] = read_file(folder / SIGNATURE_FILE, MAX_SIGNATURE_BYTES)
     if evaluation is not None:
         files[FIGURES_FILE] = evaluation
     if len(examples) > MAX_EXAMPLES:
@@ -87,8 +86,6 @@ def pack(
     for name, data in files.items():
         if not 0 < len(data) <= MAX_FILE_BYTES:
             raise PublishError(f"{name} has {len(data):,} bytes, but at most {MAX_FILE_BYTES:,} are published.")
-    if GuidelineToken.load(folder).record != token.record:
-        raise PublishError(f"{folder} was changed while it was read. Run the same command again.")
     return Parcel(token, files, figures or {})
 
 
@@ -155,14 +152,6 @@ def check(location: Location) -> tuple[Index, dict[str, str]]:
         except (TokenError, PublishError) as error:
             problems[entry.version] = str(error)
     return index, problems
-
-
-def _read(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise PublishError(f"{path} is larger than {limit:,} bytes, which no file of a token is.")
-    return data
 
 
 def _image(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from dagkit.errors import TokenError
 from dagkit.registry import roots as token_folders
 from dagkit.registry.cache import fetch
 from dagkit.registry.reference import is_version, parse
+from dagkit.registry.signing import load_signed
 from dagkit.token import RECORD_FILE, GuidelineToken
 
 
@@ -56,19 +57,27 @@ def resolve(
     return ResolvedToken(parsed.text, path, concept=pin.concept, version=pin.entry.version, url=parsed.url)
 
 
-def load_token(reference: str | Path, *, workspace: str | Path | None = None) -> GuidelineToken:
+def load_token(
+    reference: str | Path, *, workspace: str | Path | None = None, public_key: str | Path | None = None
+) -> GuidelineToken:
     """Finds, verifies and loads a token.
 
     Args:
         reference: a folder, ``name@version`` or a URL.
         workspace: where names are looked up; default ``$DAGKIT_WORKSPACE``, else ``runs``.
+        public_key: accept the token only if it was signed with this key.
 
     Raises:
-        TokenError: there is no such token, or it is damaged, or it is another one than its folder's name says.
+        TokenError: there is no such token, or it is damaged, or it is another one than its folder's name says, or it is
+            not signed with ``public_key``.
         PublishError: a location cannot be read.
     """
-    resolved = resolve(reference, workspace=workspace)
-    token = GuidelineToken.load(resolved.path)
+    return load_resolved(resolve(reference, workspace=workspace), public_key=public_key)
+
+
+def load_resolved(resolved: ResolvedToken, *, public_key: str | Path | None = None) -> GuidelineToken:
+    """As `load_token`, for a reference that is resolved already."""
+    token = GuidelineToken.load(resolved.path) if public_key is None else load_signed(resolved.path, Path(public_key))
     expected = (resolved.concept or token.concept, resolved.version or token.version)
     if (token.concept, token.version) != expected:
         raise TokenError(

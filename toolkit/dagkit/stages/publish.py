@@ -1,0 +1,238 @@
+"""publish: a token -> a folder, a bucket or the Hub. Refuses one that nobody measured, or worse than before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dagkit.errors import PublishError
+from dagkit.stages import _common as common
+
+if TYPE_CHECKING:
+    from dagkit.registry import Entry, Location
+    from dagkit.token import GuidelineToken
+    from dagkit.workspace import Workspace
+
+_PRIVATE = ("prompts",)
+"""Keys of an evaluation's figures that stay here: the prompts themselves."""
+
+
+def run(
+    workspace: Workspace,
+    reference: str,
+    to: str,
+    *,
+    examples: Sequence[Path] = (),
+    is_public: bool = False,
+    is_dry_run: bool = False,
+    is_unmeasured_allowed: bool = False,
+    is_worse_allowed: bool = False,
+) -> common.StageResult:
+    """Publishes one version of a token.
+
+    Exactly this leaves: the artifact's four files, its signature if it has one, the figures of its evaluation without
+    prompts and images, and the examples that are named. The index that makes them visible is written last.
+
+    Args:
+        workspace: whose tokens and reports to use.
+        reference: the token: ``name@version``, its folder, or a URL.
+        to: ``hf://org/name``, ``s3://bucket/prefix`` or ``file:///folder``.
+        examples: images to publish with it.
+        is_public: on the Hub, let everybody see it; else the repository is private.
+        is_dry_run: check everything and list what would leave, but write nothing.
+        is_unmeasured_allowed: publish without an evaluation.
+        is_worse_allowed: publish although it is worse than the version that it replaces.
+
+    Returns:
+        Its ``data`` has ``files`` (name -> bytes), ``url`` and ``notes``.
+
+    Raises:
+        TokenError: there is no such token, or it is damaged.
+        PublishError: the gate is closed, the version is published already with other content, or the location cannot be
+            read or written.
+    """
+    from dagkit import registry
+
+    location = registry.open_location(to, is_public=is_public)
+    resolved = registry.resolve(reference, workspace=workspace.root)
+    token = registry.load_resolved(resolved)
+    index = location.read_index()
+    figures = _figures(workspace, token, resolved.path)
+    notes = []
+    if figures is None and not is_unmeasured_allowed:
+        raise PublishError(
+            f"{token.name} has no evaluation, so nobody knows what it does. Run: dagkit evaluate --token {token.name} "
+            "(or publish it --without-evaluation)."
+        )
+    before = registry.replaced(token.version, index)
+    if figures is not None:
+        failed = [check["text"] for check in figures.get("checks", ()) if not check["is_passed"]]
+        notes += [f"its evaluation fails a gate: {text}" for text in failed]
+        if before is not None:
+            notes += _compare(token, figures, location, before, is_worse_allowed)
+    evaluation = None if figures is None else (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode()
+    parcel = registry.pack(
+        resolved.path, evaluation=evaluation, figures=_headlines(figures or {}), examples=list(examples)
+    )
+    url = f"{location.url}@{token.version}"
+    data: dict[str, Any] = {"url": url, "files": registry.written_files(parcel), "notes": notes}
+    if registry.published(parcel, index):
+        return common.StageResult("publish", 0, 1, f"{url} is published already, with the same content", data)
+    if is_dry_run:
+        sizes = sum(size or 0 for size in data["files"].values())
+        message = (
+            f"dry run: {len(data['files'])} files, {sizes:,} bytes, would go to {location.url}; nothing was written"
+        )
+        return common.StageResult("publish", 0, 0, message, data)
+    entry = registry.publish(parcel, location)
+    return common.StageResult("publish", 1, 0, f"{url} ({len(entry.files)} files, {entry.content[:19]})", data)
+
+
+def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[str, Any] | None:
+    """What may leave of the token's evaluation: the workspace's own, else the one it was published with."""
+    from dagkit.registry import FIGURES_FILE
+
+    own = workspace.stage("reports", token.concept).path / token.version / "figures.json"
+    path = own if own.is_file() else folder / FIGURES_FILE
+    if not path.is_file():
+        return None
+    try:
+        figures = json.loads(path.read_bytes())
+        columns = {column["name"]: column["settings"] for column in figures["settings"]["columns"]}
+        measured = columns[figures["column"]]
+        model = str(figures["settings"]["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f"{path} is not an evaluation ({error!r}). Run: dagkit evaluate --token {token.name}"
+        ) from error
+    if any(measured.get(key) != value for key, value in _identity(token).items()):
+        raise PublishError(
+            f"{path} is the evaluation of another {token.name}: it was trained anew since. "
+            f"Run: dagkit evaluate --token {token.name}"
+        )
+    settings = {**figures["settings"], "model": Path(model).name if Path(model).is_absolute() else model}
+    return {key: value for key, value in figures.items() if key not in _PRIVATE} | {"settings": settings}
+
+
+def _identity(token: GuidelineToken) -> dict[str, str]:
+    """What an evaluation says of the token that it measured."""
+    from dagkit.token import safetensors_bytes
+    from dagkit.workspace import sha256_bytes, sha256_json
+
+    record = token.record.model_dump(mode="json", exclude={"created"})
+    return {
+        "token": token.name,
+        "tensors": sha256_bytes(safetensors_bytes(token.tensors(), {})),
+        "record": sha256_json(record),
+    }
+
+
+def _compare(
+    token: GuidelineToken, figures: Mapping[str, Any], location: Location, before: Entry, is_worse_allowed: bool
+) -> list[str]:
+    """Refuses a token that is worse than the version it replaces, or that cannot be compared with it."""
+    from dagkit import evaluation, registry
+
+    if before.version.split(".")[0] != token.version.split(".")[0]:
+        return [f"a new major version is not compared with {before.version}: model or concept are not the same"]
+    published = registry.published_figures(location, before)
+    if published is None:
+        return [f"{before.version} was published without an evaluation, so there is nothing to compare with"]
+    older = json.loads(published)
+    old = f"{token.concept}@{before.version}"
+    differing = evaluation.comparable(figures, older)
+    if differing:
+        problem = (
+            f"{token.name} and {old} were evaluated with different {', '.join(differing)}, so nobody can say "
+            f"whether it is worse. Evaluate both alike: dagkit evaluate --token {token.name} "
+            f"--against {location.url}@{before.version}"
+        )
+    else:
+        worse = evaluation.regressions(figures, older, figures["column"])
+        if not worse:
+            return []
+        problem = f"{token.name} is worse than {old}, which it would replace: {'; '.join(one['text'] for one in worse)}"
+    if not is_worse_allowed:
+        raise PublishError(f"{problem}. Improve it, or publish it with --force-worse.")
+    return [problem]
+
+
+def _headlines(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The figures shown on the index page."""
+    found = {}
+    for kind, name, title in (
+        ("named", "erase_rate", "erased"),
+        ("hinted", "erase_rate", "erased when hinted"),
+        ("named", "preservation", "kept"),
+        ("safe", "fired", "false triggers"),
+    ):
+        result = figures.get("results", {}).get(kind, {}).get(figures.get("column"), {})
+        value = (result.get(name) or {}).get("value")
+        if value is not None:
+            found[title] = round(float(value), 4)
+    return found
+
+
+@click.command("publish")
+@click.argument("reference", metavar="TOKEN")
+@click.option(
+    "--to", required=True, metavar="URL", help="hf://org/name, s3://bucket/prefix or file:///folder; no version."
+)
+@click.option(
+    "--with-examples",
+    "examples",
+    multiple=True,
+    metavar="IMAGE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Publish this image too; repeatable. No image leaves unless it is named.",
+)
+@click.option("--public", "is_public", is_flag=True, help="Hub only: let everybody see it. Default: private.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Check everything, list every file, write nothing.")
+@click.option(
+    "--without-evaluation", "is_unmeasured_allowed", is_flag=True, help="Publish although nobody has measured it."
+)
+@click.option(
+    "--force-worse", "is_worse_allowed", is_flag=True, help="Publish although it is worse than what it replaces."
+)
+@common.workspace_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")
+def command(
+    reference: str,
+    to: str,
+    examples: tuple[Path, ...],
+    is_public: bool,
+    is_dry_run: bool,
+    is_unmeasured_allowed: bool,
+    is_worse_allowed: bool,
+    workspace_path: Path,
+    as_json: bool,
+) -> None:
+    """Publish a version of a token: TOKEN is name@version, a folder or a URL.
+
+    A published version never changes. It needs an evaluation, and must not be worse than the version that it replaces.
+    """
+    from dagkit.workspace import Workspace
+
+    if is_public and not to.startswith("hf://"):
+        raise click.UsageError("--public is for hf:// only; who may read a bucket or folder is set there.")
+    result = run(
+        Workspace(workspace_path),
+        reference,
+        to,
+        examples=examples,
+        is_public=is_public,
+        is_dry_run=is_dry_run,
+        is_unmeasured_allowed=is_unmeasured_allowed,
+        is_worse_allowed=is_worse_allowed,
+    )
+    if not as_json:
+        for note in result.data["notes"]:
+            click.echo(f"note: {note}", err=True)
+        if is_dry_run:
+            for name, size in result.data["files"].items():
+                click.echo(f"  {name:<24} {'' if size is None else f'{size:>9,} bytes'}".rstrip())
+    result.show(as_json)
