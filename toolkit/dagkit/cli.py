@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+
 import click
 
 from dagkit._version import __version__
