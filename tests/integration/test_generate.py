@@ -15,7 +15,7 @@ from dagkit.errors import DagkitError, ModelError, PromptRefused, WorkspaceError
 from dagkit.stages import generate
 from dagkit.workspace import StageFolder, Workspace
 from interruption import content, finish, kill_when, num_rows
-from tiny_models import save_tiny_sd
+from tiny_pipelines import scheduler, sd
 
 CONCEPT = """\
 name: tiny
@@ -35,7 +35,9 @@ sampling: {{num_inference_steps: 2, guidance_scale: 5, width: 64, height: 64}}
 
 @pytest.fixture(scope="module")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd")
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
+    sd(scheduler=scheduler(steps_offset=1)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

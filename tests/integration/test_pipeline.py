@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from dagkit.cli import command
 from dagkit.workspace import StageFolder
 from interruption import content, finish, kill_when, num_rows
-from tiny_models import save_tiny_sd
+from tiny_pipelines import scheduler, sd
 
 CONCEPT = """\
 name: tiny
@@ -34,7 +34,8 @@ sampling: {{num_inference_steps: 2, guidance_scale: 5, width: 64, height: 64}}
 def concept_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     path = folder / "tiny.yaml"
-    path.write_text(CONCEPT.format(model=save_tiny_sd(folder / "model")))
+    sd(scheduler=scheduler(steps_offset=1)).save_pretrained(folder / "model")
+    path.write_text(CONCEPT.format(model=folder / "model"))
     return path
 
 
