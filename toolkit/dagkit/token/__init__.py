@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -78,7 +79,7 @@ class GuidelineToken:
     record: TokenRecord
 
     def __post_init__(self) -> None:
-        width = self.guideline.shape[-1]
+        width = self.guideline.shape[-1] if self.guideline.dim() else 0
         for name, tensor in self.tensors().items():
             if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
                 raise TokenError(
@@ -91,7 +92,7 @@ class GuidelineToken:
             fits = (
                 1 <= columns <= MAX_HEADS and tensor.dim() == 1
                 if name == "head_weights"
-                else columns == width <= MAX_WIDTH and tensor.dim() == 2
+                else 1 <= columns == width <= MAX_WIDTH and tensor.dim() == 2
             )
             if not fits or not 1 <= rows <= MAX_ROWS or (name == "start_of_text" and rows != 1):
                 raise TokenError(
@@ -290,6 +291,8 @@ def _header(token: GuidelineToken) -> dict[str, str]:
 
 def _read(path: Path, limit: int) -> bytes:
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # a link or a pipe could be anything, or never end
+            raise TokenError(f"{path} is not a plain file, as all files of a guideline token are. Fetch it again.")
         with path.open("rb") as stream:
             data = stream.read(limit + 1)
     except OSError as error:
@@ -320,8 +323,8 @@ def _parse_sums(path: Path, data: bytes) -> dict[str, str]:
 
 def _parse_record(path: Path, data: bytes) -> TokenRecord:
     try:
-        value = json.loads(data)
-    except ValueError as error:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise TokenError(f"{path} is not JSON: {error}. Fetch it again.") from error
     schema = value.get("schema_version") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA_VERSION:
@@ -334,6 +337,10 @@ def _parse_record(path: Path, data: bytes) -> TokenRecord:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise TokenError(f"{path} does not fit the schema: {problems}. Fetch or optimise it again.") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
