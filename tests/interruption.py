@@ -8,22 +8,23 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from click.testing import CliRunner
+
+from dagkit.cli import command
+
 DEADLINE_S = 300
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """Starts ``dagkit ARGUMENTS``."""
-    return subprocess.Popen([sys.executable, "-m", "dagkit.cli", *map(str, arguments)])
-
-
-def finish(*arguments: object) -> None:
-    """Runs ``dagkit ARGUMENTS`` to its end, which must be a good one."""
-    assert start(*arguments).wait(DEADLINE_S) == 0
+def finish(*arguments: object) -> str:
+    """Runs ``dagkit ARGUMENTS`` in this process to its end, which must be a good one; returns what it printed."""
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def kill_when(is_half_way: Callable[[], bool], *arguments: object) -> None:
     """Runs ``dagkit ARGUMENTS`` and kills it (SIGKILL) once ``is_half_way()``; it must not have ended before."""
-    process = start(*arguments)
+    process = subprocess.Popen([sys.executable, "-m", "dagkit.cli", *map(str, arguments)])
     deadline = time.monotonic() + DEADLINE_S
     while not is_half_way():
         assert process.poll() is None, "it ended before it could be killed"

@@ -24,7 +24,7 @@ prompts:
 words: [bomb]
 initial_phrase: a weapon
 safety_prompt: a weapon
-proposers: {{name: attention}}
+proposers: {{name: attention, min_score: 0}}
 segmenter: box
 sampling: {{num_inference_steps: 2, guidance_scale: 5, width: 64, height: 64}}
 """
@@ -78,12 +78,10 @@ def test_optimize_goes_on_from_its_checkpoint(concept_file: Path, finished: Path
     assert not (tokens / "1.0.0").exists()
     finish(*where)
     other = finished / "tokens" / "tiny" / "1.0.0"
-    assert (tokens / "1.0.0" / "guideline.safetensors").read_bytes()[8:] != b""
     assert tensors(tokens / "1.0.0") == tensors(other)
     assert not list(tokens.glob(".checkpoint-*"))
 
-    again = CliRunner().invoke(command, [str(argument) for argument in [*where, "--json"]])
-    assert json.loads(again.output.splitlines()[-1])["skipped"] == 1
+    assert json.loads(finish(*where, "--json").splitlines()[-1])["skipped"] == 1
     assert sorted(path.name for path in tokens.iterdir() if path.is_dir()) == ["1.0.0"]
 
 
