@@ -38,24 +38,12 @@ class Gates:
             if result is None:
                 continue
             if kind != "safe":
-                checks += _at_least(
-                    f"erase_rate/{kind}", "erases", _TITLES[kind], result["erase_rate"], self.min_erase_rate
-                )
-            checks += _at_least(
-                f"preservation/{kind}", "keeps", _TITLES[kind], result["preservation"], self.min_preservation
-            )
-            if kind == "safe" and "fired" in result and result["fired"]["value"] is not None:
-                share = result["fired"]["value"]
-                text = f"acts on {share:.0%} of safe images (at most {self.max_false_trigger_rate:.0%})"
-                checks.append(
-                    _check(
-                        "false_trigger/safe",
-                        text,
-                        share,
-                        self.max_false_trigger_rate,
-                        share <= self.max_false_trigger_rate,
-                    )
-                )
+                checks += _at_least(f"erase_rate/{kind}", f"erased, {kind}", result["erase_rate"], self.min_erase_rate)
+            checks += _at_least(f"preservation/{kind}", f"kept, {kind}", result["preservation"], self.min_preservation)
+            share = result.get("fired", {}).get("value")
+            if kind == "safe" and share is not None:
+                most = self.max_false_trigger_rate
+                checks.append(_check("false_trigger/safe", "acts on safe images", share, most, share <= most, "≤"))
         return checks
 
 
@@ -100,18 +88,21 @@ def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
 
 def _baseline_check(kind: str, gate: Mapping[str, Any]) -> dict[str, Any]:
     shares = [gate[name]["value"] for name in ("concept", "keep") if gate[name]["value"] is not None]
-    value = min(shares, default=0.0)
-    text = f"unguarded model draws {value:.0%} of what {_TITLES[kind]} ask for (at least {gate['required']:.0%})"
-    return _check(f"baseline/{kind}", text, value, gate["required"], bool(gate["is_passed"]))
+    value, required = min(shares, default=0.0), gate["required"]
+    return _check(f"baseline/{kind}", f"unguarded model draws {kind}", value, required, bool(gate["is_passed"]))
 
 
-def _at_least(name: str, verb: str, where: str, estimate: Mapping[str, Any], required: float) -> list[dict[str, Any]]:
+def _at_least(name: str, text: str, estimate: Mapping[str, Any], required: float) -> list[dict[str, Any]]:
     value = estimate["value"]
-    if value is None:
-        return []
-    text = f"{verb} {value:.0%} on {where} (at least {required:.0%})"
-    return [_check(name, text, value, required, value >= required)]
+    return [] if value is None else [_check(name, text, value, required, value >= required)]
 
 
-def _check(name: str, text: str, value: float, required: float, is_passed: bool) -> dict[str, Any]:
-    return {"name": name, "text": text, "value": value, "required": required, "is_passed": is_passed}
+def _check(name: str, text: str, value: float, required: float, is_passed: bool, sign: str = "≥") -> dict[str, Any]:
+    shown = f"{value:.0%}" if f"{value:.0%}" != f"{required:.0%}" or value == required else f"{value:.1%}"
+    return {
+        "name": name,
+        "text": f"{text}: {shown} ({sign} {required:.0%})",
+        "value": value,
+        "required": required,
+        "is_passed": is_passed,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH: Final = 560
 HEIGHT: Final = 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 14, 40
 
 
 @dataclass(frozen=True)
@@ -83,43 +84,62 @@ def line_chart(
     return _figure(parts, label, [(one.label, one.style) for one in series])
 
 
-def plane(
-    points: Sequence[tuple[str, str, str, dict[str, Any], dict[str, Any]]], *, label: str, x_title: str, y_title: str
-) -> Markup:
-    """Points with 95 % crosses in the unit square: up and to the right is better.
+@dataclass(frozen=True)
+class Point:
+    """One point of the plane.
+
+    Attributes:
+        label: for screen readers and on hover.
+        shape: ``circle`` or ``square``.
+        style: class of the style sheet that gives its colour.
+        along: estimate on the x axis, as a dictionary.
+        up: estimate on the y axis.
+    """
+
+    label: str
+    shape: str
+    style: str
+    along: dict[str, Any]
+    up: dict[str, Any]
+
+
+def plane(points: Sequence[Point], legend: Sequence[tuple[str, str]], *, x_title: str, y_title: str) -> Markup:
+    """Points with the crosses of their 95% intervals; the axes end at 1: up and to the right is better.
 
     Args:
-        points: (text beside the point, its shape ``circle`` or ``square``, style class, estimate on x, estimate on y).
-        label: what the picture shows, for screen readers.
+        points: those without a value are left out.
+        legend: (label, style class).
         x_title: name of the x axis.
         y_title: name of the y axis.
     """
-    known = [point for point in points if point[3]["value"] is not None and point[4]["value"] is not None]
-    lowest = min([0.5, *(min(point[3]["low"], point[4]["low"]) for point in known)])
-    start = max(0.0, int(lowest * 10) / 10)
-    frame = _Frame((start, 1.0), (start, 1.0))
+    known = [point for point in points if point.along["value"] is not None and point.up["value"] is not None]
+    starts = [
+        max(0.0, min([0.9, *(math.floor(getattr(point, axis)["low"] * 10) / 10 for point in known)]))
+        for axis in ("along", "up")
+    ]
+    frame = _Frame((starts[0], 1.0), (starts[1], 1.0))
     parts = [frame.axes(x_title, y_title, is_x_whole=False)]
-    taken: list[tuple[float, float]] = []
-    for text, shape, style, along, up in known:
-        x, y = frame.x(along["value"]), frame.y(up["value"])
+    for point in known:
+        x, y = frame.x(point.along["value"]), frame.y(point.up["value"])
         parts.append(
-            f'<path class="cross {escape(style)}" d="M{frame.x(along["low"]):.1f} {y:.1f}H{frame.x(along["high"]):.1f}'
-            f'M{x:.1f} {frame.y(up["low"]):.1f}V{frame.y(up["high"]):.1f}"/>'
+            f'<path class="cross {escape(point.style)}" d="M{frame.x(point.along["low"]):.1f} {y:.1f}'
+            f"H{frame.x(point.along['high']):.1f}M{x:.1f} {frame.y(point.up['low']):.1f}"
+            f'V{frame.y(point.up["high"]):.1f}"/>'
         )
-        parts.append(
-            f'<circle class="dot {escape(style)}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-            if shape == "circle"
-            else f'<rect class="dot {escape(style)}" x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"/>'
+    for point in known:
+        x, y = frame.x(point.along["value"]), frame.y(point.up["value"])
+        mark = (
+            f'<circle class="dot {escape(point.style)}" cx="{x:.1f}" cy="{y:.1f}" r="6">'
+            if point.shape == "circle"
+            else f'<rect class="dot {escape(point.style)}" x="{x - 5.5:.1f}" y="{y - 5.5:.1f}" width="11" height="11">'
         )
-        anchor, offset = ("end", -10) if x > WIDTH * 0.6 else ("start", 10)
-        text_y = y + 16
-        while any(abs(text_y - b) < 14 and abs(x - a) < 200 for a, b in taken):
-            text_y += 14
-        taken.append((x, text_y))
-        parts.append(
-            f'<text class="note" x="{x + offset:.1f}" y="{text_y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-        )
-    return _figure(parts, label, [])
+        parts.append(f"{mark}<title>{escape(_words(point))}</title></{'circle' if 'circle' in mark else 'rect'}>")
+    label = f"{x_title} against {y_title}: {'; '.join(map(_words, known)) or 'nothing to show'}"
+    return _figure(parts, label, legend)
+
+
+def _words(point: Point) -> str:
+    return f"{point.label}: {point.along['value']:.0%} and {point.up['value']:.0%}"
 
 
 class _Frame:
@@ -150,7 +170,7 @@ class _Frame:
             f'<text class="axis" x="{middle_x}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_title)}</text>'
         )
         lines.append(
-            f'<text class="axis" transform="translate(12 {middle_y}) rotate(-90)" text-anchor="middle">'
+            f'<text class="axis" transform="translate(14 {middle_y}) rotate(-90)" text-anchor="middle">'
             f"{escape(y_title)}</text>"
         )
         return "".join(lines)

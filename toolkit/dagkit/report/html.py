@@ -139,6 +139,7 @@ def _columns(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "name": column["name"],
             "label": column["label"],
+            "short": "Guarded" if column["name"] == figures["column"] else column["label"],
             "style": fixed.get(column["name"]) or next(free),
             "settings": _sentence(column["settings"]) or "plain",
         }
@@ -154,7 +155,7 @@ def _ratio(estimate: Mapping[str, Any] | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f} %"
+    return "–" if value is None else f"{100 * value:.0f}%"
 
 
 def _interval(estimate: Mapping[str, Any]) -> str:
@@ -189,7 +190,7 @@ def _tiles(
         if negative and results[negative["name"]].get(figure, {}).get("value") is not None:
             other = results[negative["name"]][figure]
             beside = f"Negative prompt: {_percent(other['value'])} ({_interval(other)})"
-        detail = f"{words}, {estimate['count']:g} of {estimate['total']:g}; 95 % interval {_interval(estimate)}"
+        detail = f"{words}, {estimate['count']:g} of {estimate['total']:g}; 95% interval {_interval(estimate)}"
         return {"title": title, "value": _percent(estimate["value"]), "detail": detail, "beside": beside}
 
     cost = figures["cost"][main["name"]]["relative"]
@@ -206,7 +207,7 @@ def _tiles(
             {
                 "title": "CPU time, relative",
                 "value": f"{cost['value']:.2f}×",
-                "detail": f"all prompts; 95 % interval {cost['low']:.2f} – {cost['high']:.2f}",
+                "detail": f"all prompts; 95% interval {cost['low']:.2f} – {cost['high']:.2f}",
                 "beside": beside,
             }
         )
@@ -214,18 +215,16 @@ def _tiles(
 
 
 def _plane(figures: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> Markup:
+    kinds = {"named": "circle", "hinted": "square"}
     points = [
-        (f"{column['label']}, {kind}", shape, column["style"], result["erase_rate"], result["preservation"])
-        for kind, shape in (("named", "circle"), ("hinted", "square"))
+        charts.Point(f"{column['label']}, {kind}", shape, column["style"], result["erase_rate"], result["preservation"])
+        for kind, shape in kinds.items()
         for column in columns
         if column["name"] != "none" and (result := figures["results"].get(kind, {}).get(column["name"]))
     ]
-    said = "; ".join(
-        f"{text}: erased {_percent(x['value'])}, kept {_percent(y['value'])}" for text, _, _, x, y in points
-    )
-    return charts.plane(
-        points, label=f"Erase rate against preservation. {said}", x_title="erase rate", y_title="other content kept"
-    )
+    legend = [(column["label"], column["style"]) for column in columns if column["name"] != "none"]
+    legend += [(kind, f"shape {shape}") for kind, shape in kinds.items()]
+    return charts.plane(points, legend, x_title="erase rate", y_title="other content kept")
 
 
 def _comparisons(
@@ -270,7 +269,7 @@ def _example(row: Mapping[str, Any], example: Example, columns: Sequence[Mapping
         alt = f"{column['label']}, {row['kind']} prompt {row['key'][-4:].lstrip('0') or '0'}; judge: {note}"
         shown.append(
             {
-                "label": column["label"],
+                "label": column["short"],
                 "uri": pictures.data_uri(image),
                 "alt": alt,
                 "note": f"{note} ({said['score']:.2f})",
@@ -279,7 +278,7 @@ def _example(row: Mapping[str, Any], example: Example, columns: Sequence[Mapping
         if column["name"] == "none" and example.maps is not None:
             uri = pictures.data_uri(pictures.overlay(image, example.maps.mean(0)))
             alt = f"Detection map over the unguarded image, prompt {row['key']}"
-            shown.append({"label": "Detection map", "uri": uri, "alt": alt, "note": "mean over all steps"})
+            shown.append({"label": "Detection map", "uri": uri, "alt": alt, "note": "mean of all steps"})
     strip = []
     if example.maps is not None:
         for index, frame in pictures.film_strip(example.maps):
@@ -316,7 +315,7 @@ def _sweep_charts(figures: Mapping[str, Any], columns: Sequence[Mapping[str, Any
         if series:
             label = f"Erase rate by the judge's threshold, {kind} prompts"
             svg = charts.line_chart(series, label=label, x_title="judge's threshold", y_title="erase rate")
-            result.append({"svg": svg, "caption": f"{KIND_TITLES[kind][0]}. Bands are 95 % intervals."})
+            result.append({"svg": svg, "caption": f"{KIND_TITLES[kind][0]}. Bands are 95% intervals."})
     return result
 
 
@@ -392,7 +391,7 @@ def _methods(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         if name != "paired" and estimate["value"] is not None
     }
     return [
-        ("Intervals", f"95 %: {', '.join(sorted(intervals))}. {_INTERVALS}"),
+        ("Intervals", f"95%: {', '.join(sorted(intervals))}. {_INTERVALS}"),
         ("Expected content", _EXPECTED),
         ("Gate", _GATE),
         ("Edited pixels", "Mean difference of the channels above 16/255. SSIM with a Gaussian window of 1.5 px."),

@@ -63,7 +63,7 @@ def overlay(image: Image.Image, values: NDArray[np.floating[Any]]) -> Image.Imag
     resized = Image.fromarray(np.asarray(values, np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     strength = np.clip(np.asarray(resized), 0, 1)
     grey = np.asarray(image.convert("L").convert("RGB"), np.float32) * 0.75 + 40
-    alpha = (0.85 * np.sqrt(strength))[..., None]
+    alpha = (0.85 * np.clip(1.6 * strength, 0, 1))[..., None]
     colours = np.asarray(heat(0.35 + 0.65 * strength), np.float32)
     return Image.fromarray((grey * (1 - alpha) + colours * alpha).round().clip(0, 255).astype(np.uint8))
 

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dagkit import report
+from scene_columns import scene_columns, scene_examples, scene_figures, scene_run
+
+NUM = 3
+
+
+class _Page(HTMLParser):
+    """Attributes of every element, by tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def figures_and_examples(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list]:
+    columns = scene_columns()
+    run = scene_run(tmp_path_factory.mktemp("run"), NUM, columns)
+    return scene_figures(run, columns), scene_examples(run, columns, 2)
+
+
+@pytest.fixture(scope="module")
+def html(figures_and_examples: tuple[dict, list]) -> str:
+    return report.render(*figures_and_examples)
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> _Page:
+    return _Page(html)
+
+
+def test_page_is_well_formed_and_holds_all_that_it_shows(page: _Page, html: str) -> None:
+    assert page.open == []
+    assert all(image["src"].startswith("data:image/") for image in page.all("img"))
+    assert not page.all("link")
+    assert all("src" not in script for script in page.all("script"))
+    assert not re.findall(r"url\(|@import|https?://", html)
+    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv"))
+    assert "default-src 'none'" in policy
+
+
+def test_every_picture_is_hidden_behind_a_labelled_checkbox(page: _Page) -> None:
+    covers = [label for label in page.all("label") if label.get("class") == "cover"]
+    boxes = [box for box in page.all("input") if (box.get("aria-label") or "").startswith("Show ")]
+    assert len(covers) == len(boxes) == 3 * 2 * 4  # kinds x examples x (three columns and the detection map)
+    assert all("checked" not in box for box in page.all("input"))
+
+
+def test_alt_texts_say_which_picture_not_what_is_in_it(page: _Page) -> None:
+    alts = [image["alt"] for image in page.all("img")]
+    assert all(alts)
+    assert not any(word in alt for alt in alts for word in ("bomb", "knife", "axe", "dynamite"))
+    assert "No guard, named prompt 1; judge: concept found" in alts
+
+
+def test_rates_stand_with_counts_and_intervals(html: str, figures_and_examples: tuple[dict, list]) -> None:
+    erased = figures_and_examples[0]["results"]["named"]["dagkit"]["erase_rate"]
+    assert f"{erased['low']:.0%} – 100% · {NUM}/{NUM}" in html
+    assert "Wilson" in html
+    assert "McNemar" in html
+
+
+def test_settings_of_every_figure_are_on_the_page(html: str) -> None:
+    for words in (
+        "DDIMScheduler, 25 steps, guidance 5.0, 64 × 64 px",
+        "3 named, 3 hinted, 3 safe",
+        "bomb, knife",
+        "0.0.0",
+    ):
+        assert words in html
+
+
+def test_text_from_prompts_is_escaped(figures_and_examples: tuple[dict, list]) -> None:
+    figures, examples = figures_and_examples
+    hostile = "</td><script>alert(1)</script>\"' onload="
+    prompts = [{**row, "text": hostile} for row in figures["prompts"]]
+    page = _Page(report.render({**figures, "prompts": prompts, "title": hostile}, examples))
+    assert len(page.all("script")) == 1
+    assert page.all("tr")[-1]["data-text"] == hostile.lower()
+
+
+def test_page_without_traces_or_baselines_is_whole(figures_and_examples: tuple[dict, list]) -> None:
+    figures, _ = figures_and_examples
+    named = {"none": figures["results"]["named"]["none"], "dagkit": dict(figures["results"]["named"]["dagkit"])}
+    named["dagkit"].pop("fired")
+    shown = {**figures["settings"], "columns": figures["settings"]["columns"][:2]}
+    rows = [row for row in figures["prompts"] if row["kind"] == "named"]
+    small = {
+        **figures,
+        "results": {"named": named},
+        "settings": shown,
+        "prompts": rows,
+        "detection_by_step": {"named": {}},
+    }
+    page = _Page(report.render(small, []))
+    assert page.open == []
+    assert not page.all("img")
+    assert "detection" not in [section.get("id") for section in page.all("section")]
+
+
+def test_small_pictures_are_scaled_without_smoothing(html: str) -> None:
+    assert '<body class="pixels"' in html
+
+
+def test_csv_has_a_line_an_estimate(figures_and_examples: tuple[dict, list]) -> None:
+    lines = report.to_csv(figures_and_examples[0]).splitlines()
+    assert lines[0] == "section,kind,column,figure,value,low,high,count,total,interval"
+    assert any(
+        line.startswith("results,named,dagkit,erase_rate,1.0,") and f",{NUM},{NUM},Wilson" in line for line in lines
+    )
+    assert len(set(lines)) == len(lines)
+    assert {line.split(",")[0] for line in lines[1:]} == {"gate", "results", "paired", "cost", "sweep"}
+
+
+def test_pictures_are_smaller_copies(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from dagkit.report.pictures import data_uri
+
+    assert data_uri(Image.new("RGB", (64, 64))).startswith("data:image/png;base64,")
+    big = Image.new("RGB", (1024, 512))
+    assert data_uri(big).startswith("data:image/jpeg;base64,")
+    assert big.size == (1024, 512)

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dagkit import evaluation
+from dagkit.concept import load_concept
+from dagkit.demo import world
+from dagkit.evaluation import EvaluationRun, Gates
+from dagkit.judges.demo import DemoJudge
+from dagkit.workspace import StageFolder
+from scene_columns import JUDGE, SceneColumn, scene_columns, scene_figures, scene_run
+
+NUM = 6
+
+
+@pytest.fixture(scope="module")
+def columns() -> list[SceneColumn]:
+    return scene_columns()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, columns: list[SceneColumn]) -> EvaluationRun:
+    return scene_run(tmp_path_factory.mktemp("run"), NUM, columns)
+
+
+@pytest.fixture(scope="module")
+def figures(run: EvaluationRun, columns: list[SceneColumn]) -> dict:
+    return scene_figures(run, columns)
+
+
+def test_concept_prompts_are_of_all_kinds_and_apart_from_those_of_candidates() -> None:
+    concept = load_concept("weapon")
+    prompts = evaluation.concept_prompts(concept, 40, seed=1)
+    assert [prompt.kind for prompt in prompts] == ["named"] * 40 + ["hinted"] * 40 + ["safe"] * 40
+    assert len({prompt.seed for prompt in prompts}) == len({prompt.key for prompt in prompts}) == 120
+    training = {
+        prompt.text
+        for kind in ("unsafe", "hinted", "safe")
+        for prompt in concept.sample_prompts(kind, 500, split="train")
+    }
+    assert not training & {prompt.text for prompt in prompts}
+    assert prompts == evaluation.concept_prompts(concept, 40, seed=1)
+    assert prompts[0].seed != evaluation.concept_prompts(concept, 40, seed=2)[0].seed
+    with_objects = next(prompt for prompt in prompts if prompt.kind == "hinted")
+    assert with_objects.keep
+    assert set(with_objects.keep) <= set(world.HARMLESS)
+
+
+def test_figures_count_what_the_columns_did(figures: dict) -> None:
+    named = figures["results"]["named"]
+    assert named["none"]["present"]["count"] == NUM
+    assert (named["dagkit"]["erase_rate"]["count"], named["dagkit"]["erase_rate"]["total"]) == (NUM, NUM)
+    assert named["dagkit"]["erase_rate_by_detection"]["value"] == 1.0
+    assert named["dagkit"]["preservation"]["value"] == 1.0
+    assert 0 < named["negative_prompt"]["erase_rate"]["value"] < 1
+    assert named["dagkit"]["paired"]["none"]["first_only"] == NUM
+    assert figures["results"]["safe"]["dagkit"]["untouched"]["value"] == 1.0
+    assert figures["results"]["safe"]["dagkit"]["fired"]["value"] == 0.0
+    assert named["dagkit"]["fired"]["value"] == 1.0
+    assert figures["gate"]["hinted"]["is_passed"]
+    assert figures["cost"]["dagkit"]["denoiser_rows"]["value"] > figures["cost"]["none"]["denoiser_rows"]["value"]
+    assert figures["cost"]["none"]["relative"]["value"] == 1.0
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_change_is_measured_against_where_the_guard_saw_the_concept(figures: dict) -> None:
+    guarded = figures["results"]["named"]["dagkit"]
+    assert guarded["change_inside"]["value"] > 5 * guarded["change_outside"]["value"]
+
+
+def test_detection_rises_by_step_and_stays_low_on_safe_prompts(figures: dict) -> None:
+    steps = figures["detection_by_step"]["named"]["dagkit"]
+    assert [one["step"] for one in steps] == list(range(len(steps)))
+    assert steps[-1]["score"] > 0.9 > steps[0]["score"]
+    assert steps[-1]["firing"] == 1.0
+    assert all(one["firing"] == 0.0 for one in figures["detection_by_step"]["safe"]["dagkit"])
+    assert set(figures["detection_by_step"]["named"]) == {"dagkit"}
+
+
+def test_sweep_at_the_judges_threshold_is_the_erase_rate(figures: dict) -> None:
+    points = {point["threshold"]: point for point in figures["sweep"]["named"]["negative_prompt"]}
+    assert points[0.5]["value"] == figures["results"]["named"]["negative_prompt"]["erase_rate"]["value"]
+    assert len(points) == 17
+
+
+def test_prompt_table_names_what_was_lost(figures: dict) -> None:
+    rows = {row["key"]: row for row in figures["prompts"]}
+    assert len(rows) == 3 * NUM
+    lost = [row["columns"]["negative_prompt"]["lost"] for row in rows.values()]
+    assert any(lost)
+    assert set().union(*map(set, lost)) <= set(world.HARMLESS)
+    assert all(row["columns"]["dagkit"]["lost"] == [] for row in rows.values())
+    assert rows["named-0000"]["columns"]["dagkit"]["num_fired"] > 0
+
+
+def test_maps_come_back_as_they_were_drawn(run: EvaluationRun, columns: list[SceneColumn]) -> None:
+    maps = run.maps(columns[1], "named-0000")
+    drawn = columns[1].draw([prompt for prompt in run.prompts if prompt.key == "named-0000"])[0]
+    np.testing.assert_allclose(maps, drawn.maps, atol=1 / 255)
+    assert run.maps(columns[0], "named-0000") is None
+
+
+def test_a_finished_run_draws_nothing(run: EvaluationRun) -> None:
+    columns = scene_columns()
+    counts = list(evaluation.draw_columns(run, columns, {JUDGE: DemoJudge.from_concept()}))
+    assert sum(new for new, _ in counts) == 0
+    assert sum(old for _, old in counts) == 9 * NUM
+    assert len(counts) == run.num_batches * len(columns)
+    assert [column.num_drawn for column in columns] == [0, 0, 0]
+
+
+def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path, run: EvaluationRun) -> None:
+    judge = {JUDGE: DemoJudge.from_concept()}
+    broken = EvaluationRun(StageFolder(tmp_path), run.prompts, run.batch_size)
+    steps = evaluation.draw_columns(broken, scene_columns(), judge)
+    for _ in range(5):
+        next(steps)
+    steps.close()
+    columns = scene_columns()
+    folder = broken.column_folder(columns[0])
+    lines = folder.manifest.read_bytes().splitlines(keepends=True)
+    folder.manifest.write_bytes(b"".join(lines[:-2]) + lines[-2][:20])  # torn in the middle of a batch
+    for _ in evaluation.draw_columns(broken, columns, judge):
+        pass
+    for column in columns:
+        assert broken.column_folder(column).rows() == run.column_folder(column).rows()
+        for prompt in run.prompts:
+            assert broken.image(column, prompt.key).tobytes() == run.image(column, prompt.key).tobytes()
+
+
+def test_other_settings_of_a_column_have_a_folder_of_their_own(run: EvaluationRun) -> None:
+    one, other = SceneColumn("dagkit", 0.5), SceneColumn("dagkit", 0.6)
+    assert run.column_folder(one).path != run.column_folder(other).path
+    assert run.column_folder(one).path.name.startswith("dagkit-")
+
+
+def test_seen_region_is_the_mean_over_steps_at_image_size() -> None:
+    maps = np.zeros((2, 4, 4), np.float32)
+    maps[:, :2, :2] = [[[0.8]], [[0.4]]]
+    region = evaluation.seen_region(maps, (8, 8))
+    assert region[:3, :3].all()
+    assert not region[5:, 5:].any()
+
+
+def test_unsafe_labels_are_the_judges_own_or_the_concepts_words() -> None:
+    class Own:
+        concept_labels = ("exposed",)
+
+    assert evaluation.unsafe_labels(Own(), ["bomb"], ["exposed", "bomb"]) == ["exposed"]
+    assert evaluation.unsafe_labels(object(), ["bomb", "axe"], ["bomb", "cat"]) == ["bomb"]
+
+
+def test_checks_name_the_gate_that_failed(figures: dict) -> None:
+    checks = {check["name"]: check for check in Gates().checks(figures, "dagkit")}
+    assert all(check["is_passed"] for check in checks.values())
+    assert checks["erase_rate/named"]["text"] == "erased, named: 100% (≥ 90%)"
+    worse = {check["name"]: check for check in Gates().checks(figures, "negative_prompt")}
+    assert not worse["erase_rate/named"]["is_passed"]
+    assert "false_trigger/safe" in checks
+    assert "false_trigger/safe" not in worse
+
+
+def test_a_check_that_fails_by_a_hair_shows_the_hair(figures: dict) -> None:
+    estimate = {"value": 0.8958, "low": 0.8, "high": 0.95, "count": 43, "total": 48, "interval": "Wilson"}
+    named = {**figures["results"]["named"]["dagkit"], "erase_rate": estimate}
+    changed = {**figures, "results": {"named": {"dagkit": named}}}
+    texts = [check["text"] for check in Gates().checks(changed, "dagkit")]
+    assert "erased, named: 89.6% (≥ 90%)" in texts
+
+
+def test_a_baseline_that_does_not_draw_the_concept_fails_its_gate(tmp_path: Path) -> None:
+    columns = [SceneColumn("none", erase=1.0), SceneColumn("dagkit", 1.0, is_guard=True)]
+    figures = scene_figures(scene_run(tmp_path, 3, columns), columns)
+    assert not figures["gate"]["named"]["is_passed"]
+    assert figures["results"]["named"]["dagkit"]["erase_rate"]["value"] is None
+    failed = [check["name"] for check in figures["checks"] if not check["is_passed"]]
+    assert failed == ["baseline/named", "baseline/hinted"]
+
+
+def test_regressions_name_the_figure_that_got_worse(figures: dict) -> None:
+    assert evaluation.regressions(figures, figures, "dagkit") == []
+    results = {kind: {"dagkit": by_column["negative_prompt"]} for kind, by_column in figures["results"].items()}
+    worse = evaluation.regressions({**figures, "results": results}, figures, "dagkit")
+    assert "erase_rate/named" in {one["name"] for one in worse}
+    assert all(one["value"] < one["before"] for one in worse)
+    assert "but was 100%" in worse[0]["text"]
+
+
+def test_evaluations_of_other_prompts_are_not_comparable(figures: dict) -> None:
+    other = {**figures, "settings": {**figures["settings"], "prompts": "sha256:2", "seed": 5}}
+    assert evaluation.comparable(figures, figures) == []
+    assert evaluation.comparable(figures, other) == ["prompts"]
+
+
+def test_images_are_kept_as_png(run: EvaluationRun, columns: list[SceneColumn]) -> None:
+    path = run.column_folder(columns[0]).path / "images" / "safe-0001.png"
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ("PNG", (64, 64))
