@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dagkit.demo import networks
-from dagkit.demo.base import Denoiser, DenoisingLoss, draw_example
+from dagkit.demo.base import Denoiser, DenoisingLoss, draw_example, draw_timesteps
 from dagkit.demo.recipe import AutoencoderRecipe, BaseRecipe, Recipe, Schedule
 from dagkit.demo.train import with_steps
 from dagkit.demo.training import CHECKPOINT_NAME, Training, learning_rate
@@ -138,3 +138,16 @@ def test_one_number_of_steps_for_all():
     recipe = with_steps(Recipe(), 7)
     schedules = [recipe.autoencoder.schedule, recipe.autoencoder.decoder_schedule, recipe.base.schedule]
     assert {s.num_steps for s in (*schedules, recipe.judge.schedule, recipe.sam.schedule)} == {7}
+
+
+def test_half_of_the_timesteps_are_noisy_ones():
+    draws = np.array([draw_timesteps(np.random.default_rng(seed), 16, 0.5, 1000) for seed in range(200)])
+    assert draws.min() >= 0
+    assert draws.max() <= 999
+    assert np.mean(draws >= 600) == pytest.approx(0.5 + 0.5 * 0.4, abs=0.02)
+    assert np.mean(draws[:, 0] >= 600) == pytest.approx(0.7, abs=0.1)  # no place in the batch is special
+    assert (
+        draw_timesteps(np.random.default_rng(0), 4, 0.0, 8).tolist()
+        != draw_timesteps(np.random.default_rng(1), 4, 0.0, 8).tolist()
+    )
+    assert sorted(draw_timesteps(np.random.default_rng(0), 4, 0.0, 8) // 2) == [0, 1, 2, 3]

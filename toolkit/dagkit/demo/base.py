@@ -16,6 +16,8 @@ from dagkit.demo.networks import build_scheduler
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from dagkit.demo.recipe import BaseRecipe
 
 
@@ -49,6 +51,16 @@ def _draw_classes(rng: np.random.Generator, recipe: BaseRecipe) -> tuple[str, ..
     return names
 
 
+def draw_timesteps(
+    rng: np.random.Generator, size: int, high_noise_share: float, num_timesteps: int
+) -> NDArray[np.int64]:
+    """(size,) int64 in [0, num_timesteps): part uniform, part from the last 40 %, each stratified, in random order."""
+    num_high = round(size * high_noise_share)
+    low = (np.arange(size - num_high) + rng.random(size - num_high)) / max(size - num_high, 1)
+    high = 0.6 + 0.4 * (np.arange(num_high) + rng.random(num_high)) / max(num_high, 1)
+    return rng.permutation((np.concatenate([low, high]) * num_timesteps).astype(np.int64))
+
+
 class DenoisingLoss:
     """Weighted error of the predicted noise on freshly drawn scenes.
 
@@ -65,13 +77,12 @@ class DenoisingLoss:
         self._alphas_bar: Tensor = self._scheduler.alphas_cumprod
 
     def __call__(self, rng: np.random.Generator) -> Tensor:
-        """Scalar loss of one batch; timesteps are stratified over the batch."""
+        """Scalar loss of one batch; see `draw_timesteps`."""
         recipe, size = self._recipe, self._recipe.schedule.batch_size
         examples = [draw_example(rng, recipe) for _ in range(size)]
         latents = encode(self._autoencoder, np.stack([scene.image for scene, _ in examples]))
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        num_timesteps = len(self._alphas_bar)
-        timesteps = torch.from_numpy(((np.arange(size) + rng.random(size)) / size * num_timesteps).astype(np.int64))
+        timesteps = torch.from_numpy(draw_timesteps(rng, size, recipe.high_noise_share, len(self._alphas_bar)))
         noisy = self._scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         ids = torch.tensor(self._tokenizer([text for _, text in examples], padding="max_length").input_ids)
         predicted = self._denoiser.unet(noisy, timesteps, self._denoiser.text_encoder(ids)[0]).sample

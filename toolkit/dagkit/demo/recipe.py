@@ -64,6 +64,8 @@ class BaseRecipe:
         object_weight: weight of a latent cell covered by an object relative to one of background, in the limit of no
             noise. It fades to 1 with the signal's power (alpha bar): where places are still open, an unequal weight
             would pull the prediction towards more objects than there are.
+        high_noise_share: share of the timesteps drawn from the noisiest 40 %, where it is decided what stands where;
+            the others are uniform.
         caption_dropout: share of scenes without a caption.
         repeat_share: share of those scenes in which objects repeat. Captioned scenes hold each object once, so
             classifier-free guidance leads away from repetition.
@@ -82,6 +84,7 @@ class BaseRecipe:
     max_tokens: int = 16
     min_snr_gamma: float = 5.0
     object_weight: float = 4.0
+    high_noise_share: float = 0.5
     caption_dropout: float = 0.12
     repeat_share: float = 0.6
     num_objects_weights: tuple[float, float, float] = (0.25, 0.4, 0.35)
