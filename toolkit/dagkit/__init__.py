@@ -19,7 +19,8 @@ from dagkit._version import __version__
 if TYPE_CHECKING:
     from dagkit.concept import Concept, load_concept
     from dagkit.guard import Guard
-    from dagkit.token import GuidelineToken, load_token
+    from dagkit.registry import load_token
+    from dagkit.token import GuidelineToken
 
 __all__ = ["Concept", "Guard", "GuidelineToken", "__version__", "load_concept", "load_token"]
 
@@ -28,7 +29,7 @@ _HOME = {
     "Guard": "dagkit.guard",
     "GuidelineToken": "dagkit.token",
     "load_concept": "dagkit.concept",
-    "load_token": "dagkit.token",
+    "load_token": "dagkit.registry",
 }
 
 

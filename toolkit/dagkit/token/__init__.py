@@ -48,7 +48,6 @@ __all__ = [
     "GuidelineToken",
     "Thresholds",
     "TokenRecord",
-    "load_token",
     "next_version",
 ]
 
@@ -214,11 +213,6 @@ class GuidelineToken:
             head_weights=tensors.get("head_weights"),
             record=record,
         )
-
-
-def load_token(where: str | Path) -> GuidelineToken:
-    """Loads a guideline token from its folder."""
-    return GuidelineToken.load(where)
 
 
 def next_version(existing: Iterable[str], change: Literal["patch", "minor", "major"] = "patch") -> str:
