@@ -35,7 +35,6 @@ OTHER_COMMANDS: Final = {
     "concept": ("concepts", "List, show and write concept files."),
     "token": ("tokens", "List, show, verify, compare and sign guideline tokens."),
     "registry": ("registry", "List and verify what is published at a location."),
-    "registry": ("registry", "List and verify the versions published at a location."),
     "dataset": ("dataset", "Check or publish a dataset."),
     "purge": ("purge", "Delete candidate images that no dataset uses."),
     "label-studio": ("label_studio", "Run the embedded Label Studio server."),

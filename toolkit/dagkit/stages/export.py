@@ -75,6 +75,14 @@ def run(
     is_flag=True,
     help="Take pre-masks that nobody reviewed, too. The card says so.",
 )
+@click.option("--no-pull", "is_pulled", flag_value=False, default=True, help="Use the answers fetched before.")
+@click.option(
+    "--label-studio",
+    "url",
+    metavar="URL",
+    envvar="DAGKIT_LABEL_STUDIO",
+    help="Where to pull from. Default: the server to which the tasks were pushed.",
+)
 @click.option("--licence", default="other", show_default=True, help="SPDX identifier for the card.")
 @common.seed_option
 @common.output_options
@@ -82,23 +90,28 @@ def command(
     concept_name: str,
     workspace_path: Path,
     accept_unreviewed: bool,
+    is_pulled: bool,
+    url: str | None,
     licence: str,
     seed: int,
     as_json: bool,
     is_quiet: bool,
 ) -> None:
-    """Build the dataset of a concept from what annotators said.
+    """Pull what annotators said, if tasks were pushed, and build the dataset of a concept from it.
 
     Rows are split into train, validation and test so that images of one prompt or seed stay together; a row keeps its
     split when the dataset grows.
     """
     from dagkit.concept import load_concept
+    from dagkit.stages import pull
     from dagkit.workspace import Workspace
 
-    del is_quiet  # there is no bar
+    workspace, concept = Workspace(workspace_path), load_concept(concept_name)
+    if is_pulled and (workspace.stage("labeling", concept.name).path / "project.json").exists():
+        pull.run(workspace, concept, url=url, progress=common.Progress(is_quiet)).show(as_json)
     result = run(
-        Workspace(workspace_path),
-        load_concept(concept_name),
+        workspace,
+        concept,
         accept_unreviewed=accept_unreviewed,
         licence=licence,
         seed=seed,
