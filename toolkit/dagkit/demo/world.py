@@ -165,7 +165,7 @@ def render_scene(
 
 def _place(rng: np.random.Generator, count: int, object_px: tuple[int, int]) -> list[tuple[int, int, int]]:
     """Squares (x, y, side) that overlap by at most one pixel, by rejection."""
-    for _ in range(1000):
+    for _ in range(200):
         squares: list[tuple[int, int, int]] = []
         for _ in range(count):
             for _ in range(30):
