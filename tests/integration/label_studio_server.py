@@ -109,3 +109,20 @@ def read_mask(path: Path) -> np.ndarray:
         pixels = np.asarray(image)
     assert set(np.unique(pixels)) <= {0, 255}
     return pixels > 0
+
+
+def new_annotator(login: Login, email: str) -> httpx.Client:
+    """Signs a second person up by the owner's invitation and returns a plain HTTP client of that account."""
+    with api(login) as owner:
+        invitation = owner.get("/api/invite").json()["invite_url"]
+    with httpx.Client(base_url=login.url, timeout=60) as browser:
+        browser.get(invitation)
+        form = {
+            "email": email,
+            "password": "correct horse battery",
+            "csrfmiddlewaretoken": browser.cookies["csrftoken"],
+        }
+        browser.post(invitation, data=form, headers={"Referer": login.url + invitation})
+        headers = {"X-CSRFToken": browser.cookies["csrftoken"], "Referer": login.url}
+        token = browser.post("/api/token/", headers=headers).raise_for_status().json()["token"]
+    return api(login, token)

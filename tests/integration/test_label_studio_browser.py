@@ -1,7 +1,7 @@
 """An annotator's way through Label Studio's own page, in headless Chromium.
 
-Skipped, loudly, where there is no Playwright or no Chromium, but never in CI. With ``DAGKIT_SCREENSHOTS=FOLDER`` it writes
-the pictures of docs/annotation.md.
+Skipped, loudly, where there is no Playwright or no Chromium, but never in CI. With ``DAGKIT_SCREENSHOTS=FOLDER`` it
+writes the pictures of docs/annotation.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from label_studio_server import read_mask
 from label_studio_sdk.converter import brush
+from label_studio_server import read_mask
 from PIL import Image, ImageDraw
 
 from dagkit.concept import Concept

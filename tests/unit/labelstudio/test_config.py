@@ -102,7 +102,7 @@ def test_unknown_control(name: str) -> None:
 def test_score_out_of_range() -> None:
     made = valid()
     made["score"] = 1.5
-    with pytest.raises(LabelStudioError, match="does not fit the labelling page: .*1"):
+    with pytest.raises(LabelStudioError, match=r"does not fit the labelling page: .*1"):
         check_prediction(PAGE, made, 9, 6, "key")
 
 
@@ -114,5 +114,5 @@ def test_mask_of_another_size() -> None:
 def test_damaged_mask() -> None:
     made = valid()
     made["result"][1]["value"]["rle"] = made["result"][1]["value"]["rle"][:-3]
-    with pytest.raises(LabelStudioError, match="key: Brush data are truncated"):
+    with pytest.raises(LabelStudioError, match=r"key: Brush data are truncated"):
         check_prediction(PAGE, made, 9, 6, "key")

@@ -26,12 +26,13 @@ IMAGE_OBJECT: Final = "image"
 NOTHING_UNSAFE: Final = "nothing unsafe here"
 CANNOT_TELL: Final = "cannot tell"
 
-_POSITIVE_COLOURS: Final = ("#d81b60", "#8e24aa", "#f4511e", "#6d4c41")  # told apart with a red-green deficiency, too
+_POSITIVE_COLOURS: Final = ("#d81b60", "#8e24aa", "#f4511e", "#6d4c41")
 _NEGATIVE_COLOURS: Final = ("#1e88e5", "#00897b", "#3949ab", "#546e7a")
-_HOTKEYS: Final = "123456789qwtyiop"  # without those of the page itself (b, e, h, r, u, v ...) and of the two choices
+# Without the keys of the page itself (b, e, h, r, u, v) and of the two choices.
+_HOTKEYS: Final = "123456789qwtyiop"
 
-# The image is laid out, but not visible, until the panel is unfolded: inside the panel Label Studio would measure it while
-# it has no size, and never fit it to the page. Should a later version rename the panel's class, the image stays hidden.
+# The image is laid out, but not visible, until the panel is unfolded: inside the panel Label Studio would measure it
+# while it has no size, and never fit it to the page. Should a later version rename the panel's class, it stays hidden.
 _STYLE: Final = """\
     .dagkit-image, .dagkit-image img {visibility: hidden !important}
     .dagkit-page:has(.dagkit-reveal .ant-collapse-item-active) .dagkit-image {visibility: visible !important}

@@ -222,6 +222,8 @@ class EmbeddedServer:
             end = time.monotonic() + _STOP_TIMEOUT_S
             while time.monotonic() < end:
                 if self.pid is None:
+                    if self._process is not None:
+                        self._process.wait()
                     self._pid_file.unlink(missing_ok=True)
                     return True
                 time.sleep(0.05)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from dagkit.errors import LabelStudioError
+from dagkit.errors import LabelStudioError, WorkspaceError
 from dagkit.labelstudio import codec
 from dagkit.labelstudio.client import ServerUnavailableError, backoff
 from dagkit.labelstudio.config import IMAGE_OBJECT, MASK_CONTROL, check_prediction
@@ -92,7 +92,7 @@ def push(
     project_id: int,
     label_config: str,
     keys: Sequence[str],
-    make_task: Callable[[str], Task | None],
+    make_task: Callable[[str], Task],
     done: Callable[[Mapping[str, int]], None],
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
@@ -109,7 +109,7 @@ def push(
         project_id: where to.
         label_config: the project's page, against which predictions are checked.
         keys: of all tasks that shall be there in the end, in this order.
-        make_task: makes one when its turn comes; None leaves it out.
+        make_task: makes one when its turn comes.
         done: is told key -> task id of what is on the server: at first of what was there before, then of every batch.
         batch_size: tasks a request.
         track: wraps the batches (and is told their number), to show progress.
@@ -118,8 +118,9 @@ def push(
         How many tasks were sent.
 
     Raises:
-        LabelStudioError: a prediction is invalid (its batch is not sent), or the server refuses or stays away. What
-            was sent before stays and is not sent again by the next call.
+        WorkspaceError, LabelStudioError: some tasks could not be made, or their predictions are invalid (the first one
+            is named; all others were sent).
+        LabelStudioError: the server refuses or stays away. What was sent before stays and is not sent again.
     """
     wanted = set(keys)
     there = _tidy(client, client.task_ids(project_id))
@@ -127,13 +128,15 @@ def push(
     todo = [key for key in keys if key not in there]
     uploads = client.uploads(project_id) if todo else {}
     num_sent, was_interrupted = 0, False
+    problems: list[WorkspaceError | LabelStudioError] = []
     starts = range(0, len(todo), batch_size)
     for start in track(starts, len(starts)):
-        made = (make_task(key) for key in todo[start : start + batch_size])
-        batch = [task for task in made if task is not None]
-        for task in batch:
-            if task.prediction is not None:
-                check_prediction(label_config, task.prediction, task.width, task.height, task.key)
+        batch = []
+        for key in todo[start : start + batch_size]:
+            try:
+                batch.append(_checked(make_task(key), label_config))
+            except (WorkspaceError, LabelStudioError) as error:
+                problems.append(error)
         num_sent += len(batch)
         pauses: Iterator[float] = backoff()
         for attempt in range(1, _MAX_TRIES + 1):
@@ -153,7 +156,16 @@ def push(
     if was_interrupted:
         there = _tidy(client, client.task_ids(project_id))
         done({key: task_id for key, task_id in there.items() if key in wanted})
+    if problems:
+        first, others = problems[0], f"({len(problems)} of {len(keys)} tasks were not sent; all others are there.)"
+        raise type(first)(f"{first} {others}") from first
     return num_sent
+
+
+def _checked(task: Task, label_config: str) -> Task:
+    if task.prediction is not None:
+        check_prediction(label_config, task.prediction, task.width, task.height, task.key)
+    return task
 
 
 def _send(client: Client, project_id: int, batch: Sequence[Task], uploads: dict[str, str]) -> dict[str, int]:

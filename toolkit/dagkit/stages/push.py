@@ -25,7 +25,7 @@ def run(
     client: Client | None = None,
     url: str | None = None,
     label_config: str | None = None,
-    num_annotators: int = 1,
+    num_annotators: int | None = None,
     batch_size: int | None = None,
     progress: common.Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -40,8 +40,9 @@ def run(
         concept: whose labels to offer.
         client: connection to use; None: `dagkit.labelstudio.access.connect` with ``url``.
         url: root of a team's server; None for the embedded one.
-        label_config: XML of the labelling page; None: rendered from the concept, or ``<concept>.xml`` beside its file.
-        num_annotators: how many are to answer each task, >= 1.
+        label_config: XML of the labelling page; None: as before, or rendered from the concept (or ``<concept>.xml``
+            beside its file).
+        num_annotators: how many are to answer each task, >= 1; None: as before, or 1.
         batch_size: tasks a request; None for the default.
         progress: shows progress; None for silence.
         tell: is given one line before each long step.
@@ -63,23 +64,17 @@ def run(
         raise WorkspaceError(
             f"{premasks.path}: expected pre-masked candidates, but there are none. Run `dagkit premask` first."
         )
-    config = label_config or page(concept)
-    interface(config)
+    if label_config is not None:
+        interface(label_config)
     progress = progress or common.Progress(is_quiet=True)
     folder = workspace.stage("labeling", concept.name)
     with lock(folder.path):
         client = client or connect(url, tell)
-        project_id = find_project(client, folder, concept, config, num_annotators)
+        project_id, config = find_project(client, folder, concept, label_config, num_annotators)
         noted = folder.keys()
-        num_before = len(noted)
-        problems: list[str] = []
 
-        def make(key: str) -> Task | None:
-            try:
-                return _task(key, images[key], rows[key], candidates, premasks)
-            except WorkspaceError as error:
-                problems.append(str(error))
-                return None
+        def make(key: str) -> Task:
+            return _task(key, images[key], rows[key], candidates, premasks)
 
         def done(ids: Mapping[str, int]) -> None:
             for key in (key for key in rows if key in ids and key not in noted):
@@ -96,17 +91,13 @@ def run(
             batch_size=batch_size or tasks.DEFAULT_BATCH_SIZE,
             track=lambda batches, total: progress.track(batches, total=total, description="push"),
         )
-    if problems:
-        raise WorkspaceError(
-            f"{problems[0]} ({len(problems)} of {len(rows)} were not sent; the others are on the server.)"
-        )
     address = f"{client.url}/projects/{project_id}/data"
     return common.StageResult(
         "push",
         num_sent,
         len(rows) - num_sent,
         f"{num_sent} tasks sent, {len(rows) - num_sent} were there already -> {address}",
-        {"url": address, "project_id": project_id, "num_noted_before": num_before, "path": folder.path},
+        {"url": address, "project_id": project_id, "path": folder.path},
     )
 
 
@@ -119,10 +110,16 @@ def page(concept: Concept) -> str:
     return override.read_text(encoding="utf-8") if override.exists() else labelling_config(concept)
 
 
-def find_project(client: Client, folder: StageFolder, concept: Concept, config: str, num_annotators: int) -> int:
+def find_project(
+    client: Client, folder: StageFolder, concept: Concept, label_config: str | None, num_annotators: int | None
+) -> tuple[int, str]:
     """Finds this workspace's project on a server, or makes it, and brings its page up to date.
 
-    Its title is written down before the project is made, so a run that dies in between makes no second one.
+    Its title is written down before the project is made, so a run that dies in between makes no second one. A page that
+    was edited in Label Studio, or given with an earlier push, is left alone until the concept's own page changes.
+
+    Returns:
+        The project's id and the XML of its page.
 
     Raises:
         LabelStudioError: the workspace belongs to a project on another server, or the project was deleted.
@@ -130,6 +127,7 @@ def find_project(client: Client, folder: StageFolder, concept: Concept, config: 
     import secrets
 
     from dagkit.errors import LabelStudioError
+    from dagkit.workspace import sha256_bytes
 
     if not (folder.path / "project.json").exists():
         folder.write_json("project.json", {"title": f"dagkit {concept.name} {secrets.token_hex(4)}"})
@@ -138,19 +136,26 @@ def find_project(client: Client, folder: StageFolder, concept: Concept, config: 
     if not found and "project_id" in saved:
         raise LabelStudioError(
             f"{folder.path}: its tasks are in project {saved['project_id']} at {saved['url']}, but {client.url} has "
-            "no such project. "
-            f"Use that server; or, if the project was deleted, delete {folder.path} and push again."
+            "no such "
+            f"project. Use that server; or, if the project was deleted, delete {folder.path} and push again."
         )
+    wanted = label_config or page(concept)
     if not found:
         description = f"Mark {', '.join(concept.labels.positive)}: {concept.summary}"
-        found = [client.create_project(saved["title"], config, description, num_annotators)]
-    project_id = saved.get("project_id") if saved.get("project_id") in found else found[0]
-    settings = {"label_config": config, "maximum_annotations": num_annotators}
+        found = [client.create_project(saved["title"], wanted, description, num_annotators or 1)]
+    project_id = int(saved.get("project_id") if saved.get("project_id") in found else found[0])
     before = client.project(project_id)
-    if changed := {name: value for name, value in settings.items() if before[name] != value}:
+    changed: dict[str, Any] = {}
+    is_new_page = label_config is not None or sha256_bytes(page(concept).encode()) != saved.get("page")
+    if is_new_page and before["label_config"] != wanted:
+        changed["label_config"] = wanted
+    if num_annotators not in (None, before["maximum_annotations"]):
+        changed["maximum_annotations"] = num_annotators
+    if changed:
         client.update_project(project_id, **changed)
-    folder.write_json("project.json", {"title": saved["title"], "url": client.url, "project_id": project_id})
-    return int(project_id)
+    saved |= {"url": client.url, "project_id": project_id, "page": sha256_bytes(page(concept).encode())}
+    folder.write_json("project.json", saved)
+    return project_id, str(changed.get("label_config", before["label_config"]))
 
 
 def _task(key: str, image: str, row: Mapping[str, Any], candidates: StageFolder, premasks: StageFolder) -> Task:
@@ -185,7 +190,9 @@ def _task(key: str, image: str, row: Mapping[str, Any], candidates: StageFolder,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="XML of the labelling page. Default: made from the concept.",
 )
-@click.option("--num-annotators", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers per task.")
+@click.option(
+    "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
+)
 @click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
 @common.output_options
 def command(
@@ -193,7 +200,7 @@ def command(
     workspace_path: Path,
     url: str | None,
     label_config: Path | None,
-    num_annotators: int,
+    num_annotators: int | None,
     batch_size: int | None,
     as_json: bool,
     is_quiet: bool,

@@ -1,0 +1,237 @@
+"""Two annotators on forty tasks, with skips, empty answers, edits and disagreement, against an independent count."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from label_studio_sdk.converter import brush
+from label_studio_server import SIZE, api, make_reviewable, new_annotator, read_mask
+
+from dagkit.concept import Concept
+from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
+from dagkit.labelstudio.server import Login
+from dagkit.stages import pull, push
+from dagkit.workspace import Workspace
+
+pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
+
+ACTIONS = ["accept", "accept", "accept", "edit", "edit", "draw", "delete", "nothing", "cannot tell", "skip"]
+Pixels = frozenset[tuple[int, int]]
+
+
+def sdk_region(pixels: Pixels, label: str) -> dict:
+    grey = np.zeros((SIZE[1], SIZE[0]), np.uint8)
+    for y, x in pixels:
+        grey[y, x] = 255
+    return {
+        "id": f"r{len(pixels)}{label}",
+        "type": "brushlabels",
+        "from_name": "mask",
+        "to_name": "image",
+        "original_width": SIZE[0],
+        "original_height": SIZE[1],
+        "image_rotation": 0,
+        "value": {"format": "rle", "rle": brush.mask2rle(grey), "brushlabels": [label]},
+    }
+
+
+def sdk_pixels(region: dict) -> Pixels:
+    alpha = brush.decode_rle(region["value"]["rle"]).reshape(SIZE[1], SIZE[0], 4)[..., 3]
+    return frozenset((int(y), int(x)) for y, x in np.argwhere(alpha > 127))
+
+
+def choice(value: str) -> dict:
+    return {"type": "choices", "from_name": "verdict", "to_name": "image", "value": {"choices": [value]}}
+
+
+def answer(http: httpx.Client, task: dict, action: str, rng: random.Random) -> tuple[str, dict[str, Pixels]]:
+    """Submits one answer and says what it should be counted as: a state and the pixels of each label."""
+    predictions = task["predictions"]
+    regions = predictions[0]["result"] if predictions else []
+    more: dict = {"lead_time": 1.5} | ({"parent_prediction": predictions[0]["id"]} if predictions else {})
+    proposed = {region["value"]["brushlabels"][0]: sdk_pixels(region) for region in regions}
+    masks: dict[str, Pixels] = dict(proposed)
+    extra = frozenset((rng.randrange(SIZE[1]), rng.randrange(SIZE[0])) for _ in range(rng.choice([3, 400])))
+    result = list(regions)
+    if action == "skip":
+        result, more["was_cancelled"] = [], True
+    elif action == "delete":
+        result, masks = [], {}
+    elif action == "nothing":
+        result = [*regions, choice(NOTHING_UNSAFE)]
+    elif action == "cannot tell":
+        result = [*regions, choice(CANNOT_TELL)]
+    elif action in ("edit", "draw"):
+        masks = {"weapon": masks.get("weapon", frozenset()) | extra} | (masks if action == "draw" else {})
+        masks["weapon"] = masks.get("weapon", frozenset()) | extra
+        result = [sdk_region(pixels, label) for label, pixels in masks.items()]
+    http.post(f"/api/tasks/{task['id']}/annotations/", json={"result": result, **more}).raise_for_status()
+    if action == "skip":
+        return "skipped", {}
+    if action == "cannot tell":
+        return "cannot_tell", {}
+    if action == "nothing" or not whole(masks):
+        return "empty", {}
+    return ("accepted" if action == "accept" else "changed"), masks
+
+
+def whole(masks: dict[str, Pixels]) -> Pixels:
+    return masks.get("weapon", frozenset()) - masks.get("harmless", frozenset())
+
+
+def ratio(one: Pixels, two: Pixels) -> float:
+    return len(one & two) / len(one | two) if one | two else 1.0
+
+
+def kappa(pairs: list[tuple[bool, bool]]) -> float | None:
+    table = Counter(pairs)
+    num = len(pairs)
+    rows = {side: sum(count for (one, _), count in table.items() if one == side) for side in (True, False)}
+    columns = {side: sum(count for (_, two), count in table.items() if two == side) for side in (True, False)}
+    chance = sum(rows[side] * columns[side] for side in (True, False)) / num**2
+    observed = (table[True, True] + table[False, False]) / num
+    return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
+def test_counts_agreement_and_consensus(client: Client, login: Login, concept: Concept, tmp_path: Path) -> None:
+    workspace = make_reviewable(tmp_path / "runs", concept, 40, seed=3)
+    push.run(workspace, concept, client=client, num_annotators=2)
+    ids = {row["key"]: row["task_id"] for row in workspace.stage("labeling", concept.name).rows()}
+    rng = random.Random(7)
+    told: dict[str, list[tuple[str, dict[str, Pixels]]]] = {}
+    proposed: dict[str, Pixels] = {}
+    with api(login) as first, new_annotator(login, "second@example.org") as second:
+        for key, task_id in ids.items():
+            task = first.get(f"/api/tasks/{task_id}").json()
+            regions = task["predictions"][0]["result"] if task["predictions"] else []
+            proposed[key] = whole({region["value"]["brushlabels"][0]: sdk_pixels(region) for region in regions})
+            told[key] = [answer(http, task, rng.choice(ACTIONS), rng) for http in (first, second)]
+        emails = {first.get("/api/current-user/whoami").json()["email"], "second@example.org"}
+    assert {state for answers in told.values() for state, _ in answers} == {
+        "accepted",
+        "changed",
+        "empty",
+        "skipped",
+        "cannot_tell",
+    }
+
+    result = pull.run(workspace, concept, client=client)
+    folder = workspace.stage("annotations", concept.name)
+    rows = {row["key"]: row for row in folder.rows()}
+    assert rows.keys() == told.keys()
+    expected_states: Counter[str] = Counter()
+    disagreements: dict[str, set[str]] = {}
+    ious: list[float] = []
+    marks: dict[str, list[tuple[bool, bool]]] = {"weapon": [], "harmless": []}
+    for key, answers in told.items():
+        row = rows[key]
+        assert [entry["state"] for entry in row["answers"]] == [state for state, _ in answers]
+        assert row["seconds"] == 3.0
+        votes = [(state, masks) for state, masks in answers if state in ("accepted", "changed", "empty")]
+        num_unsure = sum(state == "cannot_tell" for state, _ in answers)
+        if not votes or num_unsure > len(votes):
+            state, masks = ("cannot_tell" if num_unsure else "skipped"), {}
+        else:
+            labels = {"weapon", "harmless"}
+            masks = {
+                label: frozenset.intersection(*(vote.get(label, frozenset()) for _, vote in votes)) for label in labels
+            }
+            state = "empty" if not whole(masks) else "changed"
+            if state == "changed" and all(vote == "accepted" for vote, _ in votes):
+                state = "accepted"
+            masks = {label: pixels for label, pixels in masks.items() if pixels and state != "empty"}
+            assert row["iou_to_premask"] == pytest.approx(ratio(whole(masks), proposed[key]))
+        expected_states[state] += 1
+        assert row["state"] == state
+        assert row["masks"].keys() == masks.keys()
+        for label, pixels in masks.items():
+            found = read_mask(folder.path / row["masks"][label])
+            assert {(int(y), int(x)) for y, x in np.argwhere(found)} == pixels
+        reasons = set()
+        if len(votes) == 2:
+            one, two = (whole(vote) for _, vote in votes)
+            if one or two:
+                ious.append(ratio(one, two))
+            if bool(one) != bool(two):
+                reasons.add("presence")
+            elif one and ratio(one, two) < 0.7:
+                reasons.add("outline")
+            for label, pairs in marks.items():
+                pairs.append((bool(votes[0][1].get(label)), bool(votes[1][1].get(label))))
+        if votes and num_unsure:
+            reasons.add("cannot_tell")
+        if reasons:
+            disagreements[key] = reasons
+
+    found = folder.read_json("agreement.json")
+    assert result.data["states"] == found["states"] == dict(sorted(expected_states.items()))
+    by_annotator = {
+        f"annotator-{number + 1}": dict(Counter(answers[number][0] for answers in told.values())) for number in range(2)
+    }
+    assert found["num_answers"] == by_annotator
+    assert found["mean_iou"] == pytest.approx(sum(ious) / len(ious))
+    assert found["kappa"] == {label: pytest.approx(kappa(pairs)) for label, pairs in marks.items()}
+    assert found["pairs"][0]["num_tasks"] == len(marks["weapon"])
+    assert {entry["key"]: set(entry["reasons"]) for entry in found["disagreements"]} == disagreements
+    assert {"presence", "outline", "cannot_tell"} == set().union(*disagreements.values())
+
+    written = b"".join(path.read_bytes() for path in workspace.root.rglob("*") if path.is_file())
+    for email in emails:
+        assert email.encode() not in written
+
+    # What changes later is fetched, and nothing else is touched.
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*.png")}
+    changed_key = next(key for key, row in rows.items() if row["state"] == "accepted")
+    with api(login) as http:
+        annotations = http.get(f"/api/tasks/{ids[changed_key]}").json()["annotations"]
+        for entry in annotations:
+            pixels = frozenset((y, 5) for y in range(20))
+            body = {"result": [sdk_region(pixels, "weapon")], "lead_time": 4.0}
+            http.patch(f"/api/annotations/{entry['id']}/", json=body).raise_for_status()
+        withdrawn_key = next(key for key in reversed(rows) if key != changed_key)
+        for entry in http.get(f"/api/tasks/{ids[withdrawn_key]}").json()["annotations"]:
+            http.delete(f"/api/annotations/{entry['id']}/").raise_for_status()
+    assert pull.run(workspace, concept, client=client).done == 2
+    after = {row["key"]: row for row in folder.rows()}
+    assert list(after) == [key for key in rows if key != withdrawn_key]
+    assert read_mask(folder.path / after[changed_key]["masks"]["weapon"]).sum() == 20
+    touched = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert {path.name.rpartition("-")[0] for path in touched} == {changed_key}
+    assert pull.run(workspace, concept, client=client).done == 0
+
+    # Another rule: everything is decided anew.
+    pull.run(workspace, concept, client=client, consensus="union")
+    union_rows = {row["key"]: row for row in folder.rows()}
+    sizes = [
+        (read_mask(folder.path / union_rows[key]["masks"]["weapon"]).sum(), len(whole(told[key][0][1])))
+        for key in union_rows
+        if "weapon" in union_rows[key]["masks"] and key != changed_key
+    ]
+    assert all(union >= one for union, one in sizes)
+    assert all(earlier != later for earlier, later in pairwise(sorted(union_rows)))
+
+
+def test_a_workspace_is_unchanged_by_pulling_in_steps(
+    client: Client, login: Login, concept: Concept, tmp_path: Path
+) -> None:
+    """Pulling after every answer ends with the same rows as pulling once."""
+    workspace = make_reviewable(tmp_path / "runs", concept, 3, seed=4)
+    push.run(workspace, concept, client=client)
+    with api(login) as http:
+        for row in workspace.stage("labeling", concept.name).rows():
+            answer(http, http.get(f"/api/tasks/{row['task_id']}").json(), "edit", random.Random(row["task_id"]))
+            pull.run(workspace, concept, client=client)
+    stepwise = workspace.stage("annotations", concept.name)
+    fresh = Workspace(tmp_path / "fresh")
+    for name in ("candidates", "premasks", "labeling"):
+        (fresh.root / name).parent.mkdir(exist_ok=True)
+        (fresh.root / name).symlink_to(workspace.root / name)
+    pull.run(fresh, concept, client=client)
+    assert fresh.stage("annotations", concept.name).rows() == stepwise.rows()
