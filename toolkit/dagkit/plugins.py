@@ -22,13 +22,23 @@ BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {"sd": "dagkit.families.sd:SD", "sdxl": "dagkit.families.sdxl:SDXL"},
     "proposers": {
         "attention": "dagkit.proposers.attention:AttentionProposer",
+        "grounding_dino": "dagkit.proposers.grounding_dino:GroundingDinoProposer",
         "none": "dagkit.proposers.none:NoProposer",
+        "nudenet": "dagkit.proposers.nudenet:NudeNetProposer",
+        "token": "dagkit.proposers.token:TokenProposer",
     },
     "segmenters": {
         "box": "dagkit.segmenters.box:BoxSegmenter",
         "sam": "dagkit.segmenters.sam:SamSegmenter",
+        "sam_hf": "dagkit.segmenters.sam_hf:SamHfSegmenter",
     },
-    "judges": {"demo": "dagkit.judges.demo:DemoJudge"},
+    "judges": {
+        "clip": "dagkit.judges.clip:ClipJudge",
+        "combined": "dagkit.judges.combined:CombinedJudge",
+        "demo": "dagkit.judges.demo:DemoJudge",
+        "nudenet": "dagkit.judges.nudenet:NudeNetJudge",
+        "safety_checker": "dagkit.judges.safety_checker:SafetyCheckerJudge",
+    },
 }
 
 

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from dagkit import demo
+from dagkit.concept import Plugin, load_concept
+from dagkit.errors import CheckpointError, ConceptError
+from dagkit.judges.clip import ClipJudge
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Any, Any]:
+    """CLIP's own classes, small and with random weights, over the bundled world's words."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        **tower,
+        "vocab_size": 512,
+        "max_position_embeddings": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    size = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return model, CLIPProcessor(size, CLIPTokenizer.from_pretrained(demo.model_path() / "tokenizer"))
+
+
+def images(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 40, 3)).astype(np.uint8)) for _ in range(count)]
+
+
+def test_scores_are_clips_own_softmax(parts: tuple[Any, Any]) -> None:
+    model, processor = parts
+    texts = ["a bomb on grass", "a cat on grass", "a dog on sand"]
+    inputs = processor(text=texts, images=images(3), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        shares = model(**inputs).logits_per_image.softmax(1)
+    judge = ClipJudge(model, processor, present=texts[:1], absent=texts[1:], objects=["cat", "dog"])
+    said = judge.judge(images(3))
+    assert [one.score for one in said] == pytest.approx(shares[:, 0].tolist(), abs=1e-5)
+    assert [one.is_present for one in said] == [share >= 0.5 for share in shares[:, 0].tolist()]
+    assert all(set(one.labels) == {"concept", "cat", "dog"} for one in said)
+    assert all(0 < value < 1 for one in said for value in one.labels.values())
+
+
+def test_the_concept_gives_texts_and_objects(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    for part in parts:
+        part.save_pretrained(tmp_path)
+    plugin = Plugin.model_validate({"name": "clip", "checkpoint": str(tmp_path), "threshold": 0.0})
+    judge = ClipJudge.from_concept(load_concept("weapon").model_copy(update={"judge": plugin}))
+    assert judge.present == ("a weapon",)
+    assert "cat" in judge.objects
+    assert judge.judge(images(1))[0].is_present
+    assert judge.settings["checkpoint"] == str(tmp_path)
+
+
+def test_mistakes_are_named(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConceptError, match="present and absent need at least one text"):
+        ClipJudge(*parts, present=[])
+    with pytest.raises(CheckpointError, match=r"judge clip: .* cannot be loaded"):
+        ClipJudge.from_checkpoint(str(tmp_path / "nothing"), present=["a"])
+    plugin = Plugin.model_validate({"name": "clip", "texts": ["a"]})
+    with pytest.raises(ConceptError, match="unknown option 'texts'"):
+        ClipJudge.from_concept(load_concept("weapon").model_copy(update={"judge": plugin}))

@@ -1,0 +1,128 @@
+"""CLIP zero-shot: is an image nearer to texts with the concept than to texts without it?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import torch
+
+from dagkit.errors import CheckpointError, ConceptError
+from dagkit.judges import Judgement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from dagkit.concept import Concept
+
+DEFAULT_CHECKPOINT: Final = "openai/clip-vit-large-patch14"
+_OPTIONS: Final = ("checkpoint", "present", "absent", "objects", "threshold")
+
+
+class ClipJudge:
+    """Compares images with texts; needs no training and knows whatever CLIP knows.
+
+    The score is the softmax share of the ``present`` texts among ``present`` and ``absent`` ones. Each of ``objects``
+    gets the share of "a photo of X" against "a photo".
+
+    Args:
+        model: a ``CLIPModel``.
+        processor: its ``CLIPProcessor``.
+        present: texts that show the concept, at least one.
+        absent: texts that do not, at least one.
+        objects: other content to look for.
+        threshold: score from which the concept counts as present, in [0, 1].
+        checkpoint: where the model is from, for the record.
+        device: torch device.
+    """
+
+    concept_labels = ("concept",)
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        present: Sequence[str],
+        absent: Sequence[str] = ("a photo",),
+        objects: Sequence[str] = (),
+        threshold: float = 0.5,
+        checkpoint: str = DEFAULT_CHECKPOINT,
+        device: str = "cpu",
+    ) -> None:
+        if not present or not absent:
+            raise ConceptError(
+                "judge clip: present and absent need at least one text each. Add them to the concept file."
+            )
+        self._model, self._processor, self._device = model.float().eval().to(device), processor, device
+        self.present, self.absent, self.objects = tuple(present), tuple(absent), tuple(objects)
+        self.threshold, self.checkpoint = threshold, checkpoint
+        self._texts = self._embed([*self.present, *self.absent, *(f"a photo of {name}" for name in objects), "a photo"])
+
+    @classmethod
+    def from_concept(cls, concept: Concept | None = None, device: str = "cpu") -> Self:
+        """The concept's options, if its judge is CLIP: ``checkpoint`` and the arguments of the class by name.
+
+        By default ``present`` is the concept's initial phrase, and ``objects`` what its prompts ask to keep.
+        """
+        options = dict(concept.judge.options) if concept is not None and concept.judge.name == "clip" else {}
+        unknown = set(options) - set(_OPTIONS)
+        if unknown:
+            raise ConceptError(f"judge clip: unknown option {sorted(unknown)[0]!r}. It takes {', '.join(_OPTIONS)}.")
+        if concept is not None:
+            options.setdefault("present", [concept.initial_phrase])
+            kept = [value for slot in concept.prompts.keep for value in concept.prompts.slots[slot]]
+            options.setdefault("objects", kept)
+        return cls.from_checkpoint(options.pop("checkpoint", DEFAULT_CHECKPOINT), device=device, **options)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, *, device: str = "cpu", **options: Any) -> Self:
+        """Loads CLIP from a folder or the Hub.
+
+        Raises:
+            CheckpointError: it is not there or is something else.
+        """
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            model, processor = CLIPModel.from_pretrained(checkpoint), CLIPProcessor.from_pretrained(checkpoint)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"judge clip: {checkpoint} cannot be loaded: {str(error).splitlines()[0]} "
+                "Name a folder or a Hub id under judge.checkpoint in the concept file."
+            ) from error
+        return cls(model, processor, checkpoint=checkpoint, device=device, **options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a figure made with this judge must state."""
+        own = {"checkpoint": self.checkpoint, "threshold": self.threshold}
+        return {**own, "present": list(self.present), "absent": list(self.absent), "objects": list(self.objects)}
+
+    @torch.inference_mode()
+    def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
+        """One judgement an image; ``labels`` holds ``concept`` and every object."""
+        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        embeds = _unit(self._model.get_image_features(inputs.pixel_values.to(self._device)))
+        logits = self._model.logit_scale.exp() * embeds @ self._texts.T
+        num_present = len(self.present)
+        num_both = num_present + len(self.absent)
+        scores = logits[:, :num_both].softmax(1)[:, :num_present].sum(1)
+        objects = (logits[:, num_both:-1] - logits[:, -1:]).sigmoid()
+        return [self._judgement(score, row) for score, row in zip(scores.tolist(), objects.tolist(), strict=True)]
+
+    def _judgement(self, score: float, objects: list[float]) -> Judgement:
+        labels = {"concept": score, **dict(zip(self.objects, objects, strict=True))}
+        return Judgement(score >= self.threshold, score, labels)
+
+    @torch.inference_mode()
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        inputs = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self._device)
+        return _unit(self._model.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask))
+
+
+def _unit(features: Any) -> torch.Tensor:
+    """Rows of length 1; takes a tensor or transformers' output with pooled features."""
+    tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
+    return torch.nn.functional.normalize(tensor, dim=-1)
