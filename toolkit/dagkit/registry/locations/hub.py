@@ -16,18 +16,16 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
 )
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or httpx2, as it uses
-    EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -77,7 +75,7 @@ class Hub:
         with self._errors("read"):
             try:
                 return self._download(name, entry.revision or f"v{entry.version}", entry.files[name].size)
-            except (EntryNotFoundError, RevisionNotFoundError) as error:
+            except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
                 raise PublishError(
                     f"{self.url}: the index names {name} of {entry.version}, but it is not there. Publish it again."
                 ) from error
@@ -147,12 +145,12 @@ class Hub:
     def _index(self, revision: str) -> Index | None:
         try:
             data = self._download(INDEX_FILE, revision, MAX_INDEX_BYTES)
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return None
         return parse_index(data, f"{self.url}/{INDEX_FILE}")
 
     def _download(self, name: str, revision: str, limit: int) -> bytes:
-        url = hf_hub_url(self._repo, name, revision=revision, endpoint=constants.ENDPOINT)
+        url = hf_hub_url(self._repo, name, revision=revision)
         size = get_hf_file_metadata(url).size
         if size is not None and size > limit:
             raise PublishError(f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it.")
@@ -167,8 +165,8 @@ class Hub:
             raise PublishError(
                 f"{self.url}: there is no such repository, or you may not see it. Log in with: hf auth login"
             ) from error
-        except (LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
-            raise PublishError(f"{self.url} cannot be {what}: {str(error).splitlines()[0]}") from error
+        except (LocalTokenNotFoundError, OfflineModeIsEnabled, ValueError) as error:
+            raise PublishError(f"{self.url} cannot be {what}: {_line(error)}") from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             advice = {
@@ -179,7 +177,16 @@ class Hub:
             }.get(status, "Try again later.")
             reason = error.server_message or error.response.reason_phrase
             raise PublishError(f"{self.url} cannot be {what}: HTTP {status} {reason}. {advice}") from error
+        except RuntimeError as error:  # huggingface_hub and hf_xet, when an upload fails
+            raise PublishError(
+                f"{self.url} cannot be {what}: {_line(error.__cause__ or error)}. Run the same command again."
+            ) from error
         except (HTTPError, OSError) as error:
             raise PublishError(
-                f"{self.url} cannot be {what}: {str(error) or type(error).__name__}. Check the network and HF_ENDPOINT."
+                f"{self.url} cannot be {what}: {_line(error)}. Check the network and HF_ENDPOINT."
             ) from error
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:1] + lines[-1:] if len(lines) > 1 else lines) or type(error).__name__
