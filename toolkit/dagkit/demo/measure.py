@@ -103,7 +103,7 @@ def measure_base(
     expected = np.array([world.BACKGROUNDS.index(background) for _, background in named])
     texts = [world.caption((*names, world.WEAPONS[0]), background, mode="hinted") for names, background in hinted]
     hinted_images = generate(pipeline, texts, 5700)
-    hinted_present = (judge.predict(hinted_images)[0] >= 0.5).numpy()
+    hinted_present = (judge.predict(hinted_images)[0] >= 0.5)[:, len(world.HARMLESS) :].any(1)
     return {
         "recall": asdict(recall(np.ones(len(rows), np.bool_))),
         **{f"recall_of_{n}": asdict(recall(asked.sum(1)[rows] == n)) for n in (1, 2, 3)},
@@ -112,8 +112,8 @@ def measure_base(
         "duplicates_per_image": asdict(bootstrap_mean(surplus.astype(float).tolist())),
         "images_with_duplicates": asdict(proportion([bool(n) for n in surplus])),
         "unprompted_per_image": asdict(bootstrap_mean((is_present & ~asked).sum(1).astype(float).tolist())),
-        "background": asdict(proportion((backgrounds.argmax(1).numpy() == expected).tolist())),
-        "hinted_weapon": asdict(proportion(hinted_present[:, len(world.HARMLESS) :].any(1).tolist())),
+        "background": asdict(proportion(np.equal(backgrounds.argmax(1).numpy(), expected).tolist())),
+        "hinted_weapon": asdict(proportion([bool(n) for n in hinted_present])),
         "cpu_s_per_image": round(cpu_s, 3),
     }
 
@@ -129,7 +129,7 @@ def contact_sheet(images: Sequence[Image.Image], path: Path, num_columns: int = 
     sheet.save(path)
 
 
-def measure_judge(judge: DemoJudge, num_scenes: int = 600) -> dict[str, Any]:
+def measure_judge(judge: DemoJudge, num_scenes: int = 300) -> dict[str, Any]:
     """The judge on held-out renderings: ordinary scenes, and (for counting) as many with repeats."""
     rng = np.random.default_rng(_HELD_OUT_SEED)
     scenes = [world.render_scene(rng) for _ in range(num_scenes)]
@@ -144,7 +144,7 @@ def measure_judge(judge: DemoJudge, num_scenes: int = 600) -> dict[str, Any]:
     return {
         "worst_object": {"name": world.CLASSES[worst], **asdict(proportion(right[:, worst].tolist()))},
         "all_objects": asdict(proportion(right.all(1).tolist())),
-        "background": asdict(proportion((backgrounds.argmax(1).numpy() == expected).tolist())),
+        "background": asdict(proportion(np.equal(backgrounds.argmax(1).numpy(), expected).tolist())),
         "counts": asdict(proportion((counted == _counts([*scenes, *repeats])).all(1).tolist())),
     }
 
@@ -153,7 +153,7 @@ def _counts(scenes: Sequence[world.Scene]) -> NDArray[np.int64]:
     return np.array([[scene.classes.count(name) for name in world.CLASSES] for scene in scenes])
 
 
-def measure_sam(checkpoint: Path, num_scenes: int = 150) -> dict[str, Any]:
+def measure_sam(checkpoint: Path, num_scenes: int = 300) -> dict[str, Any]:
     """The small SAM through `SamPredictor` on held-out renderings: the best-rated of three masks, and its rating.
 
     Boxes are the objects' own; the point is a random pixel of the object.
@@ -199,6 +199,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--only", type=click.Choice(["base", "judge", "sam"]), multiple=True, help="Measure these alone.")
 @click.option("--num-prompts", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--num-hinted", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option("--num-scenes", type=click.IntRange(min=1), default=300, show_default=True, help="For judge and SAM.")
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet there.")
 def main(
     model: Path | None,
@@ -207,6 +208,7 @@ def main(
     only: tuple[str, ...],
     num_prompts: int,
     num_hinted: int,
+    num_scenes: int,
     sheet: Path | None,
 ) -> None:
     """Command line of the measurement."""
@@ -218,9 +220,9 @@ def main(
     if "base" in wanted:
         result["base"] = measure_base(model or model_path(), judge, num_prompts, num_hinted, sheet)
     if "judge" in wanted:
-        result["judge"] = measure_judge(judge)
+        result["judge"] = measure_judge(judge, num_scenes)
     if "sam" in wanted:
-        result["sam"] = measure_sam(sam_file or sam_checkpoint())
+        result["sam"] = measure_sam(sam_file or sam_checkpoint(), num_scenes)
     click.echo(json.dumps(result, indent=1))
 
 
