@@ -30,12 +30,13 @@ def test_hinted_prompts_name_no_weapon():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(demo.model_path(), torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(demo.model_path()).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def test_an_image_does_not_depend_on_its_batch(pipeline, monkeypatch):
+    monkeypatch.setattr(measure, "NUM_INFERENCE_STEPS", 6)
     prompts = ["a cat on grass", "a bomb on snow"]
     together = measure.generate(pipeline, prompts, 3)
     monkeypatch.setattr(measure, "_BATCH", 1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from dagkit.demo import networks
 from dagkit.demo.recipe import AutoencoderRecipe, BaseRecipe
@@ -67,7 +68,11 @@ def test_a_saved_pipeline_loads_and_holds_no_path(tmp_path):
     for path in (tmp_path / "model").rglob("*.json"):
         assert str(tmp_path) not in path.read_text()
         assert "_name_or_path" not in json.loads(path.read_text())
-    assert networks.load_denoiser(tmp_path / "model")[2].dtype == torch.float32
+    for module in networks.load_denoiser(tmp_path / "model")[::2]:
+        assert module.dtype == torch.float32
+    saved = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float16}
+    assert unet.dtype == torch.float32
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet"])

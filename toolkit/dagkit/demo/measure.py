@@ -81,7 +81,7 @@ def measure_base(
     """
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     named, hinted = named_prompts(num_named), hinted_prompts(num_hinted)
     started = time.process_time()

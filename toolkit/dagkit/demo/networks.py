@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from copy import deepcopy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
@@ -99,7 +100,7 @@ def build_denoiser(recipe: BaseRecipe) -> tuple[Any, Any, Any]:
 
 def load_denoiser(folder: Path) -> tuple[Any, Any, Any]:
     """Text encoder, tokenizer and UNet of a model that exists, in float32."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     return pipeline.text_encoder, pipeline.tokenizer, pipeline.unet
 
 
@@ -180,17 +181,19 @@ def grow_unet(unet: Any) -> Any:
 def save_pipeline(
     folder: Path, autoencoder: nn.Module, text_encoder: nn.Module, tokenizer: Any, unet: nn.Module
 ) -> None:
-    """Writes a folder that `StableDiffusionPipeline.from_pretrained` loads, without any path of this machine in it."""
+    """Writes a folder for `StableDiffusionPipeline.from_pretrained`: float16, without any path of this machine."""
     StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=text_encoder,
+        vae=deepcopy(autoencoder).half(),
+        text_encoder=deepcopy(text_encoder).half(),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=deepcopy(unet).half(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:

@@ -99,10 +99,9 @@ def train_sam(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: boo
 
 def load_autoencoder(path: Path) -> Any:
     """AutoencoderKL in float32, frozen."""
-    import torch
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(path).float().eval().requires_grad_(False)
 
 
 def save_half(network: nn.Module, path: Path) -> None:
