@@ -128,13 +128,13 @@ def _checkpoints(concept_name: str | None) -> Iterator[Finding]:
 def _servers() -> Iterator[Finding]:
     import httpx
 
-    url = os.environ.get("LABEL_STUDIO_URL")
+    url = os.environ.get("DAGKIT_LABEL_STUDIO")
     key = "set" if os.environ.get("LABEL_STUDIO_API_KEY") else "not set"
     if url is None:
         yield Finding(
             "off",
             "Label Studio",
-            f"LABEL_STUDIO_URL not set, LABEL_STUDIO_API_KEY {key}",
+            f"DAGKIT_LABEL_STUDIO not set, LABEL_STUDIO_API_KEY {key}",
             "Or start the embedded one: dagkit label-studio up",
         )
         return
