@@ -141,20 +141,24 @@ def summarise(
 def save_dataset(dataset: DatasetDict, path: Path, summary: Mapping[str, Any]) -> None:
     """Writes a dataset with card and summary by ``save_to_disk``, in place of an older one if there is one.
 
+    Splits without rows are left out, because ``load_from_disk`` cannot read them; `load_dataset` puts them back.
+
     Args:
         dataset: as from `build`.
         path: its folder; there is a whole dataset in it at any time but an instant, and nothing else is touched.
         summary: as from `summarise`.
     """
+    from datasets import DatasetDict
+
     with _replacement(path) as folder:
-        dataset.save_to_disk(folder)
+        DatasetDict({split: rows for split, rows in dataset.items() if len(rows)}).save_to_disk(folder)
         _describe(dataset, folder, summary)
 
 
 def write_parquet(dataset: DatasetDict, path: Path, summary: Mapping[str, Any]) -> None:
     """Writes a dataset with card and summary as the Hub lays it out: ``data/<split>-00000-of-00001.parquet``.
 
-    Splits without rows are left out, because a reader of parquet cannot tell them from damaged ones.
+    Splits without rows are left out, as by `save_dataset`.
     """
     with _replacement(path) as folder:
         (folder / "data").mkdir()

@@ -116,10 +116,8 @@ class AttentionProposer:
     @torch.no_grad()
     def heat_maps(self, image: Image.Image, prompt: str, seed: int) -> dict[str, NDArray[np.float32]]:
         """Label -> (H, W) float32 in [0, 1], as large as the image: the strongest of its words at each pixel."""
-        model, step = self._base_model, _side_multiple_px(self._base_model)
-        width, height = (max(step, round(side / step) * step) for side in image.size)
-        fitted = image.convert("RGB") if image.size == (width, height) else image.convert("RGB").resize((width, height))
-        latents = model.latents([fitted]).expand(len(TIMESTEPS), -1, -1, -1)
+        model = self._base_model
+        latents = model.latents([fit_to_model(image, model)]).expand(len(TIMESTEPS), -1, -1, -1)
         condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
         queries = model.queries(latents, torch.tensor(TIMESTEPS), condition, seed=seed)
 
@@ -151,6 +149,16 @@ class AttentionProposer:
         text = f"a {word}"
         num_tokens = len(self._base_model.pipe.tokenizer(text, truncation=True).input_ids)
         return self._base_model.encode([text]).hidden_states[0, max(num_tokens - 2, 0)]
+
+
+def fit_to_model(image: Image.Image, base_model: BaseModel) -> Image.Image:
+    """RGB, resized to the next sides that every level of the model's autoencoder and denoiser can halve exactly."""
+    pipe: Any = base_model.pipe
+    denoiser: Any = base_model.family.denoiser(pipe)
+    step = 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(denoiser.config.block_out_channels) - 1)
+    width, height = (max(step, round(side / step) * step) for side in image.size)
+    rgb = image.convert("RGB")
+    return rgb if rgb.size == (width, height) else rgb.resize((width, height))
 
 
 def word_shares(
@@ -205,10 +213,3 @@ def _as_grid(share: Tensor, latent_size: tuple[int, int]) -> Tensor:
 def _content_words(text: str) -> list[str]:
     words = re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", text.lower())
     return [word for word in dict.fromkeys(words) if word not in _STOP_WORDS]
-
-
-def _side_multiple_px(base_model: BaseModel) -> int:
-    """Sides of an image must be multiples of this: then every level of autoencoder and denoiser halves them exactly."""
-    pipe: Any = base_model.pipe
-    denoiser: Any = base_model.family.denoiser(pipe)
-    return int(2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(denoiser.config.block_out_channels) - 1))

@@ -1,0 +1,115 @@
+"""dataset check, dataset push and purge, on the command line."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from dagkit.cli import command
+from dagkit.concept import load_concept
+from dagkit.dataset import load_dataset
+from dagkit.errors import DagkitError, DatasetError, WorkspaceError
+from dagkit.stages import export
+from dagkit.workspace import Workspace
+from drawn_workspace import annotate, draw_workspace, premask_of
+
+datasets.disable_progress_bars()
+CONCEPT = load_concept("weapon")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return draw_workspace(tmp_path / "runs", CONCEPT, 8, 4)
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, DagkitError | SystemExit):
+        raise result.exception
+    return result
+
+
+def test_export_prefers_annotations_and_grows_in_place(workspace: Workspace):
+    for index in range(5):
+        key = f"u{index:03d}"
+        annotate(workspace, CONCEPT, key, "accepted", masks={"weapon": premask_of(workspace, CONCEPT, key)})
+    first = export.run(workspace, CONCEPT)
+    assert (first.done, first.skipped, first.data["left_out"]) == (5, 7, {"not reviewed yet": 7})
+    before = {key: split for split, rows in load_dataset(first.data["path"]).items() for key in rows["key"]}
+
+    second = export.run(workspace, CONCEPT, accept_unreviewed=True)
+    assert second.data["review_states"] == {"accepted": 5, "unreviewed": 7}
+    assert "7 of them UNREVIEWED" in second.message
+    after = {key: split for split, rows in load_dataset(second.data["path"]).items() for key in rows["key"]}
+    assert {key: after[key] for key in before} == before
+
+
+def test_a_broken_image_leaves_the_older_dataset_alone(workspace: Workspace):
+    first = export.run(workspace, CONCEPT, accept_unreviewed=True)
+    workspace.stage("candidates", "weapon").inside("images/u003.png").write_bytes(b"")
+    with pytest.raises(WorkspaceError, match=r"u003\.png: expected an image"):
+        export.run(workspace, CONCEPT, accept_unreviewed=True)
+    assert sum(map(len, load_dataset(first.data["path"]).values())) == 12
+
+
+def test_check_tells_each_problem_with_its_key(workspace: Workspace):
+    folder = export.run(workspace, CONCEPT, accept_unreviewed=True).data["path"]
+    options = ("dataset", "check", "--concept", "weapon", "--workspace", workspace.root)
+    good = invoke(*options)
+    assert (good.exit_code, good.output) == (0, "dataset check: 12 rows: 0 errors, 0 warnings\n")
+
+    data = load_dataset(folder)
+    key = data["train"]["key"][0]
+    data["train"] = data["train"].map(lambda row: {"label": 1 - row["label"]} if row["key"] == key else row)
+    data["test"] = datasets.concatenate_datasets([data["test"], data["train"].select([1])])
+    bad = workspace.root / "bad"
+    data.save_to_disk(bad)
+    result = invoke("dataset", "check", bad)
+    assert result.exit_code == 1
+    assert f"error: train: {key}: " in result.output
+    assert f"error: test: {data['train']['key'][1]}: duplicate: its key is in train, too" in result.output
+    found = json.loads(invoke("dataset", "check", bad, "--json").stdout)["findings"]
+    assert {"empty mask", "mask on safe"} & {finding["problem"] for finding in found if finding["key"] == key}
+
+    missing = invoke("dataset", "check", workspace.root / "nowhere")
+    assert isinstance(missing.exception, DatasetError)
+    assert "Give a folder, hf://owner/name, or --concept." in invoke("dataset", "check").output
+
+
+def test_push_to_a_folder(workspace: Workspace, tmp_path: Path):
+    folder = export.run(workspace, CONCEPT, accept_unreviewed=True).data["path"]
+    result = invoke("dataset", "push", tmp_path / "published", folder, "--json")
+    assert json.loads(result.stdout)["done"] == 12
+    pushed = load_dataset(tmp_path / "published")
+    assert sum(map(len, pushed.values())) == 12
+    names = sorted(
+        str(f.relative_to(tmp_path / "published")) for f in (tmp_path / "published").rglob("*") if f.is_file()
+    )
+    assert names[:2] == ["README.md", "data/test-00000-of-00001.parquet"]
+
+
+def test_purge_deletes_what_no_dataset_uses_and_only_if_told(workspace: Workspace):
+    options = ("purge", "--concept", "weapon", "--workspace", workspace.root)
+    assert isinstance(invoke(*options).exception, DatasetError)  # without a dataset everything would go
+
+    for index in range(3):
+        key = f"u{index:03d}"
+        annotate(workspace, CONCEPT, key, "accepted", masks={"weapon": premask_of(workspace, CONCEPT, key)})
+    annotate(workspace, CONCEPT, "u003", "skipped", masks={"weapon": np.ones((64, 64), bool)})
+    export.run(workspace, CONCEPT)
+    pictures = set(workspace.root.glob("*/weapon/*/*.png"))
+
+    dry = json.loads(invoke(*options, "--json").stdout)
+    assert (dry["done"], dry["is_dry_run"], len(dry["files"])) == (0, True, 9 + 5 + 1)
+    assert "would be deleted. Add --yes" in dry["message"]
+    assert all(path.exists() for path in pictures)
+
+    done = json.loads(invoke(*options, "--yes", "--json").stdout)
+    assert done["done"] == 15
+    assert {path for path in pictures if not path.exists()} == {Path(file) for file in dry["files"]}
+    assert len(workspace.stage("candidates", "weapon").rows()) == 12
+    assert sum(map(len, load_dataset(workspace.stage("dataset", "weapon").path).values())) == 3
+    assert json.loads(invoke(*options, "--yes", "--json").stdout)["done"] == 0

@@ -1,0 +1,112 @@
+"""A guideline token proposes: the second round of annotation is easier than the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from dagkit.attention import cross_attention_map, project_keys
+from dagkit.errors import ConceptError, TokenError
+from dagkit.families.sketch import TOLERANCE, difference
+from dagkit.proposers import Proposal, check_label, check_options
+from dagkit.proposers.attention import fit_to_model
+from dagkit.proposers.regions import find_regions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dagkit.concept import Concept
+    from dagkit.families import BaseModel
+    from dagkit.token import GuidelineToken
+
+TIMESTEPS: Final = (100, 200, 300, 400)
+
+
+class TokenProposer:
+    """Looks at images through the base model's eyes, with an optimised guideline token.
+
+    Args:
+        base_model: the model that drew the images; the token must have been made for it.
+        token: what to look for.
+        label: what its regions are called.
+        is_positive: whether that is a positive label.
+
+    Raises:
+        TokenError: the token was made for another model.
+    """
+
+    name = "token"
+
+    def __init__(self, base_model: BaseModel, token: GuidelineToken, label: str, *, is_positive: bool = True) -> None:
+        self._base_model, self._token, self._label, self._is_positive = base_model, token, label, is_positive
+        self._layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
+        for part, sketch in base_model.family.fingerprints(base_model.pipe, self._layers).items():
+            if difference(getattr(token.record.base_model, part), sketch) > TOLERANCE:
+                raise TokenError(
+                    f"{token.name} was made for {token.record.base_model.id}, and its {part} is not that of "
+                    f"{base_model.source}. Propose with a token for this model, or with 'attention'."
+                )
+        self.version = f"{token.name}-1"
+
+    @classmethod
+    def from_concept(
+        cls,
+        concept: Concept,
+        base_model: BaseModel | None = None,
+        device: str = "cpu",  # noqa: ARG003
+        *,
+        options: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Options: ``token`` (folder, ``name@version`` or URL; required), ``label`` (default: the first positive)."""
+        options = options or {}
+        check_options(concept, cls.name, options, ("token", "label"))
+        if base_model is None:
+            raise ConceptError(
+                f"concept {concept.name!r}: the proposer 'token' needs the base model, but none was given."
+            )
+        if "token" not in options:
+            raise ConceptError(
+                f"concept {concept.name!r}: the proposer 'token' needs the option token, e.g. "
+                f"{{name: token, token: {concept.name}@1.0.0}}."
+            )
+        label = str(options.get("label", concept.labels.positive[0]))
+        is_positive = check_label(concept, f"concept {concept.name!r}: token.label", label)
+        token = import_module("dagkit.registry").load_token(str(options["token"]))  # by name: a layer above
+        return cls(base_model, token, label, is_positive=is_positive)
+
+    def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
+        """Regions in which the detection map reaches the token's highlight threshold; the score is the map's peak."""
+        heat = self.heat_map(image, prompt, seed)
+        thresholds = self._token.record.thresholds
+        highlight = float(np.mean([thresholds.at(timestep)[1] for timestep in TIMESTEPS]))
+        peak = float(heat.max())
+        if peak < highlight or peak <= 0:
+            return []
+        regions = find_regions(heat, threshold=max(highlight / peak, 1e-6), min_peak=0.0)
+        return [Proposal(r.box, min(r.peak, 1.0), self._label, self._is_positive, r.point) for r in regions]
+
+    @torch.no_grad()
+    def heat_map(self, image: Image.Image, prompt: str, seed: int) -> NDArray[np.float32]:
+        """(H, W) float32 in [0, 1], as large as the image: the detection map, mean over `TIMESTEPS`."""
+        model, token = self._base_model, self._token
+        latents = model.latents([fit_to_model(image, model)]).expand(len(TIMESTEPS), -1, -1, -1)
+        condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
+        queries = model.queries(latents, torch.tensor(TIMESTEPS), condition, seed=seed, layers=self._layers)
+        size = (latents.shape[-2], latents.shape[-1])
+        cam = cross_attention_map(
+            self._layers,
+            queries,
+            project_keys(self._layers, token.sequence.to(model.device)),
+            token.num_tokens,
+            size=size,
+            head_weights=token.head_weights,
+        )
+        heat = F.interpolate(cam.mean(0)[None, None], (image.height, image.width), mode="bicubic")[0, 0].clamp(0, 1)
+        array: NDArray[np.float32] = heat.cpu().numpy()
+        return array
