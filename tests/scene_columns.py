@@ -121,6 +121,7 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
         },
         **evaluation.compute(run, columns, **common),
         "detection": None,
+        "agreement": evaluation.agreement(run, columns, [JUDGE]),
         "prompts": evaluation.prompt_table(run, columns, **common),
         "versions": {"dagkit": "0.0.0"},
     }
@@ -129,14 +130,14 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
 
 def scene_examples(run: EvaluationRun, columns: Sequence[SceneColumn], num: int) -> list[report.Example]:
     """The first prompts of each kind."""
-    guarded = next(column for column in columns if column.name == "dagkit")
-    rows = run.rows(guarded)
+    drawn = {column.name: run.result(column) for column in columns}
+    guarded = drawn["dagkit"]
     return [
         report.Example(
             prompt.key,
-            {column.name: run.image(column, prompt.key) for column in columns},
-            run.maps(guarded, prompt.key),
-            rows[prompt.key]["trace"]["is_firing"],
+            {name: one.image(prompt.key) for name, one in drawn.items()},
+            guarded.maps(prompt.key),
+            guarded.rows[prompt.key]["trace"]["is_firing"],
         )
         for prompt in run.prompts
         if int(prompt.key[-4:]) < num

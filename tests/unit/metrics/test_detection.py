@@ -40,3 +40,9 @@ def test_pooled_precision_weighs_images_by_their_pixels() -> None:
 def test_maps_and_masks_must_match() -> None:
     with pytest.raises(ValueError, match="mask of its own shape"):
         detection_scores([np.zeros((8, 8))], [np.zeros((4, 4), bool)])
+
+
+def test_a_safe_image_triggers_from_the_smallest_area_on() -> None:
+    maps, masks = [_square(0).astype(float)], [np.zeros((8, 8), bool)]
+    assert detection_scores(maps, masks, min_area=0.25).false_trigger.count == 1
+    assert detection_scores(maps, masks, min_area=0.3).false_trigger.count == 0

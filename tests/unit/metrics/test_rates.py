@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dagkit.metrics import erase_rate, erase_rate_by_detection, mcnemar, preservation, recall
+from dagkit.metrics import agreement, erase_rate, erase_rate_by_detection, mcnemar, preservation, recall
 
 
 def test_erase_rate_counts_only_images_that_had_the_concept() -> None:
@@ -36,3 +36,13 @@ def test_mcnemar_is_exact_and_two_sided() -> None:
     assert mcnemar([True, False], [True, False]).p_value == 1.0
     with pytest.raises(ValueError, match=r"shorter|longer"):
         mcnemar([True], [True, False])
+
+
+def test_agreement_is_share_and_kappa() -> None:
+    first, second = [True, True, False, False], [True, False, False, False]
+    result = agreement(first, second)
+    assert result.share.value == 0.75
+    assert result.kappa == pytest.approx(0.5)
+    assert (result.first_only, result.second_only) == (1, 0)
+    assert agreement([True, True], [True, True]).kappa is None
+    assert agreement([], []).share.value is None

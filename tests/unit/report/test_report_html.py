@@ -122,6 +122,21 @@ def test_page_without_traces_or_baselines_is_whole(figures_and_examples: tuple[d
     assert "detection" not in [section.get("id") for section in page.all("section")]
 
 
+def test_agreement_and_detection_are_shown_where_they_were_measured(
+    figures_and_examples: tuple[dict, list], html: str
+) -> None:
+    figures, examples = figures_and_examples
+    assert "How far the judges agree" not in html
+    assert "Against masks" not in html
+    share = figures["results"]["named"]["dagkit"]["erase_rate"]
+    pair = {"first": "demo", "second": "clip", "share": share, "kappa": 0.5, "first_only": 1, "second_only": 0}
+    names = ("iou", "precision", "recall", "image_recall", "false_trigger")
+    detection = {"words": "2 images", "dataset": "sha256:0", "rows": [{"timestep": 700, **dict.fromkeys(names, share)}]}
+    text = report.render({**figures, "agreement": [pair], "detection": detection}, examples)
+    assert "demo, clip" in text
+    assert "timestep 700" in text
+
+
 def test_small_pictures_are_scaled_without_smoothing(html: str) -> None:
     assert '<body class="pixels"' in html
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
-from dagkit.evaluation.drawing import EvaluationRun, draw_columns
-from dagkit.evaluation.figures import BASELINE, SCHEMA, compute, prompt_table, seen_region, unsafe_labels
+from dagkit.evaluation.detection import score_detection
+from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
+from dagkit.evaluation.figures import BASELINE, SCHEMA, agreement, compute, prompt_table, seen_region, unsafe_labels
 from dagkit.evaluation.gates import Gates, comparable, regressions
+from dagkit.evaluation.prompt_files import PRESETS, read_prompts
 from dagkit.evaluation.prompts import EvalPrompt, concept_prompts
 
 __all__ = [
     "BASELINE",
+    "PRESETS",
     "SCHEMA",
     "Column",
+    "ColumnResult",
     "Drawn",
     "EvalPrompt",
     "EvaluationRun",
     "Gates",
     "PipelineColumn",
+    "agreement",
     "comparable",
     "compute",
     "concept_prompts",
     "draw_columns",
     "prompt_table",
+    "read_prompts",
     "regressions",
+    "score_detection",
     "seen_region",
     "unsafe_labels",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,63 +22,92 @@ if TYPE_CHECKING:
     from dagkit.workspace import Row
 
 
+class ColumnResult:
+    """What one column drew: rows by the key of their prompt, images, detection maps and costs.
+
+    Args:
+        folders: of the column and of its shards; a key counts once.
+    """
+
+    def __init__(self, folders: Sequence[StageFolder]) -> None:
+        self.rows: dict[str, Row] = {}
+        self.timings: dict[int, Row] = {}
+        self._home: dict[str, StageFolder] = {}
+        for folder in folders:
+            for row in folder.rows():
+                self.rows.setdefault(row["key"], row)
+                self._home.setdefault(row["key"], folder)
+            for row in _timings(folder).rows():
+                self.timings.setdefault(row["batch"], row)
+
+    def image(self, key: str) -> Image.Image:
+        """The image of one prompt."""
+        return self._home[key].read_image(f"images/{key}.png")
+
+    def maps(self, key: str) -> NDArray[np.float32] | None:
+        """The detection map of every step, (steps, h, w) float32 in [0, 1]; ``None`` if none was kept."""
+        folder = self._home[key]
+        if not (folder.path / f"maps/{key}.png").exists():
+            return None
+        strip = np.asarray(folder.read_image(f"maps/{key}.png", mode="L"), np.float32) / np.float32(255)
+        return strip.reshape(len(self.rows[key]["trace"]["step"]), -1, strip.shape[1])
+
+
 @dataclass(frozen=True)
 class EvaluationRun:
     """One evaluation on disk: ``<folder>/<column>-<hash of its settings>/`` with a row and an image a prompt.
 
     Whatever decides how a column's images come out is in its folder's name: a run can be continued and columns added,
-    but nothing is ever mixed.
+    but nothing is ever mixed. Several machines can share the work: each draws one shard of the batches into a folder of
+    its own below the column's.
 
     Attributes:
         folder: of this set of prompts, sampling settings and judges.
         prompts: all prompts, in the order in which they are batched.
         batch_size: images drawn at once; part of the settings, because arithmetic differs a little between sizes.
+        shard: (i, n) draws every n-th batch from the i-th on, 1 <= i <= n; ``None`` draws all.
     """
 
     folder: StageFolder
     prompts: Sequence[EvalPrompt]
     batch_size: int = 8
+    shard: tuple[int, int] | None = None
 
     def column_folder(self, column: Column) -> StageFolder:
-        """Where a column's rows and images are."""
-        return StageFolder(self.folder.path / f"{column.name}-{sha256_json(column.settings)[7:15]}")
+        """Where a column's rows and images are written."""
+        path = self.folder.path / f"{column.name}-{sha256_json(column.settings)[7:15]}"
+        return StageFolder(path if self.shard is None else path / "shard-{}-of-{}".format(*self.shard))
 
-    def rows(self, column: Column) -> dict[str, Row]:
-        """Finished rows of a column by the key of their prompt."""
-        return {row["key"]: row for row in self.column_folder(column).rows()}
+    def result(self, column: Column) -> ColumnResult:
+        """What a column has drawn so far, all shards together."""
+        whole = replace(self, shard=None).column_folder(column)
+        shards = [StageFolder(path) for path in sorted(whole.path.glob("shard-*-of-*"))]
+        return ColumnResult([whole, *shards])
 
-    def timings(self, column: Column) -> dict[int, Row]:
-        """Cost of each batch of a column: ``cpu_s`` and ``wall_s`` for ``num_images`` images.
-
-        ``is_warm`` is false for the first batch of a process, which also pays for lazy initialisation.
-        """
-        return {row["batch"]: row for row in _timings(self.column_folder(column)).rows()}
-
-    def image(self, column: Column, key: str) -> Image.Image:
-        """The image of one prompt."""
-        return self.column_folder(column).read_image(f"images/{key}.png")
-
-    def maps(self, column: Column, key: str) -> NDArray[np.float32] | None:
-        """The detection map of every step, (steps, h, w) float32 in [0, 1]; ``None`` if none was kept."""
-        folder = self.column_folder(column)
-        if not (folder.path / f"maps/{key}.png").exists():
-            return None
-        strip = np.asarray(folder.read_image(f"maps/{key}.png", mode="L"), np.float32) / np.float32(255)
-        num_steps = len(self.rows(column)[key]["trace"]["step"])
-        return strip.reshape(num_steps, -1, strip.shape[1])
+    def num_missing(self, columns: Sequence[Column]) -> int:
+        """How many images are still to be drawn, by whatever shard."""
+        keys = {prompt.key for prompt in self.prompts}
+        return sum(len(keys - self.result(column).rows.keys()) for column in columns)
 
     @property
     def num_batches(self) -> int:
-        """How many batches there are."""
+        """How many batches this shard draws in each column."""
         return sum(1 for _ in self.batches())
 
     def batches(self) -> Iterator[tuple[int, Sequence[EvalPrompt]]]:
-        """Batches of one kind of prompt each, the same whatever is finished already."""
+        """Batches of one kind of prompt each, the same whatever is finished already; those of the shard only."""
+        start, step = self.shard or (1, 1)
+        for number, batch in self.all_batches():
+            if number % step == start - 1:
+                yield number, batch
+
+    def all_batches(self) -> Iterator[tuple[int, Sequence[EvalPrompt]]]:
+        """Batches of all shards."""
         number = 0
         for kind in dict.fromkeys(prompt.kind for prompt in self.prompts):
             group = [prompt for prompt in self.prompts if prompt.kind == kind]
-            for start in range(0, len(group), self.batch_size):
-                yield number, group[start : start + self.batch_size]
+            for first in range(0, len(group), self.batch_size):
+                yield number, group[first : first + self.batch_size]
                 number += 1
 
 
@@ -88,7 +117,7 @@ def draw_columns(
     """Draws and judges what is missing, batch by batch, the columns of a batch one after the other.
 
     Interleaved like this, a machine that slows down slows all columns alike; the order rotates from batch to batch. The
-    cost of each batch is kept apart from the rows (`EvaluationRun.timings`), which hold no times and are equal however
+    cost of each batch is kept apart from the rows (`ColumnResult.timings`), which hold no times and are equal however
     often a run was interrupted.
 
     Args:
@@ -108,7 +137,7 @@ def draw_columns(
         shift = number % len(columns)
         for column in [*columns[shift:], *columns[:shift]]:
             folder = run.column_folder(column)
-            done = folder.keys()
+            done = folder.keys() if run.shard else run.result(column).rows.keys()
             missing = [prompt for prompt in batch if prompt.key not in done]
             if missing:
                 folder.settings(column.settings)

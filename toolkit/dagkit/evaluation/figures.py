@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dagkit.evaluation.columns import Column
-    from dagkit.evaluation.drawing import EvaluationRun
+    from dagkit.evaluation.drawing import ColumnResult, EvaluationRun
     from dagkit.workspace import Row
 
 SCHEMA: Final = 1
@@ -69,21 +70,23 @@ def compute(
         A JSON-serialisable dictionary with ``gate``, ``results`` (by kind, by column), ``cost``, ``detection_by_step``
         and ``sweep``; every estimate is a `dagkit.metrics.Estimate` as a dictionary.
     """
-    rows = {column.name: run.rows(column) for column in columns}
+    drawn = {column.name: run.result(column) for column in columns}
     kinds = [kind for kind in KINDS if any(prompt.kind == kind for prompt in run.prompts)]
     gate, results, sweep, by_step = {}, {}, {}, {}
     for kind in kinds:
         keys = [prompt.key for prompt in run.prompts if prompt.kind == kind]
-        judged = {name: Judged([found[key] for key in keys], judge, unsafe, threshold) for name, found in rows.items()}
+        judged = {
+            name: Judged([one.rows[key] for key in keys], judge, unsafe, threshold) for name, one in drawn.items()
+        }
         gate[kind] = _gate(judged[BASELINE], kind)
-        results[kind] = {column.name: _results(run, column, columns, keys, judged) for column in columns}
+        results[kind] = {name: _results(name, drawn, keys, judged) for name in drawn}
         if kind != "safe":
             sweep[kind] = {name: _sweep(judged[BASELINE], one) for name, one in judged.items() if name != BASELINE}
         by_step[kind] = {name: steps for name, one in judged.items() if (steps := _by_step(one.rows))}
     return {
         "gate": gate,
         "results": results,
-        "cost": _cost(run, columns),
+        "cost": _cost(run, drawn),
         "detection_by_step": by_step,
         "sweep": sweep,
     }
@@ -100,43 +103,40 @@ def _gate(baseline: Judged, kind: str) -> dict[str, Any]:
 
 
 def _results(
-    run: EvaluationRun, column: Column, columns: Sequence[Column], keys: Sequence[str], judged: Mapping[str, Judged]
+    name: str, drawn: Mapping[str, ColumnResult], keys: Sequence[str], judged: Mapping[str, Judged]
 ) -> dict[str, Any]:
-    baseline, own = judged[BASELINE], judged[column.name]
+    baseline, own = judged[BASELINE], judged[name]
     result: dict[str, Any] = {"present": metrics.proportion(own.is_present).to_json()}
-    if column.name == BASELINE:
+    if name == BASELINE:
         return result
     keep = [kept or seen for kept, seen in zip(own.keep, baseline.others, strict=True)]
+    detections = metrics.erase_rate_by_detection(baseline.num_detections, own.num_detections)
     result |= {
         "erase_rate": metrics.erase_rate(baseline.is_present, own.is_present).to_json(),
-        "erase_rate_by_detection": metrics.erase_rate_by_detection(
-            baseline.num_detections, own.num_detections
-        ).to_json(),
+        "erase_rate_by_detection": detections.to_json(),
         "preservation": metrics.preservation(keep, baseline.others, own.others).to_json(),
         "paired": {
-            name: metrics.mcnemar(other.is_present, own.is_present).to_json()
-            for name, other in judged.items()
-            if name != column.name
+            other: metrics.mcnemar(said.is_present, own.is_present).to_json()
+            for other, said in judged.items()
+            if other != name
         },
-        **_locality(run, column, columns, keys),
+        **_locality(name, drawn, keys),
     }
-    fired = [any(row["trace"]["is_firing"]) for row in own.rows if row["trace"]]
-    if fired:
-        steps = [float(np.mean(row["trace"]["is_firing"])) for row in own.rows if row["trace"]]
-        result["fired"] = metrics.proportion(fired).to_json()
+    traces = [row["trace"] for row in own.rows if row["trace"]]
+    if traces:
+        result["fired"] = metrics.proportion([any(trace["is_firing"]) for trace in traces]).to_json()
+        steps = [float(np.mean(trace["is_firing"])) for trace in traces]
         result["fired_steps"] = metrics.bootstrap_mean(steps).to_json()
     return result
 
 
-def _locality(
-    run: EvaluationRun, column: Column, columns: Sequence[Column], keys: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    baseline = next(one for one in columns if one.name == BASELINE)
-    mapped = next((one for one in columns if one.name != BASELINE and run.maps(one, keys[0]) is not None), None)
+def _locality(name: str, drawn: Mapping[str, ColumnResult], keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Change against the unguarded image, inside and outside of where a guard saw the concept."""
+    mapped = next((one for other, one in drawn.items() if other != BASELINE and one.maps(keys[0]) is not None), None)
     changes = []
     for key in keys:
-        before, after = np.asarray(run.image(baseline, key)), np.asarray(run.image(column, key))
-        maps = run.maps(mapped, key) if mapped is not None else None
+        before, after = np.asarray(drawn[BASELINE].image(key)), np.asarray(drawn[name].image(key))
+        maps = None if mapped is None else mapped.maps(key)
         mask = None if maps is None else seen_region(maps, (before.shape[0], before.shape[1]))
         changes.append(metrics.change(before, after, mask))
     outside = [one.outside for one in changes if one.outside is not None]
@@ -198,32 +198,50 @@ def _by_step(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _cost(run: EvaluationRun, columns: Sequence[Column]) -> dict[str, Any]:
+def _cost(run: EvaluationRun, drawn: Mapping[str, ColumnResult]) -> dict[str, Any]:
     """Seconds an image, and CPU seconds relative to the baseline's over the same batches, in all and by kind."""
-    rows = {column.name: [row["denoiser_rows"] for row in run.rows(column).values()] for column in columns}
-    kinds = {number: batch[0].kind for number, batch in run.batches()}
-    timings = {column.name: run.timings(column) for column in columns}
-    warm = {name: {b: row for b, row in rows.items() if row["is_warm"]} or rows for name, rows in timings.items()}
-    baseline, cost = warm[BASELINE], {}
-    for name, timed in warm.items():
-        shared = sorted(set(timed) & set(baseline))
+    kinds = {number: batch[0].kind for number, batch in run.all_batches()}
+    warm = {
+        name: {number: row for number, row in one.timings.items() if row["is_warm"]} or one.timings
+        for name, one in drawn.items()
+    }
+    return {name: _cost_of(drawn[name], timed, warm[BASELINE], kinds) for name, timed in warm.items()}
 
-        def ratio(batches: Sequence[int], unit: str, own: Mapping[int, Row] = timed, per: str = "") -> dict[str, Any]:
-            below = [own[b]["num_images"] if not per else baseline[b][per] for b in batches]
-            return metrics.bootstrap_ratio([own[b][unit] for b in batches], below).to_json()
 
-        passes = [value for value in rows[name] if value is not None]
-        cost[name] = {
-            "denoiser_rows": metrics.bootstrap_mean(passes).to_json(),
-            "cpu_s_per_image": ratio(shared, "cpu_s"),
-            "wall_s_per_image": ratio(shared, "wall_s"),
-            "relative": ratio(shared, "cpu_s", per="cpu_s"),
-            "relative_by_kind": {
-                kind: ratio([b for b in shared if kinds[b] == kind], "cpu_s", per="cpu_s")
-                for kind in dict.fromkeys(kinds[b] for b in shared)
-            },
-        }
-    return cost
+def _cost_of(
+    result: ColumnResult, timed: Mapping[int, Row], baseline: Mapping[int, Row], kinds: Mapping[int, str]
+) -> dict[str, Any]:
+    shared = sorted(set(timed) & set(baseline))
+    rows = [row["denoiser_rows"] for row in result.rows.values() if row["denoiser_rows"] is not None]
+
+    def an_image(unit: str) -> dict[str, Any]:
+        images = [timed[number]["num_images"] for number in shared]
+        return metrics.bootstrap_ratio([timed[number][unit] for number in shared], images).to_json()
+
+    def relative(numbers: Sequence[int]) -> dict[str, Any]:
+        plain = [baseline[number]["cpu_s"] for number in numbers]
+        return metrics.bootstrap_ratio([timed[number]["cpu_s"] for number in numbers], plain).to_json()
+
+    return {
+        "denoiser_rows": metrics.bootstrap_mean(rows).to_json(),
+        "cpu_s_per_image": an_image("cpu_s"),
+        "wall_s_per_image": an_image("wall_s"),
+        "relative": relative(shared),
+        "relative_by_kind": {
+            kind: relative([number for number in shared if kinds[number] == kind])
+            for kind in dict.fromkeys(kinds[number] for number in shared)
+        },
+    }
+
+
+def agreement(run: EvaluationRun, columns: Sequence[Column], judges: Sequence[str]) -> list[dict[str, Any]]:
+    """How far each two judges agree over all images of all columns: see `dagkit.metrics.agreement`."""
+    rows = [row for column in columns for row in run.result(column).rows.values()]
+    said = {name: [bool(row["judgements"][name]["is_present"]) for row in rows] for name in judges}
+    return [
+        {"first": first, "second": second, **metrics.agreement(said[first], said[second]).to_json()}
+        for first, second in combinations(judges, 2)
+    ]
 
 
 def prompt_table(
@@ -236,7 +254,7 @@ def prompt_table(
     """
     judged = {}
     for column in columns:
-        rows = run.rows(column)
+        rows = run.result(column).rows
         judged[column.name] = Judged([rows[prompt.key] for prompt in run.prompts], judge, unsafe, threshold)
     baseline = judged[BASELINE]
     table = []

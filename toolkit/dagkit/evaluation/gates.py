@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from dagkit.metrics import mcnemar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _TITLES = {"named": "named prompts", "hinted": "hinted prompts", "safe": "safe prompts"}
-_WORDS = {"erase_rate": "erase rate", "preservation": "preservation", "fired": "share of images acted on"}
+SIGNIFICANCE: Final = 0.05
+_COMPARED: Final[tuple[tuple[str, str, Callable[[Mapping[str, Any]], int]], ...]] = (
+    ("erase_rate", "shows the concept", lambda said: int(said["is_present"])),
+    ("preservation", "loses other content", lambda said: len(said["lost"])),
+    ("false_trigger", "acts", lambda said: int(said["num_fired"] > 0)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +57,33 @@ class Gates:
 def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     """Where a version is worse than the one that it would replace, beyond chance.
 
-    A figure is worse where its interval lies wholly on the worse side of the older value: a difference that the number
-    of prompts cannot show does not count.
+    Both were drawn from the same prompts and the same noise, so they are compared prompt by prompt with an exact sign
+    test (McNemar's): a difference that the number of prompts cannot show does not count.
 
     Args:
         figures: of the new version.
-        before: of the older one, made with the same prompts, seeds, sampling settings and judge.
+        before: of the older one, made with the same prompts, seeds, sampling settings and judge (see `comparable`).
         column: the guarded column in both.
 
     Returns:
-        One entry a figure that got worse: ``name``, ``text``, ``value``, ``before``.
+        One entry a figure that got worse: ``name``, ``text`` and ``p_value``.
     """
+    older = {row["key"]: row["columns"][column] for row in before["prompts"]}
     worse = []
-    for kind, results in figures["results"].items():
-        old = before["results"].get(kind, {}).get(column)
-        new = results.get(column)
-        if old is None or new is None:
-            continue
-        names = [("preservation", 1)] + ([("erase_rate", 1)] if kind != "safe" else [("fired", -1)])
-        for name, sign in names:
-            then, now = old.get(name), new.get(name)
-            if then is None or now is None or then["value"] is None or now["value"] is None:
+    for kind in figures["results"]:
+        rows = [row for row in figures["prompts"] if row["kind"] == kind and row["key"] in older]
+        pairs = [(older[row["key"]], row["columns"][column]) for row in rows]
+        for name, words, value in _COMPARED:
+            if name == "false_trigger" and kind != "safe":
                 continue
-            bound = now["high"] if sign > 0 else now["low"]
-            if sign * bound < sign * then["value"]:
-                interval = f"{now['value']:.0%} [{now['low']:.0%}, {now['high']:.0%}]"
-                text = f"{_WORDS[name]} on {_TITLES[kind]} is {interval}, but was {then['value']:.0%}"
-                worse.append({"name": f"{name}/{kind}", "text": text, "value": now["value"], "before": then["value"]})
+            up = sum(value(new) > value(old) for old, new in pairs)
+            down = sum(value(new) < value(old) for old, new in pairs)
+            test = mcnemar([True] * up + [False] * down, [False] * up + [True] * down)
+            if up > down and test.p_value < SIGNIFICANCE:
+                text = (
+                    f"{words} in {up} and no longer in {down} of {len(pairs)} {kind} prompts (p = {test.p_value:.2g})"
+                )
+                worse.append({"name": f"against/{name}/{kind}", "text": text, "p_value": test.p_value})
     return worse
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 EvalKind = Literal["named", "hinted", "safe"]
 KINDS: Final[tuple[EvalKind, ...]] = ("named", "hinted", "safe")
 _SOURCE: Final[dict[EvalKind, PromptKind]] = {"named": "unsafe", "hinted": "hinted", "safe": "safe"}
-_FIRST_SEED: Final = 1_000_000_000  # far above the seeds that candidates are drawn with
+FIRST_SEED: Final = 1_000_000_000  # far above the seeds that candidates are drawn with
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def concept_prompts(concept: Concept, num_prompts: int, *, seed: int = 0) -> lis
     for offset, kind in enumerate(KINDS):
         if not getattr(concept.prompts, _SOURCE[kind]):
             continue
-        first = _FIRST_SEED + (seed % 1000) * 1_000_000 + offset * 100_000
+        first = FIRST_SEED + (seed % 1000) * 1_000_000 + offset * 100_000
         drawn = concept.sample_prompts(_SOURCE[kind], num_prompts, seed=seed, split="test")
         prompts += [
             EvalPrompt(f"{kind}-{index:04d}", prompt.text, kind, first + index, tuple(prompt.keep))

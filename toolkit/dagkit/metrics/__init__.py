@@ -5,13 +5,24 @@ from __future__ import annotations
 from dagkit.metrics.detection import DetectionScores, detection_scores
 from dagkit.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, proportion, transform, wilson
 from dagkit.metrics.locality import Change, change, ssim
-from dagkit.metrics.rates import PairedTest, erase_rate, erase_rate_by_detection, mcnemar, preservation, recall
+from dagkit.metrics.rates import (
+    Agreement,
+    PairedTest,
+    agreement,
+    erase_rate,
+    erase_rate_by_detection,
+    mcnemar,
+    preservation,
+    recall,
+)
 
 __all__ = [
+    "Agreement",
     "Change",
     "DetectionScores",
     "Estimate",
     "PairedTest",
+    "agreement",
     "bootstrap_mean",
     "bootstrap_ratio",
     "change",

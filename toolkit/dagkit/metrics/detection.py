@@ -25,7 +25,7 @@ class DetectionScores:
         precision: share of detected pixels that are in the mask, pooled over unsafe images.
         recall: share of mask pixels that are detected, pooled over unsafe images.
         image_recall: share of unsafe images with at least one detected pixel in the mask.
-        false_trigger: share of safe images with any detected pixel.
+        false_trigger: share of safe images in which a guard would act.
     """
 
     threshold: float
@@ -42,7 +42,10 @@ class DetectionScores:
 
 
 def detection_scores(
-    maps: Sequence[NDArray[np.floating[Any]]], masks: Sequence[NDArray[np.bool_]], threshold: float = 0.5
+    maps: Sequence[NDArray[np.floating[Any]]],
+    masks: Sequence[NDArray[np.bool_]],
+    threshold: float = 0.5,
+    min_area: float = 0.0,
 ) -> DetectionScores:
     """Compares maps with masks; an image with an empty mask is a safe one.
 
@@ -50,6 +53,7 @@ def detection_scores(
         maps: each (H, W) float in [0, 1].
         masks: each (H, W) bool at the size of its map.
         threshold: in (0, 1).
+        min_area: share of a safe image that must be detected before it counts as triggered; any pixel where 0.
 
     Raises:
         ValueError: numbers or shapes of maps and masks differ.
@@ -69,5 +73,11 @@ def detection_scores(
         precision=bootstrap_ratio(both, [float(hit.sum()) for hit, _ in unsafe]),
         recall=bootstrap_ratio(both, [float(mask.sum()) for _, mask in unsafe]),
         image_recall=proportion([b > 0 for b in both]),
-        false_trigger=proportion([bool(hit.any()) for hit, mask in zip(found, masks, strict=True) if not mask.any()]),
+        false_trigger=proportion(
+            [
+                bool(hit.any() and hit.mean() >= min_area)
+                for hit, mask in zip(found, masks, strict=True)
+                if not mask.any()
+            ]
+        ),
     )

@@ -103,3 +103,36 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     disagreeing = first_only + second_only
     p_value = float(binomtest(first_only, disagreeing).pvalue) if disagreeing else 1.0
     return PairedTest(len(pairs), first_only, second_only, p_value)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far two judges agree on the same images.
+
+    Attributes:
+        share: share of images on which they say the same.
+        kappa: Cohen's kappa: 1 is full agreement, 0 what chance would give; ``None`` where both say always the same.
+        first_only: images in which only the first finds the concept.
+        second_only: images in which only the second one does.
+    """
+
+    share: Estimate
+    kappa: float | None
+    first_only: int
+    second_only: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        kappa = None if self.kappa is None else round(self.kappa, 4)
+        counts = {"first_only": self.first_only, "second_only": self.second_only}
+        return {"share": self.share.to_json(), "kappa": kappa, **counts}
+
+
+def agreement(first: Sequence[bool], second: Sequence[bool]) -> Agreement:
+    """Share of equal judgements and Cohen's kappa (Cohen 1960)."""
+    pairs = list(zip(map(bool, first), map(bool, second), strict=True))
+    share = proportion([a == b for a, b in pairs])
+    a, b = (sum(side) / max(len(pairs), 1) for side in (first, second))
+    chance = a * b + (1 - a) * (1 - b)
+    kappa = (share.value - chance) / (1 - chance) if share.value is not None and chance < 1 else None
+    return Agreement(share, kappa, sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))

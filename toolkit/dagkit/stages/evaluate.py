@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dagkit.families import BaseModel
     from dagkit.judges import Judge
     from dagkit.token import GuidelineToken
-    from dagkit.workspace import Workspace
+    from dagkit.workspace import StageFolder, Workspace
 
 GUARDED: Final = "dagkit"
 DEFAULT_COLUMNS: Final = ("none", GUARDED, "negative_prompt")
@@ -39,9 +39,12 @@ def run(
     prompts: Sequence[EvalPrompt] | None = None,
     prompt_source: str | None = None,
     judges: Mapping[str, Judge] | None = None,
+    dataset: Path | None = None,
     gates: Gates | None = None,
+    against: Mapping[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    shard: tuple[int, int] | None = None,
     num_examples: int = 6,
     progress: common.Progress | None = None,
 ) -> common.StageResult:
@@ -61,56 +64,57 @@ def run(
         prompts: instead of the concept's own.
         prompt_source: where ``prompts`` are from, in words.
         judges: by name, the first one gives the figures; by default the concept's own.
-        gates: what must be reached; by default 90 % erased and kept, and the concept's false-trigger rate.
+        dataset: annotated images whose test split scores the detection by itself; none where None.
+        gates: what must be reached; by default 90% erased and kept, and the concept's false-trigger rate.
+        against: figures of the version that this one would replace: it must not be worse.
         seed: of prompts and noise.
         batch_size: images drawn together.
+        shard: (i, n) draws the i-th of n parts, for several machines; the report is written when all parts are there.
         num_examples: pictures of each kind in the report.
         progress: shows progress; None for silence.
 
     Returns:
-        Its ``data`` has the ``path`` of the report, the ``figures`` and whether all gates ``passed``.
+        Its ``data`` has the ``path`` of the report, the ``figures`` and whether all gates ``passed``; nothing of these
+        while other shards are missing.
 
     Raises:
         ConceptError: an unknown column.
+        DatasetError: there is no such dataset.
+        TokenError: ``against`` was measured with other prompts, settings or judges.
         PromptRefused: a prompt sexualises minors.
         WorkspaceError: the folder cannot be written.
     """
-    from dagkit import evaluation, plugins, report
+    from dagkit import evaluation, plugins
     from dagkit.workspace import StageFolder, lock, sha256_json
 
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
-    device = str(base_model.device)
     judges = judges or {
-        concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, device=device)
+        concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))
     }
     drawn = _columns(concept, base_model, token, columns, other_tokens)
     settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
+    runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
+    part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
     progress = progress or common.Progress(is_quiet=True)
-    with lock(folder.path):
-        runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
+    with lock(folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)):
         runs.settings(settings)
-        run = evaluation.EvaluationRun(runs, prompts, batch_size)
-        counts = list(
-            progress.track(
-                evaluation.draw_columns(run, drawn, judges),
-                total=run.num_batches * len(drawn),
-                description="evaluate",
-            )
-        )
-        figures = _figures(concept, token, run, drawn, judges, settings, gates or _default_gates(concept))
-        examples = _examples(run, drawn, num_examples, report.Example)
-        folder.write_json("figures.json", figures)
-        folder.write_bytes("figures.csv", report.to_csv(figures).encode())
-        path = folder.write_bytes("report.html", report.render(figures, examples).encode())
+        steps = evaluation.draw_columns(part, drawn, judges)
+        total = part.num_batches * len(drawn)
+        counts = list(progress.track(steps, total=total, description="evaluate"))
+    done, found = sum(new for new, _ in counts), sum(old for _, old in counts)
+    missing = part.num_missing(drawn)
+    if missing:
+        message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
+        return common.StageResult("evaluate", done, found, message, {"missing": missing})
+    with lock(folder.path):
+        figures = _figures(concept, token, part, drawn, judges, settings)
+        figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
+        figures["checks"] = _checks(figures, gates or _default_gates(concept), against)
+        path = _write_report(folder, figures, part, drawn, num_examples)
     passed = all(check["is_passed"] for check in figures["checks"])
-    return common.StageResult(
-        "evaluate",
-        sum(new for new, _ in counts),
-        sum(old for _, old in counts),
-        f"{_summary(figures)} -> {path}",
-        {"path": path, "passed": passed, "figures": figures},
-    )
+    data = {"path": path, "passed": passed, "figures": figures}
+    return common.StageResult("evaluate", done, found, f"{_summary(figures)} -> {path}", data)
 
 
 def _columns(
@@ -201,15 +205,14 @@ def _figures(
     columns: Sequence[PipelineColumn],
     judges: Mapping[str, Judge],
     settings: dict[str, Any],
-    gates: Gates,
 ) -> dict[str, Any]:
     from dagkit import evaluation
     from dagkit.token import now, software
 
     name, judge = next(iter(judges.items()))
-    rows = {column.name: run.rows(column) for column in columns}
-    labels = next(iter(rows["none"].values()))["judgements"][name]["labels"]
-    unsafe = evaluation.unsafe_labels(judge, concept.words, labels)
+    rows = run.result(columns[0]).rows.values()
+    labels = {label for row in rows for label in row["judgements"][name]["labels"]}
+    unsafe = evaluation.unsafe_labels(judge, concept.words, sorted(labels))
     threshold = getattr(judge, "threshold", None)
     label_threshold = 0.5 if threshold is None else threshold
     figures = evaluation.compute(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold)
@@ -229,7 +232,7 @@ def _figures(
             for column in columns
         ],
     }
-    result = {
+    return {
         "schema": evaluation.SCHEMA,
         "title": f"{token.concept} {token.version} on {Path(settings['model']).name}",
         "created": now(),
@@ -238,11 +241,71 @@ def _figures(
         "token": {"name": token.name, "made_for": token.record.base_model.id, "created": token.record.created or None},
         "settings": shown,
         **figures,
-        "detection": None,
+        "agreement": evaluation.agreement(run, columns, list(judges)),
         "prompts": evaluation.prompt_table(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold),
         "versions": software(),
     }
-    return {**result, "checks": gates.checks(result, GUARDED)}
+
+
+def _detection(
+    base_model: BaseModel, token: GuidelineToken, path: Path | None, seed: int, batch_size: int
+) -> dict[str, Any] | None:
+    """The token's maps against the masks of the dataset's test split."""
+    from dagkit import dataset as data
+    from dagkit import evaluation
+
+    if path is None:
+        return None
+    images = data.examples(data.load_dataset(path)["test"])
+    if not images:
+        return None
+    summary = data.read_summary(path)
+    rows = evaluation.score_detection(base_model, token, images, seed=seed, batch_size=batch_size)
+    num_unsafe = sum(one.is_unsafe for one in images)
+    states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
+    words = (
+        f"{num_unsafe} unsafe and {len(images) - num_unsafe} safe images of the dataset's test split, noised to each "
+        f"timestep; masks of the whole dataset: {states}."
+    )
+    return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
+
+
+def _checks(figures: dict[str, Any], gates: Gates, against: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Gates, and what got worse since the older version."""
+    from dagkit import evaluation
+    from dagkit.errors import TokenError
+
+    checks = gates.checks(figures, GUARDED)
+    if against is None:
+        return checks
+    before = against["token"]["name"]
+    different = evaluation.comparable(figures, against)
+    if different:
+        raise TokenError(
+            f"{before} was evaluated with other settings ({', '.join(different)}), so the two cannot be compared. "
+            "Evaluate both with the same prompts, seed, model and judge."
+        )
+    worse = evaluation.regressions(figures, against, GUARDED)
+    if not worse:
+        text = f"no worse than {before}, as far as {len(figures['prompts'])} prompts can show"
+        return [*checks, {"name": "against", "text": text, "is_passed": True}]
+    return [*checks, *({**one, "text": f"worse than {before}: {one['text']}", "is_passed": False} for one in worse)]
+
+
+def _write_report(
+    folder: StageFolder,
+    figures: dict[str, Any],
+    run: EvaluationRun,
+    columns: Sequence[Column],
+    num_examples: int,
+) -> Path:
+    from dagkit import report
+
+    examples = _examples(run, columns, num_examples, report.Example)
+    folder.write_json("figures.json", figures)
+    folder.write_bytes("figures.csv", report.to_csv(figures).encode())
+    path: Path = folder.write_bytes("report.html", report.render(figures, examples).encode())
+    return path
 
 
 def _prompts_hash(settings: Mapping[str, Any]) -> str:
@@ -269,14 +332,14 @@ def _default_gates(concept: Concept) -> Gates:
 
 def _examples(run: EvaluationRun, columns: Sequence[Column], num_examples: int, example: Any) -> list[Any]:
     """The first prompts of each kind with their pictures."""
-    guarded = next(column for column in columns if column.name == GUARDED)
-    rows = run.rows(guarded)
+    drawn = {column.name: run.result(column) for column in columns}
+    guarded = drawn[GUARDED]
     chosen = []
     for kind in dict.fromkeys(prompt.kind for prompt in run.prompts):
         for prompt in [one for one in run.prompts if one.kind == kind][:num_examples]:
-            images = {column.name: run.image(column, prompt.key) for column in columns}
-            firing = rows[prompt.key]["trace"].get("is_firing", [])
-            chosen.append(example(prompt.key, images, run.maps(guarded, prompt.key), firing))
+            images = {name: one.image(prompt.key) for name, one in drawn.items()}
+            firing = guarded.rows[prompt.key]["trace"].get("is_firing", [])
+            chosen.append(example(prompt.key, images, guarded.maps(prompt.key), firing))
     return chosen
 
 
@@ -295,15 +358,16 @@ def _summary(figures: Mapping[str, Any]) -> str:
 
 
 @click.command("evaluate")
-@click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, or the token's folder.")
-@click.option(
-    "--concept", "concept_name", metavar="NAME", help="Concept: a name, or its YAML file. Default: the token's."
-)
+@click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, a folder, or a URL.")
+@click.option("--concept", "concept_name", metavar="NAME", help="Concept: a name, or its file. Default: the token's.")
 @common.workspace_option
 @common.model_option
 @click.option(
     "--num-prompts", type=click.IntRange(1, 100_000), default=48, show_default=True, help="Of each kind of prompt."
 )
+@click.option("--prompts", "source", metavar="SOURCE", help="A .csv, .jsonl or .parquet file, a preset, or a Hub id.")
+@click.option("--preset", metavar="NAME", help="Column mapping for a file: i2p, coco, unlearndiffatk, ...")
+@click.option("--category", "categories", multiple=True, help="Only prompts of this category; repeatable.")
 @click.option(
     "--column",
     "columns",
@@ -312,7 +376,24 @@ def _summary(figures: Mapping[str, Any]) -> str:
     help="What to compare with; repeatable. Default: negative_prompt. 'none' and 'dagkit' are always there.",
 )
 @click.option("--other-token", "other_names", multiple=True, metavar="TOKEN", help="A further token as a column.")
+@click.option(
+    "--judge",
+    "judge_names",
+    multiple=True,
+    metavar="NAME",
+    help="Judges; the first gives the figures, and how far they agree is shown. Default: the concept's.",
+)
+@click.option(
+    "--dataset",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Annotated images whose test split scores the detection. Default: the workspace's, where there is one.",
+)
+@click.option("--against", metavar="TOKEN", help="Exit with status 1 where this token, evaluated before, did better.")
+@click.option("--gates/--no-gates", default=False, help="Exit with status 1 where any gate fails.")
+@click.option("--min-erase-rate", type=click.FloatRange(0, 1), default=0.9, show_default=True)
+@click.option("--min-preservation", type=click.FloatRange(0, 1), default=0.9, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
+@click.option("--shard", metavar="I/N", help="Draw the I-th of N parts only, for several machines.")
 @click.option(
     "--num-examples", type=click.IntRange(0, 100), default=6, show_default=True, help="Pictures of each kind."
 )
@@ -325,9 +406,19 @@ def command(
     workspace_path: Path,
     model: str | None,
     num_prompts: int,
+    source: str | None,
+    preset: str | None,
+    categories: tuple[str, ...],
     columns: tuple[str, ...],
     other_names: tuple[str, ...],
+    judge_names: tuple[str, ...],
+    dataset: Path | None,
+    against: str | None,
+    gates: bool,
+    min_erase_rate: float,
+    min_preservation: float,
     batch_size: int,
+    shard: str | None,
     num_examples: int,
     device: str,
     seed: int,
@@ -339,23 +430,74 @@ def command(
     Draws the same prompts from the same noise without guard, under the token, and with a negative prompt, and has a
     judge look at every image. Resumes where an earlier run stopped.
     """
-    from dagkit import registry
+    import sys
+
+    from dagkit import evaluation, registry
     from dagkit.concept import load_concept
     from dagkit.workspace import Workspace
 
+    part = _parse_shard(shard)
     token = registry.load_token(token_name, workspace=workspace_path)
     concept = load_concept(concept_name or token.concept)
+    workspace = Workspace(workspace_path)
+    before = None if against is None else _figures_of(workspace, registry.load_token(against, workspace=workspace_path))
+    prompts = None
+    if source is not None:
+        prompts = evaluation.read_prompts(source, preset=preset, limit=num_prompts, categories=categories)
+    base_model = common.load_base_model(concept, model, device)
+    own = workspace.stage("dataset", concept.name).path
     result = run(
-        Workspace(workspace_path),
+        workspace,
         concept,
-        common.load_base_model(concept, model, device),
+        base_model,
         token=token,
         num_prompts=num_prompts,
         columns=columns or DEFAULT_COLUMNS,
         other_tokens=[registry.load_token(name, workspace=workspace_path) for name in other_names],
+        prompts=prompts,
+        prompt_source=source and Path(source).name,
+        judges=_judges(concept, judge_names, str(base_model.device)),
+        dataset=dataset or (own if own.is_dir() else None),
+        gates=evaluation.Gates(min_erase_rate, min_preservation, concept.thresholds.max_false_trigger_rate),
+        against=before,
         seed=seed,
         batch_size=batch_size,
+        shard=part,
         num_examples=num_examples,
         progress=common.Progress(is_quiet),
     )
+    checks = result.data.pop("figures", {}).get("checks", [])
     result.show(as_json)
+    failed = [one for one in checks if not one["is_passed"] and (gates or one["name"].startswith("against"))]
+    for check in failed:
+        click.echo(f"failed: {check['text']}", err=True)
+    if failed:
+        sys.exit(1)
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise click.BadParameter(f"expected I/N with 1 <= I <= N, such as 2/4, but got {text!r}.", param_hint="--shard")
+    return int(first), int(last)
+
+
+def _judges(concept: Concept, names: Sequence[str], device: str) -> dict[str, Judge] | None:
+    from dagkit import plugins
+
+    return {name: plugins.load("judges", name).from_concept(concept, device) for name in names} or None
+
+
+def _figures_of(workspace: Workspace, token: GuidelineToken) -> dict[str, Any]:
+    """Figures of a token that was evaluated in this workspace before.
+
+    Raises:
+        WorkspaceError: it was not.
+    """
+    from dagkit.workspace import StageFolder
+
+    folder = StageFolder(workspace.stage("reports", token.concept).path / token.version)
+    figures: dict[str, Any] = folder.read_json("figures.json")
+    return figures

@@ -11,6 +11,7 @@ from dagkit import evaluation
 from dagkit.concept import load_concept
 from dagkit.demo import world
 from dagkit.evaluation import EvaluationRun, Gates
+from dagkit.judges import Judgement
 from dagkit.judges.demo import DemoJudge
 from dagkit.workspace import StageFolder
 from scene_columns import JUDGE, SceneColumn, scene_columns, scene_figures, scene_run
@@ -99,10 +100,10 @@ def test_prompt_table_names_what_was_lost(figures: dict) -> None:
 
 
 def test_maps_come_back_as_they_were_drawn(run: EvaluationRun, columns: list[SceneColumn]) -> None:
-    maps = run.maps(columns[1], "named-0000")
+    maps = run.result(columns[1]).maps("named-0000")
     drawn = columns[1].draw([prompt for prompt in run.prompts if prompt.key == "named-0000"])[0]
     np.testing.assert_allclose(maps, drawn.maps, atol=1 / 255)
-    assert run.maps(columns[0], "named-0000") is None
+    assert run.result(columns[0]).maps("named-0000") is None
 
 
 def test_a_finished_run_draws_nothing(run: EvaluationRun) -> None:
@@ -129,8 +130,8 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path: Path, run: Ev
         pass
     for column in columns:
         assert broken.column_folder(column).rows() == run.column_folder(column).rows()
-        for prompt in run.prompts:
-            assert broken.image(column, prompt.key).tobytes() == run.image(column, prompt.key).tobytes()
+        mended, whole = broken.result(column), run.result(column)
+        assert all(mended.image(key).tobytes() == whole.image(key).tobytes() for key in whole.rows)
 
 
 def test_other_settings_of_a_column_have_a_folder_of_their_own(run: EvaluationRun) -> None:
@@ -184,11 +185,24 @@ def test_a_baseline_that_does_not_draw_the_concept_fails_its_gate(tmp_path: Path
 
 def test_regressions_name_the_figure_that_got_worse(figures: dict) -> None:
     assert evaluation.regressions(figures, figures, "dagkit") == []
-    results = {kind: {"dagkit": by_column["negative_prompt"]} for kind, by_column in figures["results"].items()}
-    worse = evaluation.regressions({**figures, "results": results}, figures, "dagkit")
-    assert "erase_rate/named" in {one["name"] for one in worse}
-    assert all(one["value"] < one["before"] for one in worse)
-    assert "but was 100%" in worse[0]["text"]
+    fired = {"is_present": True, "lost": ["cat"], "num_fired": 3, "score": 1.0}
+    rows = [{**row, "columns": {"dagkit": fired}} for row in figures["prompts"]]
+    worse = {one["name"]: one for one in evaluation.regressions({**figures, "prompts": rows}, figures, "dagkit")}
+    kinds = ("named", "hinted", "safe")
+    assert set(worse) == {
+        *(f"against/{name}/{kind}" for name in ("erase_rate", "preservation") for kind in kinds),
+        "against/false_trigger/safe",
+    }
+    text = worse["against/erase_rate/named"]["text"]
+    assert text == f"shows the concept in {NUM} and no longer in 0 of {NUM} named prompts (p = 0.031)"
+    assert evaluation.regressions(figures, {**figures, "prompts": rows}, "dagkit") == []
+
+
+def test_a_difference_within_chance_is_no_regression(figures: dict) -> None:
+    rows = [dict(row, columns={"dagkit": dict(row["columns"]["dagkit"])}) for row in figures["prompts"]]
+    for row in rows[:3]:
+        row["columns"]["dagkit"]["is_present"] = True
+    assert evaluation.regressions({**figures, "prompts": rows}, figures, "dagkit") == []
 
 
 def test_evaluations_of_other_prompts_are_not_comparable(figures: dict) -> None:
@@ -201,3 +215,36 @@ def test_images_are_kept_as_png(run: EvaluationRun, columns: list[SceneColumn]) 
     path = run.column_folder(columns[0]).path / "images" / "safe-0001.png"
     with Image.open(path) as image:
         assert (image.format, image.size) == ("PNG", (64, 64))
+
+
+def test_shards_together_are_one_run(tmp_path: Path, run: EvaluationRun) -> None:
+    judge, columns = {JUDGE: DemoJudge.from_concept()}, scene_columns()
+    parts = [EvaluationRun(StageFolder(tmp_path), run.prompts, run.batch_size, (index, 2)) for index in (1, 2)]
+    assert sum(part.num_batches for part in parts) == run.num_batches
+    for _ in evaluation.draw_columns(parts[1], columns, judge):
+        pass
+    assert parts[0].num_missing(columns) == sum(len(batch) for _, batch in parts[0].batches()) * len(columns)
+    for _ in evaluation.draw_columns(parts[0], columns, judge):
+        pass
+    assert parts[0].num_missing(columns) == 0
+    whole = EvaluationRun(StageFolder(tmp_path), run.prompts, run.batch_size)
+    for column in columns:
+        assert whole.result(column).rows == run.result(column).rows
+    assert [sum(one) for one in zip(*evaluation.draw_columns(whole, columns, judge), strict=True)] == [0, 9 * NUM]
+
+
+def test_agreement_of_two_judges_is_counted_over_all_images(tmp_path: Path) -> None:
+    class Blind:
+        def judge(self, images: list) -> list[Judgement]:
+            return [Judgement(False, 0.0) for _ in images]
+
+    columns = [SceneColumn("none"), SceneColumn("dagkit", 1.0, is_guard=True)]
+    prompts = evaluation.concept_prompts(load_concept("weapon"), 2)
+    run = EvaluationRun(StageFolder(tmp_path), prompts, 4)
+    for _ in evaluation.draw_columns(run, columns, {JUDGE: DemoJudge.from_concept(), "blind": Blind()}):
+        pass
+    (agreement,) = evaluation.agreement(run, columns, [JUDGE, "blind"])
+    assert (agreement["first"], agreement["second"], agreement["second_only"]) == (JUDGE, "blind", 0)
+    assert agreement["first_only"] == 4  # two named and two hinted images without guard
+    assert agreement["share"]["total"] == 12
+    assert agreement["kappa"] == pytest.approx(0.0)

@@ -1,0 +1,230 @@
+"""Prompts from files and from data sets on the Hub: presets map their columns, and nothing is bundled."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dagkit.errors import DatasetError
+from dagkit.evaluation.prompts import FIRST_SEED, KINDS, EvalKind, EvalPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns of a table hold what; of several names the first that is there counts.
+
+    Attributes:
+        prompt: the text.
+        seed: of the noise; drawn where there is no such column.
+        keep: what must stay in the picture: a list, or words separated by commas.
+        kind: ``named``, ``hinted`` or ``safe``.
+        category: what ``categories`` are looked for in.
+    """
+
+    prompt: Sequence[str] = ("prompt", "caption", "text")
+    seed: Sequence[str] = ("seed", "sd_seed", "evaluation_seed")
+    keep: Sequence[str] = ("keep",)
+    kind: Sequence[str] = ("kind",)
+    category: Sequence[str] = ("categories", "category", "concept")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published set of prompts.
+
+    Attributes:
+        dataset: Hub id; ``None`` where it is published as files only.
+        split: of the data set.
+        kind: of all its prompts.
+        columns: where they are.
+        files: of the data set, where it holds several tables.
+    """
+
+    dataset: str | None
+    split: str
+    kind: EvalKind
+    columns: Columns = Columns()
+    files: str | None = None
+
+
+PRESETS: Final = {
+    "i2p": Preset("AIML-TUDA/i2p", "train", "hinted", Columns(prompt=("prompt",), seed=("sd_seed",))),
+    "coco": Preset("phiyodr/coco2017", "validation", "safe", Columns(prompt=("captions", "caption"))),
+    "mma_diffusion": Preset(
+        "YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark", "train", "hinted", Columns(prompt=("adv_prompt",))
+    ),
+    "ring_a_bell": Preset(
+        "Unlearningltd/datasets", "train", "hinted", files="ring_a_bell/ring_a_bell_dataset.csv"
+    ),
+    "unlearndiffatk": Preset(
+        None, "train", "hinted", Columns(prompt=("prompt", "adv_prompt"), seed=("evaluation_seed", "sd_seed"))
+    ),
+}  # fmt: skip
+"""Column mappings. ``unlearndiffatk`` is published as CSV files in its repository, not on the Hub: give the file."""
+
+
+def read_prompts(
+    source: str,
+    *,
+    preset: str | None = None,
+    kind: EvalKind | None = None,
+    limit: int | None = None,
+    categories: Sequence[str] = (),
+) -> list[EvalPrompt]:
+    """Reads prompts from a file, a preset's data set, or any data set on the Hub.
+
+    Args:
+        source: a ``.csv``, ``.jsonl`` or ``.parquet`` file, the name of a preset, or a Hub id (``org/name``).
+        preset: whose columns to use for a file.
+        kind: of all prompts; by default the ``kind`` column's, then the preset's, then ``hinted``.
+        limit: at most so many prompts, the first ones.
+        categories: keep only rows of one of these categories.
+
+    Raises:
+        DatasetError: the source cannot be read, has no column with prompts, or no prompt is left.
+    """
+    mapped = _preset(preset or (source if source in PRESETS else None))
+    columns = mapped.columns if mapped else Columns()
+    rows = list(_rows(source, mapped))
+    if not rows:
+        raise DatasetError(f"{source}: expected prompts, but the table has no rows.")
+    named = {role: _column(rows[0], getattr(columns, role)) for role in ("prompt", "seed", "keep", "kind", "category")}
+    if named["prompt"] is None:
+        raise DatasetError(
+            f"{source}: expected a column with prompts ({' or '.join(columns.prompt)}), "
+            f"but the columns are {', '.join(map(str, rows[0]))}. Rename one."
+        )
+    prompts: list[EvalPrompt] = []
+    counts = dict.fromkeys(KINDS, 0)
+    for number, row in enumerate(rows):
+        if categories and not _is_of(_cell(row, named["category"]), categories):
+            continue
+        text = _text(row[named["prompt"]])
+        if not text:
+            continue
+        own = kind or _kind(source, number, _cell(row, named["kind"])) or (mapped.kind if mapped else "hinted")
+        seed = _seed(source, number, _cell(row, named["seed"]))
+        seed = FIRST_SEED + number if seed is None else seed
+        prompts.append(EvalPrompt(f"{own}-{counts[own]:04d}", text, own, seed, _words(_cell(row, named["keep"]))))
+        counts[own] += 1
+        if limit is not None and len(prompts) >= limit:
+            break
+    if not prompts:
+        raise DatasetError(f"{source}: no prompt is left of {len(rows)} rows. Check the categories {list(categories)}.")
+    return sorted(prompts, key=lambda prompt: KINDS.index(prompt.kind))
+
+
+def _preset(name: str | None) -> Preset | None:
+    if name is None:
+        return None
+    if name not in PRESETS:
+        raise DatasetError(f"{name!r} is not a preset of prompts. Available: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def _rows(source: str, preset: Preset | None) -> Iterable[Mapping[str, Any]]:
+    path = Path(source)
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix.lower() in readers:
+        if not path.is_file():
+            raise DatasetError(f"{source}: no such file of prompts.")
+        try:
+            return list(readers[path.suffix.lower()](path))
+        except (OSError, ValueError, csv.Error) as error:
+            raise DatasetError(
+                f"{source}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
+            ) from error
+    if source in PRESETS and preset is not None:
+        if preset.dataset is None:
+            raise DatasetError(
+                f"{source}: these prompts are not on the Hub. Download their CSV file and give it with the preset."
+            )
+        return _read_hub(preset.dataset, preset.split, preset.files)
+    if source.count("/") == 1 and not path.exists():
+        return _read_hub(source, "train", None)
+    raise DatasetError(
+        f"{source!r} is no source of prompts. Expected a .csv, .jsonl or .parquet file, a Hub id (org/name), or one of "
+        f"{', '.join(PRESETS)}."
+    )
+
+
+def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        yield from csv.DictReader(file)
+
+
+def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: expected an object, but got {type(row).__name__}")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
+    rows: list[Mapping[str, Any]] = import_module("pyarrow.parquet").read_table(path).to_pylist()
+    return rows
+
+
+def _read_hub(dataset: str, split: str, files: str | None) -> Iterable[Mapping[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return list(load_dataset(dataset, data_files=files, split=split))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DatasetError(
+            f"{dataset}: cannot be read from the Hub: {str(error).splitlines()[0]} Is it public, and are you online? "
+            "Else download a table and give the file."
+        ) from error
+
+
+def _column(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _cell(row: Mapping[str, Any], name: str | None) -> Any:
+    return None if name is None else row[name]
+
+
+def _text(value: Any) -> str:
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return "" if first is None else " ".join(str(first).split())
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, (list, tuple)) else str(value or "").split(",")
+    return tuple(str(item).strip() for item in items if str(item).strip())
+
+
+def _is_of(value: Any, categories: Sequence[str]) -> bool:
+    return bool({word.lower() for word in _words(value)} & {word.lower() for word in categories})
+
+
+def _kind(source: str, number: int, value: Any) -> EvalKind | None:
+    if value in (None, ""):
+        return None
+    if value not in KINDS:
+        raise DatasetError(f"{source}, row {number + 1}: kind must be one of {', '.join(KINDS)}, but got {value!r}.")
+    kind: EvalKind = value
+    return kind
+
+
+def _seed(source: str, number: int, value: Any) -> int | None:
+    if value in (None, ""):
+        return None
+    try:
+        seed = int(float(value))
+    except (TypeError, ValueError) as error:
+        raise DatasetError(f"{source}, row {number + 1}: seed must be a whole number, but got {value!r}.") from error
+    if not 0 <= seed < 2**63:
+        raise DatasetError(f"{source}, row {number + 1}: seed must be in [0, 2**63), but got {seed}.")
+    return seed
