@@ -65,8 +65,8 @@ def page(login: Login) -> Iterator[Page]:
     assert outside == []
 
 
-def workspace_with_a_disc(root: Path, concept: Concept) -> Workspace:
-    """One image with a dark disc, of which the pre-mask covers the left three quarters, and a harmless cushion."""
+def workspace_with_discs(root: Path, concept: Concept) -> Workspace:
+    """Two images with a dark disc, of which the pre-mask covers the left three quarters, and a harmless cushion."""
     workspace = Workspace(root)
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(image)
@@ -76,18 +76,19 @@ def workspace_with_a_disc(root: Path, concept: Concept) -> Workspace:
     ImageDraw.Draw(disc).ellipse((60, 50, 140, 130), fill=255)
     disc.paste(0, (120, 0, WIDTH, HEIGHT))
     candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)
-    candidates.write_image("images/disc.png", image)
-    candidates.append({"key": "disc", "image": "images/disc.png", "prompt": "a disc", "kind": "unsafe", "seed": 0})
-    premasks.write_image("masks/disc-weapon.png", disc)
-    premasks.append(
-        {
-            "key": "disc",
-            "masks": {"weapon": {"path": "masks/disc-weapon.png", "score": 0.83, "boxes": [[60, 50, 119, 130]]}},
-            "proposers": [{"name": "attention", "version": "1"}],
-            "segmenter": {"name": "sam", "version": "1"},
-            "score": 0.83,
-        }
-    )
+    for seed, key in enumerate(["first", "second"]):
+        candidates.write_image(f"images/{key}.png", image)
+        candidates.append({"key": key, "image": f"images/{key}.png", "prompt": "discs", "kind": "unsafe", "seed": seed})
+        premasks.write_image(f"masks/{key}-weapon.png", disc)
+        premasks.append(
+            {
+                "key": key,
+                "masks": {"weapon": {"path": f"masks/{key}-weapon.png", "score": 0.83, "boxes": [[60, 50, 119, 130]]}},
+                "proposers": [{"name": "attention", "version": "1"}],
+                "segmenter": {"name": "sam", "version": "1"},
+                "score": 0.83,
+            }
+        )
     return workspace
 
 
@@ -119,8 +120,8 @@ def log_in(page: Page, login: Login) -> None:
     page.wait_for_url(lambda url: "/user/login" not in url, wait_until="domcontentloaded")
 
 
-def open_task(page: Page, address: str) -> None:
-    """Opens a task and waits for its region: seldom, Label Studio shows none before a reload."""
+def open_stream(page: Page, address: str) -> None:
+    """Opens the first task and waits for its region: seldom, Label Studio shows none before a reload."""
     from playwright.sync_api import TimeoutError as NotThere
 
     for timeout in (20_000, 90_000):
@@ -134,11 +135,15 @@ def open_task(page: Page, address: str) -> None:
     pytest.fail("the page shows no region of the prediction")
 
 
+def assert_hidden(page: Page) -> None:
+    assert page.locator(".dagkit-image .lsf-image").count() == 1
+    assert page.locator(".dagkit-image :visible").count() == 0, "the image is shown before it was asked for"
+
+
 def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, concept: Concept, tmp_path: Path) -> None:
-    workspace = workspace_with_a_disc(tmp_path / "runs", concept)
+    workspace = workspace_with_discs(tmp_path / "runs", concept)
     data_manager = push.run(workspace, concept, client=client).data["url"]
-    labeling = workspace.stage("labeling", concept.name)
-    task_id = labeling.rows()[0]["task_id"]
+    task_ids = {row["key"]: row["task_id"] for row in workspace.stage("labeling", concept.name).rows()}
 
     log_in(page, login)
     page.goto(data_manager)
@@ -146,14 +151,12 @@ def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, con
     photograph(page, "data-manager.png")
     assert page.locator("img[src*='/data/upload/']").count() == 0, "the data manager shows an image"
 
-    open_task(page, f"{data_manager}?task={task_id}")
-    canvas = page.locator(".konvajs-content")
-    assert not page.locator(".dagkit-image img:visible").count()
-    assert not canvas.is_visible(), "the image is shown before it was asked for"
+    open_stream(page, f"{data_manager}?labeling=1")
+    assert_hidden(page)
     photograph(page, "task-hidden.png")
 
     page.get_by_text("Show image").click()
-    canvas.wait_for(state="visible")
+    page.locator(".konvajs-content").wait_for(state="visible")
     wait_until_still(page)
     photograph(page, "task-shown.png")
     before = shown(page)
@@ -183,15 +186,18 @@ def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, con
     ) as posted:
         page.locator("[data-testid=bottombar-submit-button]").click()
     assert posted.value.status == 201
+    page.wait_for_function("() => document.body.innerText.includes('2 of 2')")
+    page.locator(".lsf-outliner-item").first.wait_for()
+    assert_hidden(page)
 
     result = pull.run(workspace, concept, client=client)
     assert result.data["states"] == {"changed": 1}
     annotations = workspace.stage("annotations", concept.name)
     row = annotations.rows()[0]
-    premask = read_mask(workspace.stage("premasks", concept.name).path / "masks/disc-weapon.png")
+    premask = read_mask(workspace.stage("premasks", concept.name).path / "masks/first-weapon.png")
     corrected = read_mask(annotations.path / row["masks"]["weapon"])
 
-    task = client.request("GET", f"/api/tasks/{task_id}")
+    task = client.request("GET", f"/api/tasks/{task_ids['first']}")
     regions = [region for region in task["annotations"][0]["result"] if region["type"] == "brushlabels"]
     layers = [brush.decode_rle(region["value"]["rle"]).reshape(HEIGHT, WIDTH, 4)[..., 3] for region in regions]
     expected = np.max(layers, axis=0) > 127

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from label_studio_server import api, free_port, make_reviewable
 
+from dagkit.cli import command
 from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError, WorkspaceError
 from dagkit.labelstudio.client import Client, ServerUnavailableError
@@ -232,3 +235,48 @@ def test_nothing_pushed_and_nothing_to_push(client: Client, concept: Concept, tm
     with pytest.raises(WorkspaceError, match="Run `dagkit premask` first"):
         push.run(workspace, concept, client=client)
     assert not (tmp_path / "runs").exists()
+
+
+def test_command_group_from_up_to_down(
+    server: EmbeddedServer, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a newcomer: no server named, no token set; push starts the embedded one."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("LABEL_STUDIO_API_KEY", raising=False)
+    shown: list[str] = []
+
+    def dagkit(*arguments: str, expected: int = 0) -> str:
+        ran = CliRunner().invoke(command, arguments)
+        assert ran.exit_code == expected, ran.output
+        shown.append(ran.output)
+        return ran.output
+
+    port = free_port()
+    assert "is installed, but not running. Start it with: dagkit label-studio up" in dagkit("label-studio", "status")
+    assert "was not running" in dagkit("label-studio", "down")
+    with pytest.raises(LabelStudioError, match="cannot be used"):
+        EmbeddedServer().up(int(server.login().url.rpartition(":")[2]))  # type: ignore[union-attr]
+    try:
+        assert f"Label Studio is up: http://127.0.0.1:{port}" in dagkit("label-studio", "up", "--port", str(port))
+        status = json.loads(dagkit("label-studio", "status", "--json"))
+        assert (status["is_running"], status["url"]) == (True, f"http://127.0.0.1:{port}")
+        make_reviewable(tmp_path / "runs", concept, 3, seed=11)
+        here = ("--concept", "weapon", "--workspace", str(tmp_path / "runs"))
+        assert json.loads(dagkit("push", *here, "--json"))["done"] == 3
+        assert dagkit("pull", *here).startswith("pull: 0 tasks new or changed, 0 in all (no answers yet; ")
+        login = json.loads(Path(status["login_file"]).read_text())
+        assert not any(secret in output for output in shown for secret in (login["password"], login["token"]))
+    finally:
+        dagkit("label-studio", "down")
+    assert EmbeddedServer().pid is None
+    assert "was not running" in dagkit("label-studio", "down")
+
+
+def test_a_server_that_does_not_come_up_names_its_log(server: EmbeddedServer, tmp_path: Path) -> None:
+    broken = EmbeddedServer(folder=tmp_path / "broken")
+    (broken.folder / "data").mkdir(parents=True)
+    (broken.folder / "data/label_studio.sqlite3").write_bytes(b"this is no database" * 100)
+    with pytest.raises(LabelStudioError, match=r"ended: .*not a database.* The whole log: .*server.log") as caught:
+        broken.up(free_port())
+    assert "\n" not in str(caught.value)
+    assert broken.pid is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,8 +69,8 @@ def run(
         "min_iou": min_iou,
         "labels": concept.labels.model_dump(),
     }
-    with lock(folder.path):
-        client = client or connect(url or _pushed_to(project), tell)
+    with lock(folder.path), ExitStack() as stack:
+        client = client or stack.enter_context(connect(url or _pushed_to(project), tell))
         found = client.find_projects(project["title"])
         if not found:
             raise LabelStudioError(

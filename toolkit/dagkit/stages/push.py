@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,8 @@ def run(
         interface(label_config)
     progress = progress or common.Progress(is_quiet=True)
     folder = workspace.stage("labeling", concept.name)
-    with lock(folder.path):
-        client = client or connect(url, tell)
+    with lock(folder.path), ExitStack() as stack:
+        client = client or stack.enter_context(connect(url, tell))
         project_id, config = find_project(client, folder, concept, label_config, num_annotators)
         noted = folder.keys()
 

@@ -1,0 +1,126 @@
+"""The embedded server's files and refusals, without a server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from dagkit.errors import LabelStudioError
+from dagkit.labelstudio import access, server
+from dagkit.labelstudio.server import EmbeddedServer, Login
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DAGKIT_LABEL_STUDIO_VENV", "LABEL_STUDIO_API_KEY", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_folders_follow_the_desktop_conventions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert server.cache_folder() == tmp_path / ".cache/dagkit/label-studio" / server.VERSION
+    assert server.data_folder() == tmp_path / ".local/share/dagkit/label-studio"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert server.cache_folder() == Path("/cache/dagkit/label-studio") / server.VERSION
+    assert server.data_folder() == Path("/data/dagkit/label-studio")
+
+
+def test_nothing_there_yet(tmp_path: Path) -> None:
+    embedded = EmbeddedServer(tmp_path / "data", tmp_path / "cache")
+    assert embedded.login() is None
+    assert embedded.pid is None
+    assert not embedded.is_installed
+    assert not embedded.is_healthy()
+    assert embedded.down() is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_login_is_written_for_its_owner_only_and_shows_no_secret(tmp_path: Path) -> None:
+    embedded = EmbeddedServer(tmp_path)
+    login = Login("http://127.0.0.1:1", "someone", "very secret", "token")
+    embedded._write_login(login)
+    assert stat.S_IMODE(embedded.login_file.stat().st_mode) == 0o600
+    assert embedded.login() == login
+    assert "secret" not in repr(login)
+    assert "token" not in repr(login)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"url": "x"}', '{"url": '])
+def test_damaged_login(tmp_path: Path, content: str) -> None:
+    (tmp_path / "login.json").write_text(content)
+    with pytest.raises(LabelStudioError, match=r"login.json: expected url, .* but it is damaged. Restore it") as caught:
+        EmbeddedServer(tmp_path).login()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "no number", "1", "99999999"])
+def test_a_stale_process_number_is_not_taken_for_the_server(tmp_path: Path, content: str) -> None:
+    """Number 1 is another process, which is never to be stopped."""
+    (tmp_path / "server.pid").write_text(content)
+    embedded = EmbeddedServer(tmp_path)
+    assert embedded.pid is None
+    assert embedded.down() is False
+    assert not (tmp_path / "server.pid").exists()
+
+
+def test_named_environment_without_an_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DAGKIT_LABEL_STUDIO_VENV", str(tmp_path / "nowhere"))
+    with pytest.raises(LabelStudioError, match=r"DAGKIT_LABEL_STUDIO_VENV: no interpreter at .*nowhere/bin/python"):
+        EmbeddedServer(tmp_path, tmp_path / "cache").install()
+
+
+def test_an_unfinished_installation_does_not_count(tmp_path: Path) -> None:
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert not EmbeddedServer(tmp_path, tmp_path).is_installed
+    (tmp_path / "venv/complete").touch()
+    assert EmbeddedServer(tmp_path, tmp_path).is_installed
+
+
+def test_a_taken_port_is_refused_with_another_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LabelStudioError, match=f"Port {port} on 127.0.0.1 cannot be used.*--port {port + 1}"):
+            server._require_free(port)
+
+
+def test_the_server_sees_no_settings_meant_for_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HOST", "PORT", "CI", "DJANGO_DB", "LABEL_STUDIO_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    seen = server._environment(tmp_path)
+    assert not {"HOST", "PORT", "CI", "DJANGO_DB", "LABEL_STUDIO_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"} & set(
+        seen
+    )
+    assert seen["COLLECT_ANALYTICS"] == "false"
+    assert seen["SENTRY_DSN"] == seen["FRONTEND_SENTRY_DSN"] == ""
+
+
+def test_last_line_of_a_log_shows_no_secret(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("first\nSECRET_KEY=abc password: hunter2 went wrong\n\n")
+    assert server._last_line(log) == "SECRET_KEY=… password=… went wrong"
+    log.write_text("")
+    assert server._last_line(log) == "it printed nothing."
+
+
+def test_a_team_server_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with pytest.raises(LabelStudioError, match=r"no token for http://team.example.org: set LABEL_STUDIO_API_KEY"):
+        access.connect("http://team.example.org/")
+
+
+def test_the_embedded_servers_token_goes_to_no_other_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = tmp_path / "dagkit/label-studio"
+    folder.mkdir(parents=True)
+    (folder / "login.json").write_text(
+        json.dumps({"url": "http://127.0.0.1:8080", "username": "u", "password": "p", "token": "t" * 40})
+    )
+    with pytest.raises(LabelStudioError, match=r"no token for http://team.example.org"):
+        access.connect("http://team.example.org")
