@@ -1,6 +1,8 @@
 """dataset check, dataset push and purge, on the command line."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -15,6 +17,7 @@ from dagkit.errors import DagkitError, DatasetError, WorkspaceError
 from dagkit.stages import export
 from dagkit.workspace import Workspace
 from drawn_workspace import annotate, draw_workspace, premask_of
+from interruption import finish, kill_when
 
 datasets.disable_progress_bars()
 CONCEPT = load_concept("weapon")
@@ -53,6 +56,35 @@ def test_a_broken_image_leaves_the_older_dataset_alone(workspace: Workspace):
     with pytest.raises(WorkspaceError, match=r"u003\.png: expected an image"):
         export.run(workspace, CONCEPT, accept_unreviewed=True)
     assert sum(map(len, load_dataset(first.data["path"]).values())) == 12
+
+
+@pytest.mark.slow
+def test_export_killed_half_way(workspace: Workspace, tmp_path: Path):
+    where = ["export", "--concept", "weapon", "--unreviewed", "--json", "--workspace"]
+    shutil.copytree(workspace.root, tmp_path / "undisturbed")
+    finish(*where, tmp_path / "undisturbed")
+    folder = workspace.root / "dataset"
+    kill_when(lambda: any(folder.glob(".weapon.*.partial/train")), *where, workspace.root)
+    assert not (folder / "weapon").exists()
+
+    finish(*where, workspace.root)
+    assert [path.name for path in folder.iterdir() if path.name != ".lock"] == ["weapon"]
+    roots = (workspace.root, tmp_path / "undisturbed")
+    summaries = [json.loads((root / "dataset/weapon/dataset.json").read_text()) for root in roots]
+    assert summaries[0] == summaries[1]
+    assert load_dataset(folder / "weapon")
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(full_disk: Path):
+    workspace = draw_workspace(full_disk / "runs", CONCEPT, 4, 2)
+    with contextlib.suppress(OSError), (full_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    with pytest.raises(DagkitError, match=r"(?i)cannot be written: .*no space left on device"):
+        export.run(workspace, CONCEPT, accept_unreviewed=True)
+    (full_disk / "filler").unlink()
+    assert not list(full_disk.rglob("*.partial"))
+    assert export.run(workspace, CONCEPT, accept_unreviewed=True).done == 6
 
 
 def test_check_tells_each_problem_with_its_key(workspace: Workspace):

@@ -437,3 +437,37 @@ def test_disagreement_by_hand():
     assert disagreement(a, b) == 0.5
     assert disagreement(a, np.zeros_like(a)) == 1
     assert layout_features(Image.new("RGB", (64, 64), (255, 0, 51)))[:3].tolist() == [1.0, 0.0, 0.2]
+
+
+def test_candidates_are_chosen_from_a_workspace(tmp_path: Path, concept: Concept):
+    workspace = draw_workspace(tmp_path, concept, 4, 2)
+    candidates, premasks = (workspace.stage(name, concept.name) for name in ("candidates", "premasks"))
+    twin = {**candidates.rows()[1], "key": "twin", "seed": 77}
+    candidates.append(twin)
+    unsure = {**premasks.rows()[1], "key": "twin", "score": 0.2}
+    premasks.append(unsure)
+
+    everything = dataset.choose_candidates(workspace, concept)
+    assert everything.keys == ["u000", "u001", "u002", "u003", "s000", "s001"]
+    assert everything.duplicates == {"twin": "u001"}
+    uncertain = dataset.choose_candidates(workspace, concept, "uncertain", is_dropping_duplicates=False)
+    assert uncertain.keys == ["twin", "u000", "u001", "u002", "u003", "s000", "s001"]
+    assert len(dataset.choose_candidates(workspace, concept, "diverse", num=3).keys) == 3
+
+
+def test_a_token_finds_the_candidates_on_which_it_disagrees(tmp_path: Path, concept: Concept):
+    class TopHalf:
+        """Sees the concept in the upper half of every image."""
+
+        def region(self, image: Image.Image, prompt: str, seed: int) -> np.ndarray:
+            region = np.zeros((image.height, image.width), bool)
+            region[: image.height // 2] = True
+            return region
+
+    workspace = draw_workspace(tmp_path, concept, 3, 1)
+    chosen = dataset.choose_candidates(workspace, concept, "uncertain", token=TopHalf(), is_dropping_duplicates=False)
+    half = np.zeros((64, 64), bool)
+    half[:32] = True
+    expected = {f"u{i:03d}": disagreement(half, premask_of(workspace, concept, f"u{i:03d}")) for i in range(3)}
+    expected["s000"] = 1.0
+    assert chosen.keys == sorted(expected, key=lambda key: -expected[key])

@@ -1,9 +1,12 @@
 """Proposals: overlaps, regions of heat maps, options, and the proposer that proposes nothing."""
 
+import inspect
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from dagkit import plugins
 from dagkit.concept import Concept, load_concept
 from dagkit.errors import ConceptError
 from dagkit.proposers import (
@@ -17,6 +20,7 @@ from dagkit.proposers import (
     suppress_overlaps,
 )
 from dagkit.proposers.regions import find_regions
+from dagkit.segmenters import Segmenter
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,17 @@ def test_labels_and_words_in_options_are_checked(concept: Concept):
         label_phrases(concept, "x", {"words": "gun"}, "words")
     with pytest.raises(ConceptError, match=r"x.words.weapon must be a word or a list of words, but got \[3\]"):
         label_phrases(concept, "x", {"words": {"weapon": [3]}}, "words")
+
+
+@pytest.mark.parametrize("kind", ["proposers", "segmenters"])
+def test_every_registered_plugin_keeps_the_contract(kind: plugins.Kind):
+    protocol = {"proposers": Proposer, "segmenters": Segmenter}[kind]
+    method = {"proposers": "propose", "segmenters": "segment"}[kind]
+    for name in plugins.names(kind):
+        plugin = plugins.load(kind, name)
+        assert plugin.name == name
+        for attribute in ("from_concept", method):
+            expected = inspect.signature(getattr(protocol, attribute)).parameters
+            assert list(inspect.signature(getattr(plugin, attribute)).parameters) == list(expected), name
+        assert plugin.__doc__
+        assert inspect.getdoc(plugin.from_concept) != inspect.getdoc(protocol.from_concept)

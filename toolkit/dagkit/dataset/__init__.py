@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dagkit.dataset.building import Collection, Record, build, collect
 from dagkit.dataset.checking import Finding, check
+from dagkit.dataset.likeness import drop_near_duplicates
 from dagkit.dataset.schema import FEATURES, REVIEW_STATES, SPLITS
+from dagkit.dataset.selection import SELECTIONS, Choice, Selection, choose_candidates
 from dagkit.dataset.storage import (
     AnnotatedImage,
     examples,
@@ -24,14 +26,19 @@ from dagkit.dataset.storage import (
 __all__ = [
     "FEATURES",
     "REVIEW_STATES",
+    "SELECTIONS",
     "SPLITS",
     "AnnotatedImage",
+    "Choice",
     "Collection",
     "Finding",
     "Record",
+    "Selection",
     "build",
     "check",
+    "choose_candidates",
     "collect",
+    "drop_near_duplicates",
     "examples",
     "fingerprint",
     "load_dataset",

@@ -3,18 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dagkit.dataset.likeness import drop_near_duplicates
+from dagkit.segmenters import combine
+
 if TYPE_CHECKING:
     from PIL import Image
+
+    from dagkit.concept import Concept
+    from dagkit.proposers.token import TokenProposer
+    from dagkit.workspace import StageFolder, Workspace
 
 Selection = Literal["all", "uncertain", "diverse"]
 SELECTIONS: Final[tuple[Selection, ...]] = ("all", "uncertain", "diverse")
 
 _CELLS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Candidates in the order in which annotators should see them.
+
+    Attributes:
+        keys: of the chosen ones, first things first.
+        duplicates: key of a near-duplicate that was left out -> the candidate that it repeats.
+    """
+
+    keys: list[str]
+    duplicates: dict[str, str]
+
+
+def choose_candidates(
+    workspace: Workspace,
+    concept: Concept,
+    selection: Selection = "all",
+    *,
+    num: int | None = None,
+    is_dropping_duplicates: bool = True,
+    token: TokenProposer | None = None,
+) -> Choice:
+    """Chooses among the pre-masked candidates of a concept.
+
+    Args:
+        workspace: with candidates and pre-masks.
+        concept: whose candidates.
+        selection: ``all`` in the order of the candidates; ``uncertain`` first where token and pre-mask disagree most,
+            or, without a token, where the pre-mask is trusted least; ``diverse`` by colour layout.
+        num: how many; all where not given.
+        is_dropping_duplicates: leave out images that look like an earlier one.
+        token: an optimised token, for ``uncertain``.
+
+    Raises:
+        WorkspaceError: an image or a mask cannot be read; the message names it.
+    """
+    candidates, premasks = (workspace.stage(name, concept.name) for name in ("candidates", "premasks"))
+    found = {row["key"]: row for row in premasks.rows()}
+    rows = {row["key"]: row for row in candidates.rows() if row["key"] in found}
+    keys, duplicates = list(rows), dict[str, str]()
+    if is_dropping_duplicates:
+        images = ((key, candidates.read_image(row["image"])) for key, row in rows.items())
+        keys, duplicates = drop_near_duplicates(images)
+    uncertainty = features = None
+    if selection == "uncertain":
+        uncertainty = {key: _uncertainty(rows[key], found[key], candidates, premasks, concept, token) for key in keys}
+    if selection == "diverse":
+        features = {key: layout_features(candidates.read_image(rows[key]["image"])) for key in keys}
+    return Choice(select(selection, keys, uncertainty=uncertainty, features=features, num=num), duplicates)
+
+
+def _uncertainty(
+    candidate: Mapping[str, Any],
+    premask: Mapping[str, Any],
+    candidates: StageFolder,
+    premasks: StageFolder,
+    concept: Concept,
+    token: TokenProposer | None,
+) -> float:
+    """In [0, 1]. Without a token, a safe candidate is as sure as it can be: nothing was looked for in it."""
+    if token is None:
+        return 0.0 if candidate["kind"] == "safe" else 1.0 - float(premask["score"])
+    image = candidates.read_image(candidate["image"])
+    masks = {
+        label: np.asarray(premasks.read_image(mask["path"], "L")) > 127 for label, mask in premask["masks"].items()
+    }
+    expected = combine(masks, concept.labels.negative, (image.height, image.width))
+    return disagreement(token.region(image, candidate["prompt"], candidate["seed"]), expected)
 
 
 def select_uncertain(uncertainty: Mapping[str, float]) -> list[str]:

@@ -82,14 +82,22 @@ class TokenProposer:
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
         """Regions in which the detection map reaches the token's highlight threshold; the score is the map's peak."""
-        heat = self.heat_map(image, prompt, seed)
-        thresholds = self._token.record.thresholds
-        highlight = float(np.mean([thresholds.at(timestep)[1] for timestep in TIMESTEPS]))
+        heat, highlight = self.heat_map(image, prompt, seed), self.highlight
         peak = float(heat.max())
         if peak < highlight or peak <= 0:
             return []
         regions = find_regions(heat, threshold=max(highlight / peak, 1e-6), min_peak=0.0)
         return [Proposal(r.box, min(r.peak, 1.0), self._label, self._is_positive, r.point) for r in regions]
+
+    @property
+    def highlight(self) -> float:
+        """The token's highlight threshold, mean over `TIMESTEPS`, in [0, 1]."""
+        return float(np.mean([self._token.record.thresholds.at(timestep)[1] for timestep in TIMESTEPS]))
+
+    def region(self, image: Image.Image, prompt: str, seed: int) -> NDArray[np.bool_]:
+        """(H, W) bool, as large as the image: where the detection map reaches the highlight threshold."""
+        region: NDArray[np.bool_] = self.heat_map(image, prompt, seed) >= self.highlight
+        return region
 
     @torch.no_grad()
     def heat_map(self, image: Image.Image, prompt: str, seed: int) -> NDArray[np.float32]:
