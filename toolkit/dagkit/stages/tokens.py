@@ -175,6 +175,15 @@ def sign_command(reference: str, private_key: Path, workspace_path: Path) -> Non
     click.echo(f"token: signed, {registry.sign(resolved.path, private_key, password)}")
 
 
+@command.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of token.json."""
+    from dagkit.token import TokenRecord
+
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **TokenRecord.model_json_schema()}
+    click.echo(json.dumps(schema, indent=2, sort_keys=True))
+
+
 def _load(reference: str, workspace: Path) -> tuple[ResolvedToken, GuidelineToken]:
     from dagkit import registry
 
