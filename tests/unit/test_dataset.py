@@ -16,6 +16,7 @@ from PIL import Image
 
 from dagkit import dataset
 from dagkit.concept import Concept, load_concept
+from dagkit.dataset.card import dataset_card
 from dagkit.dataset.likeness import drop_near_duplicates, find_twins, perceptual_hash
 from dagkit.dataset.schema import FEATURES
 from dagkit.dataset.selection import disagreement, layout_features, select, select_diverse
@@ -57,7 +58,7 @@ def reviewed(tmp_path_factory: pytest.TempPathFactory, concept: Concept) -> Work
                 masks={"weapon": np.ones_like(mask), "harmless": cut},
                 annotators=["annotator-1", "annotator-2"],
                 iou_to_premask=0.25,
-                agreement=0.8,
+                pair_ious=[["annotator-1", "annotator-2", 0.8], ["annotator-1", "annotator-3", None]],
                 seconds=21.5,
                 created="2026-11-24T10:00:00+00:00",
                 updated="2026-11-24T10:05:00+00:00",
@@ -272,6 +273,8 @@ def test_card_shows_counts_and_warnings_and_no_image(built: DatasetDict, concept
     assert "Label balance: 50% unsafe." in card
     assert "Left out: 1 skipped by annotators." in card
     assert "agreement of annotators (mean pairwise IoU): 0.800" in card
+    known = dataset.summarise(built, concept, agreement={"mean_iou": 0.7, "kappa": {"weapon": 0.61, "harmless": None}})
+    assert "(mean pairwise IoU): 0.700; on presence (kappa): weapon 0.610." in dataset_card(built, known)
     assert "20% to  50%" in card
     assert "reviewed by nobody" not in card
     assert "![" not in card

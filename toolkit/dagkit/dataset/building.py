@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePath
@@ -63,10 +63,13 @@ class Collection:
     Attributes:
         records: usable rows, in the order of the candidates.
         left_out: reason -> number of candidates that are not in it.
+        agreement: ``mean_iou`` and ``kappa`` (label -> value) of the annotators, as `dagkit pull` found them; None if
+            nobody annotated.
     """
 
     records: list[Record]
     left_out: dict[str, int]
+    agreement: dict[str, Any] | None = None
 
 
 def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool = False) -> Collection:
@@ -115,7 +118,8 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             paths = review["masks"] if is_reviewed else {k: v["path"] for k, v in (premask or {})["masks"].items()}
             masks_folder = annotations if is_reviewed else premasks
             records.append(_record(concept, candidates, candidate, premask, review, masks_folder, paths))
-    return Collection(records, dict(left_out))
+    agreement = annotations.read_json("agreement.json") if annotations.inside("agreement.json").is_file() else None
+    return Collection(records, dict(left_out), agreement)
 
 
 def build(
@@ -206,13 +210,17 @@ def _record(
         "review_state": state,
         "is_changed": state == "changed" or (state == "empty" and bool(found["masks"])),
         "iou_to_premask": review.get("iou_to_premask"),
-        "agreement": review.get("agreement"),
+        "agreement": _mean([value for *_, value in review.get("pair_ious", []) if value is not None]),
         "annotators": review.get("annotators", []),
         "seconds": review.get("seconds"),
         "created": _time(review.get("created")),
         "updated": _time(review.get("updated")),
     }
     return Record(values, perceptual_hash(image))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _read_mask(folder: StageFolder, path: str, size: tuple[int, int]) -> NDArray[np.bool_]:

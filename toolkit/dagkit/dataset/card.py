@@ -105,8 +105,12 @@ def _review(summary: Mapping[str, Any], dataset: DatasetDict) -> str:
         facts.append(f"IoU of mask and pre-mask: mean {np.mean(ious):.3f}, median {np.median(ious):.3f}")
     if seconds:
         facts.append(f"median time an image: {np.median(seconds):.0f} s")
-    if summary["agreement"] is not None:
-        facts.append(f"agreement of annotators (mean pairwise IoU): {summary['agreement']:.3f}")
+    agreement = summary["agreement"]
+    if agreement["mean_iou"] is not None:
+        facts.append(f"agreement of annotators (mean pairwise IoU): {agreement['mean_iou']:.3f}")
+    kappas = [f"{label} {kappa:.3f}" for label, kappa in agreement["kappa"].items() if kappa is not None]
+    if kappas:
+        facts.append(f"on presence (kappa): {', '.join(kappas)}")
     return f"{table}\n\n{'; '.join(facts)}." if facts else table
 
 

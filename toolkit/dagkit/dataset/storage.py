@@ -100,7 +100,12 @@ def fingerprint(dataset: DatasetDict) -> str:
 
 
 def summarise(
-    dataset: DatasetDict, concept: Concept, *, left_out: Mapping[str, int] | None = None, licence: str = "other"
+    dataset: DatasetDict,
+    concept: Concept,
+    *,
+    left_out: Mapping[str, int] | None = None,
+    agreement: Mapping[str, Any] | None = None,
+    licence: str = "other",
 ) -> dict[str, Any]:
     """What ``dataset.json`` says: fingerprint, counts, review states and where everything came from.
 
@@ -108,6 +113,7 @@ def summarise(
         dataset: as from `build`.
         concept: what it is about.
         left_out: reason -> number of candidates that are not in it.
+        agreement: ``mean_iou`` and ``kappa`` (label -> value) of the annotators; by default the mean of the rows' own.
         licence: SPDX identifier, or ``other``.
     """
     columns = {
@@ -131,7 +137,10 @@ def summarise(
         "review_states": {state: states[state] for state in REVIEW_STATES if states[state]},
         "is_reviewed": states["unreviewed"] == 0,
         "left_out": dict(left_out or {}),
-        "agreement": round(float(np.mean(agreements)), 4) if agreements else None,
+        "agreement": {
+            "mean_iou": (agreement or {}).get("mean_iou", float(np.mean(agreements)) if agreements else None),
+            "kappa": (agreement or {}).get("kappa") or {},
+        },
         "models": sorted({(row["model"], row["model_fingerprint"]) for row in rows}),
         "licence": licence,
         "dagkit_version": __version__,

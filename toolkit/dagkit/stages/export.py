@@ -50,7 +50,9 @@ def run(
     with lock(target.parent):
         collection = dataset.collect(workspace, concept, accept_unreviewed=accept_unreviewed)
         built = dataset.build(collection, concept, previous=read_splits(target), seed=seed)
-        summary = dataset.summarise(built, concept, left_out=collection.left_out, licence=licence)
+        summary = dataset.summarise(
+            built, concept, left_out=collection.left_out, agreement=collection.agreement, licence=licence
+        )
         dataset.save_dataset(built, target, summary)
     num_rows = len(collection.records)
     unreviewed = summary["review_states"].get("unreviewed", 0)
