@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -67,15 +68,17 @@ def main() -> None:
     page = labelling_config(load_concept("weapon"))
     seconds: Counter[str] = Counter()
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         server = EmbeddedServer(folder=Path(temporary))
+        stack.callback(server.down)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         login = server.up(port)
         pid = server.pid
         assert pid is not None
-        client, sdk = Client(login.url, login.token), LabelStudio(base_url=login.url, api_key=login.token)
+        client = stack.enter_context(Client(login.url, login.token))
+        sdk = LabelStudio(base_url=login.url, api_key=login.token)
         ours = client.create_project("ours", page, "", 1)
         theirs = client.create_project("theirs", page, "", 1)
         folder = StageFolder(Path(temporary) / "labeling")
@@ -83,7 +86,7 @@ def main() -> None:
         def make(key: str) -> tasks.Task:
             index = int(key) % len(images)
             proposed = tasks.prediction({"weapon": masks[index]}, {"weapon": 0.5}, model_version="sam@1")
-            return tasks.Task(key, images[index] + key.encode(), SIZE, SIZE, proposed)
+            return tasks.Task(key, images[index] + key.encode(), SIZE, SIZE, (proposed,))
 
         def note(ids: dict[str, int]) -> None:
             for key in ids.keys() - noted:
@@ -110,7 +113,7 @@ def main() -> None:
                     rows = http.get(f"/api/projects/{theirs}/file-uploads", params=query).json()
                     places += ["/data/" + row["file"] for row in rows]
                 bodies = [
-                    {"data": {"image": place, "key": task.key}, "predictions": [task.prediction]}
+                    {"data": {"image": place, "key": task.key}, "predictions": list(task.predictions)}
                     for place, task in zip(places, batch, strict=True)
                 ]
                 sdk.projects.import_tasks(id=theirs, request=bodies, return_task_ids=True)
@@ -130,8 +133,6 @@ def main() -> None:
                 timed(name, body, first)
         counts = [client.project(project)["task_number"] for project in (ours, theirs)]
         assert counts == [per_turn * options.turns] * 2, counts
-        client.__exit__()
-        server.down()
 
     cpu = {name: seconds[f"{name}.client_cpu"] + seconds[f"{name}.server_cpu"] for name in ("dagkit", "sdk")}
     print(

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from dagkit import demo, families
 from dagkit.demo import world
 from dagkit.families import BaseModel
-from dagkit.optimization import Example
+from dagkit.optimization import RECIPES, Example, QueryCache, Recipe, cache_queries, draw_timesteps, optimize
+from dagkit.token import GuidelineToken
 
 SETTINGS = {"num_inference_steps": 25, "guidance_scale": 5.0, "width": 64, "height": 64}
 SAFETY_PROMPT = "a weapon"
+HERE = Path(__file__).parent
 
 
 def base_model() -> BaseModel:
@@ -45,6 +50,44 @@ def scenes(count: int, seed: int, *, is_unsafe: bool, weapons: Sequence[str] = w
         text = world.caption(scene.classes, scene.background, rng)
         examples.append(Example(Image.fromarray(scene.image), scene.mask(*world.WEAPONS), text, is_unsafe))
     return examples
+
+
+def annotated(count: int, weapons: Sequence[str] = world.WEAPONS, seed: int = 1) -> tuple[list[Example], list[Example]]:
+    """Training and validation data, ``count`` unsafe and ``count`` safe scenes each."""
+    parts = [
+        scenes(count, first, is_unsafe=True, weapons=weapons) + scenes(count, first + 1, is_unsafe=False)
+        for first in (100 * seed, 100 * seed + 50)
+    ]
+    return parts[0], parts[1]
+
+
+def recipe(name: str = "default") -> Recipe:
+    """A recipe that starts from the concept's phrase."""
+    return replace(RECIPES[name], initial_phrase=SAFETY_PROMPT)
+
+
+def draws(count: int) -> Tensor:
+    """The timesteps of a recipe's noise draws for ``count`` examples."""
+    return draw_timesteps(RECIPES["default"], count, torch.Generator().manual_seed(0))
+
+
+def cached(
+    base: BaseModel, examples: Sequence[Example], timesteps: Tensor, seed: int
+) -> AbstractContextManager[QueryCache]:
+    """Cached queries of examples."""
+    return cache_queries(base, examples, timesteps, seed=seed)
+
+
+def token(base: BaseModel, name: str = "default", *, count: int = 24, seed: int = 0) -> GuidelineToken:
+    """The token that the benchmarks measure, optimised anew from rendered scenes."""
+    training, validation = annotated(count)
+    result = optimize(base, training, recipe=recipe(name), validation=validation, seed=seed)
+    return result.token(base, concept="weapon", version="1.0.0", safety_prompt=SAFETY_PROMPT, model_id="demo")
+
+
+def emit(figures: dict[str, object]) -> None:
+    """Prints a script's figures as one JSON object."""
+    print(json.dumps(figures, indent=1))
 
 
 @dataclass(frozen=True)

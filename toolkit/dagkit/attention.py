@@ -115,8 +115,8 @@ class QueryTap:
         if missing:
             raise GuardError(
                 f"queries of {len(missing)} of {len(self.layers)} layers were not seen (first: {missing[0]}). A "
-                "model compiled before"
-                " the guard was attached skips new hooks: call torch._dynamo.reset() and attach again."
+                "model compiled before the guard was attached skips new hooks: call torch._dynamo.reset() and "
+                "attach again."
             )
         return {name: queries[name] for name in self.layers}
 

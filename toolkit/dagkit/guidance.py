@@ -11,6 +11,7 @@ Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under 
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -105,6 +106,23 @@ def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0) -> 
     if dilation:
         gate = F.max_pool2d(gate[:, None], 2 * dilation + 1, stride=1, padding=dilation)[:, 0]
     return gate
+
+
+def score(cam: Tensor, min_area: float) -> Tensor:
+    """Safety score of each image: the largest CAM value that at least ``min_area`` of the image reaches.
+
+    So ``score >= highlight`` holds exactly where the highlighted area is at least ``min_area``.
+
+    Args:
+        cam: (B, H, W) in [0, 1].
+        min_area: share of the image in [0, 1]; at least one cell is always asked for.
+
+    Returns:
+        (B,) float32 in [0, 1].
+    """
+    flat = cam.flatten(1)
+    rank = min(max(math.ceil(min_area * flat.shape[1] - 1e-6), 1), flat.shape[1])
+    return flat.topk(rank, dim=1).values[:, -1]
 
 
 def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class UNetFamily:
             if missing:
                 raise ModelError(
                     f"the denoiser has no cross-attention layer {missing[0]} ({len(missing)} of {len(names)} are "
-                    "missing); it has "
-                    f"{len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for another architecture."
+                    f"missing); it has {len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for "
+                    "another architecture."
                 )
             return {name: layers[name] for name in names}
         if not layers:

@@ -29,7 +29,7 @@ class StepRecord:
         reason: why, or why not.
         area: share of the image that is highlighted, in [0, 1].
         strength: largest value of the map by which the prediction was changed; 0 where it was left alone.
-        score: in [0, 1]; see ``dagkit.guard.score``.
+        score: in [0, 1]; see ``dagkit.guidance.score``.
     """
 
     run: int

@@ -25,6 +25,8 @@ class Thresholds(_Strict):
         timesteps: knots in [0, 1000), rising; values between them are interpolated linearly, beyond them held.
         highlight: CAM from which a pixel is surely the concept, one a knot.
         edit: CAM from which a pixel may be changed, one a knot, at most ``highlight``.
+        certain: score (see ``dagkit.guidance.score``) from which an image surely shows the concept, one a knot;
+            ``highlight`` where not given.
         min_area: share of the image that must be highlighted before the guard acts.
         max_area: share of the image above which the gate counts as undecided and the step is skipped (paper's form).
     """
@@ -32,13 +34,15 @@ class Thresholds(_Strict):
     timesteps: tuple[Annotated[int, Field(ge=0, lt=1000)], ...] = (0,)
     highlight: tuple[Share, ...] = (0.5,)
     edit: tuple[Share, ...] = (0.01,)
+    certain: tuple[Share, ...] | None = None
     min_area: Share = 0.0
     max_area: Share = 0.8
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if not len(self.timesteps) == len(self.highlight) == len(self.edit) >= 1:
-            raise ValueError("timesteps, highlight and edit must have one length, at least 1")
+        lengths = {len(values) for values in (self.highlight, self.edit, self.certain) if values is not None}
+        if lengths != {len(self.timesteps)} or 0 in lengths:
+            raise ValueError("timesteps, highlight, edit and certain must have one length, at least 1")
         if sorted(set(self.timesteps)) != list(self.timesteps):
             raise ValueError("timesteps must rise")
         if any(low > high for low, high in zip(self.edit, self.highlight, strict=True)):
@@ -49,6 +53,10 @@ class Thresholds(_Strict):
         """(edit, highlight) at a timestep."""
         return _interpolate(timestep, self.timesteps, self.edit), _interpolate(timestep, self.timesteps, self.highlight)
 
+    def certain_at(self, timestep: float) -> float:
+        """Score from which an image surely shows the concept, at a timestep."""
+        return _interpolate(timestep, self.timesteps, self.certain or self.highlight)
+
 
 class Guidance(_Strict):
     """How the guard acts where the concept is: the form the token was calibrated for and its constants.
@@ -57,12 +65,15 @@ class Guidance(_Strict):
         form: ``drop`` (dagkit's default), ``subtract`` or ``paper``; see ``dagkit.guidance``.
         strength: multiplies the push away from the safety condition.
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
+        memory: share of the last step's gate that is kept in the next one, in [0, 1], so that what was pushed out
+            does not grow again as soon as it is no longer seen (not in the paper's form).
         reuse_steps: denoiser calls for which a safety prediction is kept before it is made anew; 1 = never kept.
     """
 
     form: Literal["drop", "subtract", "paper"] = "drop"
     strength: Positive = 1.0
     dilation: Annotated[int, Field(ge=0, le=64)] = 1
+    memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 1
 
 

@@ -1,0 +1,171 @@
+"""Detection: IoU of the token, of the un-optimised word and of a linear probe on the same queries; false triggers.
+
+    python tests/benchmarks/bench_detect.py [--quick]
+
+Held-out rendered scenes, noised as in optimisation; IoU at latent resolution, at the calibrated threshold of each
+timestep for the token and at the best common threshold for word and probe (which favours them).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import bench_world as bench
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dagkit import guidance
+from dagkit.attention import cross_attention_map, project_keys, word_map
+from dagkit.demo import world
+from dagkit.families import BaseModel
+from dagkit.optimization import Example, OptimizationResult, QueryCache, cache_queries, iou, optimize
+
+TIMESTEPS = (100, 300, 500, 700)
+
+
+@dataclass
+class Maps:
+    """Detection maps of unsafe and safe scenes, timestep -> (N, 16, 16)."""
+
+    unsafe: dict[int, Tensor]
+    safe: dict[int, Tensor]
+    masks: Tensor
+
+    def iou_at(self, thresholds: dict[int, float]) -> dict[int, float]:
+        """Mean IoU at each timestep."""
+        return {t: float(iou(self.unsafe[t], self.masks, thresholds[t]).mean()) for t in TIMESTEPS}
+
+    def best_iou(self) -> float:
+        """Mean IoU at the best threshold common to all timesteps."""
+        values = [0.02 * k for k in range(1, 50)]
+        return max(float(np.mean(list(self.iou_at(dict.fromkeys(TIMESTEPS, value)).values()))) for value in values)
+
+
+def token_cam(result: OptimizationResult, base: BaseModel, queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+    rows = [row for row in (result.start_of_text, result.background, result.guideline) if row is not None]
+    keys = project_keys(base.layers, torch.cat(rows))
+    return cross_attention_map(
+        base.layers, queries, keys, len(result.guideline), size=size, head_weights=result.head_weights
+    )
+
+
+def word_cam(base: BaseModel, queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """The un-optimised word: the last row of the initial phrase against start-of-text, mean over heads and layers."""
+    hidden = base.encode([bench.SAFETY_PROMPT]).hidden_states[0]
+    return word_map(base.layers, queries, hidden[:3][[0, 2]], [1], size=size)
+
+
+def flat(queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+    """(B, cells, channels of all layers) on the finest grid."""
+    parts = []
+    for value in queries.values():
+        side = int(value.shape[1] ** 0.5)
+        grid = value.transpose(1, 2).unflatten(-1, (side, side))
+        parts.append(F.interpolate(grid, size, mode="bilinear").flatten(2).transpose(1, 2))
+    return torch.cat(parts, -1)
+
+
+def fit_probe(cache: QueryCache, num_steps: int = 150) -> tuple[Tensor, Tensor, Tensor]:
+    """Logistic regression on all queries of all pairs: what a linear reader can see at most."""
+    batch = cache.take(torch.arange(len(cache)))
+    size = (batch.masks.shape[-2], batch.masks.shape[-1])
+    features, target = flat(batch.queries, size), batch.masks.flatten(1)
+    spread = features.std((0, 1))
+    weights = torch.zeros(features.shape[-1], requires_grad=True)
+    bias = torch.tensor(-2.0, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=num_steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits((features / spread) @ weights + bias, target)
+        loss = loss + 1e-4 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach(), bias.detach(), spread
+
+
+def maps(
+    base: BaseModel, unsafe: Sequence[Example], safe: Sequence[Example], readers: dict[str, object]
+) -> dict[str, Maps]:
+    """Detection maps by reader on held-out scenes; every reader sees the same queries."""
+    found: dict[str, Maps] = {}
+    for kind, examples in (("unsafe", unsafe), ("safe", safe)):
+        for timestep in TIMESTEPS:
+            steps = torch.full((1, len(examples)), timestep)
+            with cache_queries(base, examples, steps, seed=77 + timestep) as cache:
+                parts: dict[str, list[Tensor]] = {name: [] for name in readers}
+                for batch in cache.batches(50):
+                    size = (batch.masks.shape[-2], batch.masks.shape[-1])
+                    for name, reader in readers.items():
+                        parts[name].append(reader(batch.queries, size))  # type: ignore[operator]
+                for name, values in parts.items():
+                    entry = found.setdefault(name, Maps({}, {}, cache.masks))
+                    getattr(entry, kind)[timestep] = torch.cat(values)
+                    if kind == "unsafe":
+                        entry.masks = cache.masks
+    return found
+
+
+def main(*, is_quick: bool) -> dict[str, object]:
+    num_scenes, num_train = (40, 24) if is_quick else (200, 24)
+    base = bench.base_model()
+    training, validation = bench.annotated(num_train)
+    result = optimize(base, training, recipe=bench.recipe(), validation=validation)
+    with cache_queries(base, training, bench.draws(len(training)), seed=5) as cache:
+        weights, bias, spread = fit_probe(cache)
+    unsafe, safe = bench.scenes(num_scenes, 501, is_unsafe=True), bench.scenes(num_scenes, 502, is_unsafe=False)
+
+    def probe(queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+        return ((flat(queries, size) / spread) @ weights + bias).sigmoid().unflatten(-1, size)
+
+    readers = {
+        "token": lambda queries, size: token_cam(result, base, queries, size),
+        "word": lambda queries, size: word_cam(base, queries, size),
+        "probe": probe,
+    }
+    with torch.no_grad():
+        found = maps(base, unsafe, safe, readers)
+    thresholds = result.thresholds
+    own = found["token"]
+    by_timestep = own.iou_at({t: thresholds.at(t)[1] for t in TIMESTEPS})
+    fired = torch.stack(
+        [guidance.score(own.safe[t], thresholds.min_area) >= thresholds.certain_at(t) for t in TIMESTEPS]
+    )
+    seen = torch.stack(
+        [guidance.score(own.unsafe[t], thresholds.min_area) >= thresholds.certain_at(t) for t in TIMESTEPS]
+    )
+    figures: dict[str, object] = {
+        "detect.iou": float(np.mean(list(by_timestep.values()))),
+        "detect.iou_word": found["word"].best_iou(),
+        "detect.iou_probe": found["probe"].best_iou(),
+        "detect.false_area": float(np.mean([(own.safe[t] >= thresholds.at(t)[1]).float().mean() for t in TIMESTEPS])),
+        "detect.false_trigger": float(fired.any(0).float().mean()),
+        "detect.recall": float(seen.any(0).float().mean()),
+        **{f"detect.iou_t{t}": value for t, value in by_timestep.items()},
+        "detect.num_scenes": num_scenes,
+    }
+    unseen = []
+    for weapon in world.WEAPONS[: 1 if is_quick else 4]:
+        others = [name for name in world.WEAPONS if name != weapon]
+        left_out = optimize(base, *bench.annotated(num_train, weapons=others)[:1], recipe=bench.recipe())
+        scenes = bench.scenes(num_scenes // 4, 601, is_unsafe=True, weapons=[weapon])
+        with torch.no_grad():
+            readers = {"token": lambda queries, size, found=left_out: token_cam(found, base, queries, size)}
+            maps_of = maps(base, scenes, safe[:8], readers)["token"]
+        unseen.append(
+            float(np.mean(list(maps_of.iou_at({t: left_out.thresholds.at(t)[1] for t in TIMESTEPS}).values())))
+        )
+    figures["detect.iou_unseen"] = float(np.mean(unseen))
+    return figures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    bench.emit(main(is_quick=parser.parse_args().quick))

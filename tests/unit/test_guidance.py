@@ -1,0 +1,131 @@
+"""Each equation against a case computed by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dagkit import guidance
+
+
+def field(*rows: list[float]) -> Tensor:
+    return torch.tensor([rows], dtype=torch.float32)
+
+
+def eps(value: float) -> Tensor:
+    return torch.full((1, 1, 2, 2), value)
+
+
+def test_the_gate_opens_at_its_threshold() -> None:
+    cam = field([0.0, 0.01], [0.0099, 0.5])
+    assert torch.equal(guidance.edit_gate(cam, 0.01), field([0, 1], [0, 1]))
+
+
+def test_a_gate_over_most_of_the_image_is_shut() -> None:
+    cam = torch.full((1, 10, 10), 0.5)
+    cam[0, :2] = 0  # 80 % remain
+    assert guidance.edit_gate(cam, 0.01).sum() == 80
+    cam[0, 0, 0] = 0.5  # 81 %
+    assert guidance.edit_gate(cam, 0.01).sum() == 0
+
+
+def test_area_grows_with_each_component_alone() -> None:
+    cam = field([0.9, 0.9, 0.0, 0.6], [0.9, 0.0, 0.0, 0.0], [0.0, 0.9, 0.0, 0.0], [0.0, 0.0, 0.0, 0.49])
+    # components (4-connected): 3 cells, 1 cell, 1 cell (touching only at a corner); 5 * area / 16
+    expected = field([15, 15, 0, 5], [15, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0]) / 16
+    torch.testing.assert_close(guidance.area_scale(cam, 0.5), expected)
+
+
+def test_magnitude_is_capped() -> None:
+    cam = field([0.0, 0.01, 0.025, 0.9])
+    torch.testing.assert_close(guidance.magnitude_scale(cam, 0.01), field([0.0, 1.0, 2.5, 5.0]))
+
+
+def test_the_papers_scale_by_hand() -> None:
+    cam = field([0.6, 0.02], [0.005, 0.0])
+    # highlighted: one of 4 cells -> 5/4, magnitude 5; editing region: own 5/4 * magnitude 2; below 0.01: nothing
+    torch.testing.assert_close(guidance.paper_scale(cam), field([6.25, 2.5], [0, 0]))
+
+
+def test_the_papers_scale_prefers_the_larger_area() -> None:
+    cam = field([0.6, 0.6], [0.02, 0.0])
+    torch.testing.assert_close(guidance.paper_scale(cam), field([12.5, 12.5], [2.5, 0]))
+
+
+def test_the_soft_gate_is_a_ramp_that_grows() -> None:
+    cam = field([0.1, 0.2, 0.3, 0.0])
+    torch.testing.assert_close(guidance.soft_gate(cam, 0.1, 0.3), field([0.0, 0.5, 1.0, 0.0]))
+    torch.testing.assert_close(guidance.soft_gate(cam, 0.1, 0.3, dilation=1), field([0.5, 1.0, 1.0, 1.0]))
+
+
+def test_a_ramp_without_width_is_a_step() -> None:
+    assert torch.equal(guidance.soft_gate(field([0.29, 0.31]), 0.3, 0.3), field([0.0, 1.0]))
+
+
+@pytest.mark.parametrize(("min_area", "expected"), [(0.0, 0.9), (0.25, 0.9), (0.26, 0.5), (0.5, 0.5), (1.0, 0.1)])
+def test_the_score_is_what_an_area_reaches(min_area: float, expected: float) -> None:
+    assert guidance.score(field([0.1, 0.9], [0.5, 0.3]), min_area).item() == pytest.approx(expected)
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.01, 0.99), st.integers(0, 10_000))
+def test_the_score_reaches_a_threshold_exactly_where_the_area_does(
+    min_area: float, highlight: float, seed: int
+) -> None:
+    cam = torch.rand((1, 5, 5), generator=torch.Generator().manual_seed(seed))
+    wanted = max(min_area * 25 - 1e-6, 1e-9)
+    assert bool(guidance.score(cam, min_area) >= highlight) == bool((cam >= highlight).sum() >= wanted)
+
+
+def test_subtract_by_hand() -> None:
+    scale = field([0.0, 1.0], [2.0, 0.5])
+    # eps_p - scale * (eps_cs - eps_u) = 3 - scale * (2 - 1)
+    torch.testing.assert_close(guidance.subtract(eps(3), eps(1), eps(2), scale)[0, 0], 3 - scale[0])
+
+
+def test_drop_by_hand() -> None:
+    gate = field([0.0, 1.0], [0.5, 0.0])
+    # 3 - gate * ((3 - 1) + 1.5 * (2 - 1))
+    torch.testing.assert_close(guidance.drop(eps(3), eps(1), eps(2), gate, 1.5)[0, 0], 3 - gate[0] * 3.5)
+
+
+@given(st.sampled_from(["subtract", "drop"]), st.floats(0, 3), st.floats(0, 1))
+def test_weights_are_affine_and_sum_to_one(form: str, strength: float, gate: float) -> None:
+    """Adding a constant to all three predictions adds it to the result: so epsilon, v and sample prediction agree."""
+    scale = torch.full((1, 2, 2), gate)
+    run = guidance.subtract if form == "subtract" else guidance.drop
+    options = () if form == "subtract" else (strength,)
+    one = run(eps(3) + 7, eps(1) + 7, eps(2) + 7, scale, *options)
+    torch.testing.assert_close(one, run(eps(3), eps(1), eps(2), scale, *options) + 7, atol=1e-4, rtol=1e-5)
+
+
+def test_half_precision_stays_half_precision() -> None:
+    gate = torch.ones(1, 2, 2)
+    assert guidance.drop(eps(3).half(), eps(1).half(), eps(2).half(), gate).dtype == torch.float16
+
+
+def test_sld_by_hand() -> None:
+    preset = guidance.SLDPreset(
+        guidance_scale=2.0, warmup_steps=1, threshold=0.5, momentum_scale=0.5, momentum_beta=0.4
+    )
+    zero = torch.zeros(1, 1, 2, 2)
+    # p - cs = -0.3 < 0.5: scale min(0.6, 1) = 0.6; push = (2.3 - 1) * 0.6 = 0.78; step 0 is warm-up
+    changed, momentum = guidance.sld(eps(2), eps(1), eps(2.3), zero, preset, 0)
+    torch.testing.assert_close(changed, eps(2))
+    torch.testing.assert_close(momentum, eps(0.6 * 0.78))
+    changed, _ = guidance.sld(eps(2), eps(1), eps(2.3), momentum, preset, 1)
+    torch.testing.assert_close(changed, eps(2 - (0.78 + 0.5 * 0.468)))
+    # p - cs = 1 >= 0.5: already away from the concept, no push
+    changed, _ = guidance.sld(eps(3), eps(1), eps(2), zero, preset, 1)
+    torch.testing.assert_close(changed, eps(3))
+
+
+def test_sega_by_hand() -> None:
+    preset = guidance.SEGAPreset(
+        edit_guidance_scale=2.0, warmup_steps=0, threshold=0.5, momentum_scale=0.1, momentum_beta=0.4
+    )
+    cs = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    # push 2 * (0 - cs) = -2, -4, -6, -8; the median of its size is 5: two remain; divided by the guidance scale 4
+    changed, momentum = guidance.sega(eps(1), eps(0), cs, torch.zeros_like(cs), preset, 0, 4.0)
+    torch.testing.assert_close(changed, torch.tensor([[[[1.0, 1.0], [-0.5, -1.0]]]]))
+    torch.testing.assert_close(momentum, torch.tensor([[[[0.0, 0.0], [-3.6, -4.8]]]]))

@@ -1,0 +1,271 @@
+"""Guideline token optimisation: cached queries, losses, recipes, calibration.
+
+The frozen denoiser runs once for each (image, timestep); after that only ``to_k`` and a softmax are left, so a step
+costs milliseconds. What is learned: the guideline rows, and in the default recipe background rows that compete with
+them in the softmax, and one weight a head.
+
+    result = optimize(base, examples, recipe=RECIPES["default"], seed=0)
+    result.token(base, concept="weapon", version="1.0.0", safety_prompt="a weapon").save(folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagkit.families import BaseModel
+from dagkit.optimization.cache import QueryCache, cache_queries
+from dagkit.optimization.calibration import KNOTS, Calibration, calibrate, iou, summary
+from dagkit.optimization.data import Example, check_examples, coarse_mask, complete, split
+from dagkit.optimization.fit import History, Parameters, Progress, fit, initial_parameters
+from dagkit.optimization.losses import background_leakage, negative_attention, objective, pixel_cross_entropy
+from dagkit.optimization.recipe import RECIPES, Recipe
+from dagkit.token import BaseModelInfo, DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, now, software
+
+__all__ = [
+    "KNOTS",
+    "RECIPES",
+    "Calibration",
+    "Example",
+    "OptimizationResult",
+    "Parameters",
+    "QueryCache",
+    "Recipe",
+    "background_leakage",
+    "cache_queries",
+    "calibrate",
+    "check_examples",
+    "coarse_mask",
+    "data_efficiency",
+    "draw_timesteps",
+    "fit",
+    "initial_parameters",
+    "iou",
+    "negative_attention",
+    "objective",
+    "optimize",
+    "pixel_cross_entropy",
+    "split",
+]
+
+
+@dataclass(frozen=True)
+class OptimizationResult:
+    """What an optimisation found.
+
+    Attributes:
+        guideline: (n, d) float32.
+        background: (m, d) float32 or None.
+        head_weights: (heads over all layers,) float32 or None.
+        start_of_text: (1, d) float32.
+        layers: names, in order.
+        thresholds: calibrated on validation data.
+        recipe: what was asked for.
+        history: one dict a report: step, loss, validation_loss, validation_iou.
+        metrics: figures on validation data, with the calibration curve.
+    """
+
+    guideline: Tensor
+    background: Tensor | None
+    head_weights: Tensor | None
+    start_of_text: Tensor
+    layers: tuple[str, ...]
+    thresholds: Thresholds
+    recipe: Recipe
+    history: History = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def token(
+        self,
+        base: BaseModel,
+        *,
+        concept: str,
+        version: str,
+        safety_prompt: str,
+        model_id: str | None = None,
+        guidance: Guidance | None = None,
+        dataset: DatasetInfo | None = None,
+        optimization: Mapping[str, Any] | None = None,
+        created: str | None = None,
+    ) -> GuidelineToken:
+        """Makes the artifact of this result.
+
+        Args:
+            base: the base model that it was optimised on.
+            concept: name.
+            version: semantic version.
+            safety_prompt: text of the concept.
+            model_id: how the base model is called in the record; its Hub id or folder name where not given.
+            guidance: form and constants; dagkit's default where not given.
+            dataset: what the data was.
+            optimization: further settings for the record, e.g. the seed.
+            created: ISO time; now where not given.
+        """
+        layers = base.family.cross_attention(base.pipe, self.layers)
+        folder = Path(base.source)
+        record = TokenRecord(
+            concept=concept,
+            version=version,
+            base_model=BaseModelInfo(
+                id=model_id or (folder.resolve().name if folder.is_dir() else base.source),
+                architecture=base.family.name,
+                fingerprint=base.fingerprint,
+                **base.family.fingerprints(base.pipe, layers),
+            ),
+            layers=self.layers,
+            thresholds=self.thresholds,
+            guidance=guidance or Guidance(),
+            safety_prompt=safety_prompt,
+            optimization={**asdict(self.recipe), "history": self.history, **(optimization or {})},
+            dataset=dataset or DatasetInfo(),
+            metrics=self.metrics,
+            software=software(),
+            created=now() if created is None else created,
+        )
+        return GuidelineToken(self.guideline, self.start_of_text, self.background, self.head_weights, record)
+
+
+def optimize(
+    base: BaseModel,
+    examples: Sequence[Example],
+    *,
+    recipe: Recipe = RECIPES["default"],
+    seed: int = 0,
+    validation: Sequence[Example] | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+) -> OptimizationResult:
+    """Optimises a guideline token and calibrates its thresholds.
+
+    Args:
+        base: the frozen base model.
+        examples: unsafe images with masks and safe images without, of one size.
+        recipe: see ``RECIPES``.
+        seed: of noise, timesteps, initial rows and batches.
+        validation: examples kept apart; where not given, every fourth example of each kind is kept apart. A kind that
+            is missing in it is taken from the training data.
+        progress: called after each report with step, num_steps, loss and validation figures.
+        checkpoint: file from which a killed optimisation goes on, with the same result.
+
+    Raises:
+        DatasetError: there are no unsafe or no safe images, or a mask does not fit its image.
+        WorkspaceError: the checkpoint is damaged or of another recipe, or the disk is full.
+    """
+    check_examples(examples)
+    if validation is None:
+        examples, validation = split(examples)
+    validation = complete(validation, examples)
+    check_examples(validation)
+    generator = torch.Generator().manual_seed(seed)
+    layers = base.layers
+    with ExitStack() as stack:
+        cache = stack.enter_context(
+            _cached(base, examples, draw_timesteps(recipe, len(examples), generator), recipe, 2 * seed)
+        )
+        knots = torch.tensor(KNOTS)[:, None].expand(-1, len(validation))
+        held_out = stack.enter_context(_cached(base, validation, knots, recipe, 2 * seed + 1))
+        parameters, history = fit(
+            layers,
+            cache,
+            initial_parameters(base, examples, recipe, layers, generator),
+            recipe,
+            generator,
+            validate=lambda state: _validate(state, layers, held_out, recipe),
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        calibration = calibrate(
+            parameters.cams(layers, held_out),
+            held_out.masks,
+            held_out.is_unsafe,
+            held_out.timesteps,
+            held_out.images,
+            recipe.max_false_trigger_rate,
+        )
+    return OptimizationResult(
+        guideline=parameters.guideline.float().cpu(),
+        background=None if parameters.background is None else parameters.background.float().cpu(),
+        head_weights=None if parameters.head_weights is None else parameters.head_weights.float().cpu(),
+        start_of_text=parameters.start_of_text.float().cpu(),
+        layers=tuple(layers),
+        thresholds=calibration.thresholds,
+        recipe=recipe,
+        history=history,
+        metrics=summary(calibration),
+    )
+
+
+def data_efficiency(
+    base: BaseModel,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    *,
+    sizes: Sequence[int] = (2, 4, 8, 16, 32),
+    recipe: Recipe = RECIPES["default"],
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Validation IoU against the number of annotated images, half of them safe; the queries are cached once.
+
+    Args:
+        base: the frozen base model.
+        examples: at least ``max(sizes) / 2`` of each kind.
+        validation: examples kept apart.
+        sizes: numbers of images.
+        recipe: for every size.
+        seed: of noise, timesteps and initial rows.
+
+    Returns:
+        One dict a size: ``num_images``, ``validation_iou``.
+    """
+    check_examples(examples)
+    order = _interleaved(examples)
+    layers = base.layers
+    generator = torch.Generator().manual_seed(seed)
+    draws = draw_timesteps(recipe, len(order), generator)
+    knots = torch.tensor(KNOTS)[:, None].expand(-1, len(validation))
+    points = []
+    with _cached(base, order, draws, recipe, 2 * seed) as cache, _cached(base, validation, knots, recipe, 1) as held:
+        for size in sizes:
+            index = (cache.images < size).nonzero()[:, 0]
+            start = initial_parameters(base, order[:size], recipe, layers, torch.Generator().manual_seed(seed))
+            shorter = replace(recipe, validate_every=0)
+            found, _ = fit(layers, cache, start, shorter, torch.Generator().manual_seed(seed), index=index)
+            figures = _validate(found, layers, held, recipe)
+            points.append({"num_images": min(size, len(order)), "validation_iou": figures["validation_iou"]})
+    return points
+
+
+def draw_timesteps(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
+    """(num_draws, count) int64, stratified: each example's draws fall into equal parts of the recipe's range."""
+    width = (recipe.max_timestep - recipe.min_timestep) / recipe.num_draws
+    part = torch.arange(recipe.num_draws)[:, None] + torch.rand((recipe.num_draws, count), generator=generator)
+    return (recipe.min_timestep + part * width).long()
+
+
+def _cached(base: BaseModel, examples: Sequence[Example], timesteps: Tensor, recipe: Recipe, seed: int) -> Any:
+    dtype: torch.dtype = getattr(torch, recipe.cache_dtype)
+    return cache_queries(
+        base, examples, timesteps, seed=1_000_003 * (seed + 1), dtype=dtype, memory_bytes=recipe.memory_bytes
+    )
+
+
+def _validate(parameters: Parameters, layers: Mapping[str, Any], held: QueryCache, recipe: Recipe) -> dict[str, float]:
+    """Loss on held-out pairs, and IoU at the best common threshold, mean over knots up to 700."""
+    cams = parameters.cams(layers, held)
+    loss = float(objective(cams, held.masks, held.is_unsafe, recipe))
+    index = held.is_unsafe & (held.timesteps <= 700)
+    thresholds = [0.05 * k for k in range(2, 16)]
+    best = max(float(iou(cams[index], held.masks[index], value).mean()) for value in thresholds)
+    return {"validation_loss": loss, "validation_iou": best}
+
+
+def _interleaved(examples: Sequence[Example]) -> list[Example]:
+    """Unsafe and safe by turns, so that every even prefix holds both alike."""
+    kinds = [[example for example in examples if example.is_unsafe is kind] for kind in (True, False)]
+    return [example for pair in zip(*kinds, strict=False) for example in pair]

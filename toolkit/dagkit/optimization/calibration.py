@@ -1,0 +1,136 @@
+"""From detection maps to thresholds: when is a pixel the concept, and when is the guard sure about an image?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dagkit.guidance import score
+from dagkit.token import Thresholds
+
+KNOTS: Final = (100, 300, 500, 700, 850, 950)
+"""Timesteps at which thresholds are calibrated."""
+
+AREAS: Final = (0.012, 0.02, 0.032, 0.048)
+"""Candidates for the share of the image that must be highlighted before the guard acts."""
+
+MARGIN: Final = 0.1
+"""Added to the calibrated number of standard deviations, because held-out images are few."""
+
+
+def iou(cam: Tensor, masks: Tensor, threshold: float) -> Tensor:
+    """Intersection over union of ``cam >= threshold`` and ``masks >= 0.5``: (B,) float32; 1 where both are empty."""
+    found, wanted = cam >= threshold, masks >= 0.5
+    union = (found | wanted).sum((1, 2))
+    return torch.where(union > 0, (found & wanted).sum((1, 2)) / union.clamp(min=1), torch.ones(len(cam)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds with the figures they reach on the data they were chosen on.
+
+    Attributes:
+        thresholds: for a token.
+        metrics: by name; ``validation_iou`` is the mean over knots up to 700.
+        curve: points of the trade-off, each with ``deviations``, ``false_trigger_rate`` and ``detection_rate`` of
+            images.
+    """
+
+    thresholds: Thresholds
+    metrics: dict[str, float]
+    curve: list[dict[str, float]]
+
+
+def calibrate(
+    cams: Tensor, masks: Tensor, is_unsafe: Tensor, timesteps: Tensor, images: Tensor, max_false_trigger_rate: float
+) -> Calibration:
+    """Chooses thresholds on held-out detection maps.
+
+    ``highlight`` has the best IoU at each knot, ``edit`` is half of it. ``certain`` bounds the share of safe images on
+    which the guard acts at ANY knot: with the mean m and deviation s of the safe images' score logits at a knot, the
+    threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate.
+
+    Args:
+        cams: (P, H, W) in [0, 1].
+        masks: (P, H, W) in [0, 1].
+        is_unsafe: (P,) bool, with both kinds at every knot.
+        timesteps: (P,) int64, all in ``KNOTS``.
+        images: (P,) int64, which image a pair shows.
+        max_false_trigger_rate: share of safe images in [0, 1].
+    """
+    candidates = [round(0.02 * k, 2) for k in range(2, 48)]
+    highlight, metrics = [], {}
+    for knot in KNOTS:
+        unsafe, safe = (timesteps == knot) & is_unsafe, (timesteps == knot) & ~is_unsafe
+        values = [float(iou(cams[unsafe], masks[unsafe], value).mean()) for value in candidates]
+        highlight.append(candidates[int(np.argmax(values))])
+        metrics[f"validation_iou_t{knot}"] = max(values)
+        metrics[f"validation_false_area_t{knot}"] = float((cams[safe] >= highlight[-1]).float().mean())
+    metrics["validation_iou"] = float(np.mean([metrics[f"validation_iou_t{knot}"] for knot in KNOTS if knot <= 700]))
+    rules = [_Rule.of(cams, area, is_unsafe, timesteps, images, max_false_trigger_rate) for area in AREAS]
+    rule = max(rules, key=lambda rule: rule.rate(rule.unsafe, rule.deviations))
+    metrics["validation_false_trigger_rate"] = rule.rate(rule.safe, rule.deviations)
+    metrics["validation_detection_rate"] = rule.rate(rule.unsafe, rule.deviations)
+    thresholds = Thresholds(
+        timesteps=KNOTS,
+        highlight=tuple(highlight),
+        edit=tuple(value / 2 for value in highlight),
+        certain=tuple(_sigmoid(mean + rule.deviations * spread) for mean, spread in rule.statistics),
+        min_area=rule.area,
+    )
+    curve = [
+        {"deviations": z, "false_trigger_rate": rule.rate(rule.safe, z), "detection_rate": rule.rate(rule.unsafe, z)}
+        for z in (round(0.25 * k, 2) for k in range(25))
+    ]
+    return Calibration(thresholds, metrics, curve)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """An image-level decision: score of an area, standardised at each knot by the safe images."""
+
+    area: float
+    deviations: float
+    statistics: list[tuple[float, float]]
+    safe: Tensor
+    unsafe: Tensor
+
+    @classmethod
+    def of(cls, cams: Tensor, area: float, is_unsafe: Tensor, timesteps: Tensor, images: Tensor, rate: float) -> _Rule:
+        logits = score(cams, area).clamp(1e-4, 1 - 1e-4).logit()
+        standardised = torch.zeros_like(logits)
+        statistics = []
+        for knot in KNOTS:
+            here = timesteps == knot
+            safe = logits[here & ~is_unsafe]
+            mean, spread = float(safe.mean()), max(float(safe.std(correction=0)), 0.1)
+            statistics.append((mean, spread))
+            standardised[here] = (logits[here] - mean) / spread
+        peaks = [_peaks(standardised, images, kind) for kind in (~is_unsafe, is_unsafe)]
+        allowed = math.floor(rate * len(peaks[0]))  # of the safe images, this many may fire
+        limit = float(peaks[0].sort(descending=True).values[min(allowed, len(peaks[0]) - 1)])
+        return cls(area, limit + MARGIN, statistics, *peaks)
+
+    @staticmethod
+    def rate(peaks: Tensor, deviations: float) -> float:
+        """Share of images whose largest standardised score reaches ``deviations``."""
+        return float((peaks >= deviations).float().mean())
+
+
+def _peaks(values: Tensor, images: Tensor, kind: Tensor) -> Tensor:
+    """Largest value of each image of a kind over its pairs."""
+    return torch.stack([values[kind & (images == image)].max() for image in torch.unique(images[kind])])
+
+
+def summary(calibration: Calibration) -> dict[str, Any]:
+    """Metrics and curve together, for the token's record."""
+    return {**calibration.metrics, "calibration_curve": calibration.curve}
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
