@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from moto.server import ThreadedMotoServer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from s3fs import S3FileSystem
 
 from dagkit import registry
 from dagkit.errors import PublishError, TokenError
@@ -114,6 +115,7 @@ def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> B
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-that-must-not-be-shown")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    S3FileSystem.clear_instance_cache()
     return BucketPlace(f"tokens-{sha256_json(str(tmp_path))[7:19]}")
 
 
@@ -379,6 +381,7 @@ def test_pinned_versions_need_no_network(bucket: BucketPlace, tmp_path: Path, mo
     publish(bucket, tmp_path, "1.0.0")
     registry.load_token(f"{bucket.url}@^1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()  # as in a new process
 
     assert registry.load_token(f"{bucket.url}@1.0.0").name == "weapon@1.0.0"
     with pytest.raises(PublishError, match=r"cannot be read.*Check the network, AWS_ENDPOINT_URL") as failed:

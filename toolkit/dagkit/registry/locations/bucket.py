@@ -23,7 +23,7 @@ class Bucket(KeyedLocation):
             from s3fs import S3FileSystem
         except ImportError as error:
             raise PublishError(f"{url} needs s3fs, which is not installed. Run: pip install 'dagkit[s3]'") from error
-        self._s3: Any = S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+        self._s3: Any = S3FileSystem(use_listings_cache=False)
         self._bucket, _, self._prefix = url.removeprefix("s3://").partition("/")
 
     def _get(self, key: str, limit: int) -> tuple[bytes, str] | None:
