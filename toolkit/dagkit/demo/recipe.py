@@ -87,7 +87,7 @@ class BaseRecipe:
     high_noise_share: float = 0.5
     caption_dropout: float = 0.12
     repeat_share: float = 0.6
-    num_objects_weights: tuple[float, float, float] = (0.25, 0.4, 0.35)
+    num_objects_weights: tuple[float, float, float] = (0.12, 0.4, 0.48)
     weapon_probability: float = 0.5
     caption_weights: tuple[float, float, float] = (0.65, 0.12, 0.23)
     look_alike_probability: float = 0.5
