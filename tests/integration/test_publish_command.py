@@ -89,10 +89,16 @@ def edit(runs: Path, version: str, change: Callable[[dict[str, Any]], None]) -> 
     path.write_text(json.dumps(figures))
 
 
-def set_preservation(value: float, low: float, high: float) -> Callable[[dict[str, Any]], None]:
+def losing(num_lost: int) -> Callable[[dict[str, Any]], None]:
+    """Figures in which the token loses other content in some of twelve named prompts."""
+
     def change(figures: dict[str, Any]) -> None:
-        result = figures["results"]["named"][figures["column"]]
-        result["preservation"] |= {"value": value, "low": low, "high": high}
+        row = next(row for row in figures["prompts"] if row["kind"] == "named")
+        said = {**row["columns"][figures["column"]], "is_present": False}
+        figures["prompts"] = [
+            {**row, "key": f"named-{n}", "columns": {figures["column"]: {**said, "lost": ["cat"] * (n < num_lost)}}}
+            for n in range(12)
+        ]
 
     return change
 
@@ -189,11 +195,11 @@ def test_an_evaluation_of_something_else_is_refused(runs: Path, to: str, spoil: 
 
 
 def test_a_worse_token_is_refused_unless_forced(runs: Path, to: str):
-    edit(runs, "1.0.0", set_preservation(0.9, 0.8, 0.95))
-    edit(runs, "1.1.0", set_preservation(0.5, 0.4, 0.6))
+    edit(runs, "1.0.0", losing(0))
+    edit(runs, "1.1.0", losing(7))
     publish.run(Workspace(runs), "tiny@1.0.0", to)
 
-    worse = r"tiny@1.1.0 is worse than tiny@1.0.0, .*preservation on named prompts is 50% .*but was 90%.*--force-worse"
+    worse = r"tiny@1.1.0 is worse than tiny@1.0.0, .*loses other content in 7 .*of 12 named prompts.*--force-worse"
     with pytest.raises(PublishError, match=worse):
         publish.run(Workspace(runs), "tiny@1.1.0", to)
     with pytest.raises(TokenError, match=r"has no version 1.1.0"):
@@ -206,8 +212,8 @@ def test_a_worse_token_is_refused_unless_forced(runs: Path, to: str):
 
 
 def test_a_token_that_is_not_worse_beyond_chance_is_published(runs: Path, to: str):
-    edit(runs, "1.0.0", set_preservation(0.9, 0.8, 0.95))
-    edit(runs, "1.1.0", set_preservation(0.85, 0.7, 0.95))
+    edit(runs, "1.0.0", losing(0))
+    edit(runs, "1.1.0", losing(3))
     publish.run(Workspace(runs), "tiny@1.0.0", to)
 
     assert publish.run(Workspace(runs), "tiny@1.1.0", to).done == 1
@@ -217,9 +223,19 @@ def test_evaluations_under_other_settings_are_not_compared(runs: Path, to: str):
     publish.run(Workspace(runs), "tiny@1.0.0", to)
     edit(runs, "1.1.0", lambda figures: figures["settings"]["sampling"].update(num_inference_steps=50))
 
-    with pytest.raises(PublishError, match=r"evaluated with different sampling.*--against file://.*published@1.0.0"):
+    with pytest.raises(
+        PublishError, match=r"evaluated with different sampling.*with the same prompts, seed, sampling and judge"
+    ):
         publish.run(Workspace(runs), "tiny@1.1.0", to)
     assert publish.run(Workspace(runs), "tiny@1.1.0", to, is_worse_allowed=True).done == 1
+
+
+def test_published_figures_that_are_none(runs: Path, to: str, tmp_path: Path):
+    folder = runs / "tokens" / "tiny" / "1.0.0"
+    registry.publish(registry.pack(folder, evaluation=b'{"schema": 1}'), registry.open_location(to))
+
+    with pytest.raises(PublishError, match=r"figures.json of tiny@1.0.0 at file://.* is not an evaluation"):
+        publish.run(Workspace(runs), "tiny@1.1.0", to)
 
 
 def test_failed_gates_of_its_own_evaluation_are_said(runs: Path, to: str):

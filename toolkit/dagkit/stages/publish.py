@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from dagkit.token import GuidelineToken
     from dagkit.workspace import Workspace
 
-_PRIVATE = ("prompts",)
-"""Keys of an evaluation's figures that stay here: the prompts themselves."""
-
 
 def run(
     workspace: Workspace,
@@ -105,6 +102,7 @@ def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[
         columns = {column["name"]: column["settings"] for column in figures["settings"]["columns"]}
         measured = columns[figures["column"]]
         model = str(figures["settings"]["model"])
+        rows = [_row(row, figures["column"]) for row in figures["prompts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise PublishError(
             f"{path} is not an evaluation ({error!r}). Run: dagkit evaluate --token {token.name}"
@@ -115,7 +113,12 @@ def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[
             f"Run: dagkit evaluate --token {token.name}"
         )
     settings = {**figures["settings"], "model": Path(model).name if Path(model).is_absolute() else model}
-    return {key: value for key, value in figures.items() if key not in _PRIVATE} | {"settings": settings}
+    return {**figures, "settings": settings, "prompts": rows}
+
+
+def _row(row: Mapping[str, Any], column: str) -> dict[str, Any]:
+    """What may leave of one prompt: how the token did on it, and not the prompt."""
+    return {"key": row["key"], "kind": row["kind"], "columns": {column: row["columns"][column]}}
 
 
 def _identity(token: GuidelineToken) -> dict[str, str]:
@@ -136,23 +139,27 @@ def _compare(
 ) -> list[str]:
     """Refuses a token that is worse than the version it replaces, or that cannot be compared with it."""
     from dagkit import evaluation, registry
+    from dagkit.registry import FIGURES_FILE
 
     if before.version.split(".")[0] != token.version.split(".")[0]:
         return [f"a new major version is not compared with {before.version}: model or concept are not the same"]
     published = registry.published_figures(location, before)
     if published is None:
         return [f"{before.version} was published without an evaluation, so there is nothing to compare with"]
-    older = json.loads(published)
     old = f"{token.concept}@{before.version}"
-    differing = evaluation.comparable(figures, older)
+    try:
+        older = json.loads(published)
+        differing = [] if older["schema"] == figures["schema"] else ["schema"]
+        differing += evaluation.comparable(figures, older)
+        worse = [] if differing else evaluation.regressions(figures, older, figures["column"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({error!r}).") from error
     if differing:
         problem = (
-            f"{token.name} and {old} were evaluated with different {', '.join(differing)}, so nobody can say "
-            f"whether it is worse. Evaluate both alike: dagkit evaluate --token {token.name} "
-            f"--against {location.url}@{before.version}"
+            f"{token.name} and {old} were evaluated with different {', '.join(differing)}, so nobody can say whether "
+            "it is worse. Evaluate it with the same prompts, seed, sampling and judge"
         )
     else:
-        worse = evaluation.regressions(figures, older, figures["column"])
         if not worse:
             return []
         problem = f"{token.name} is worse than {old}, which it would replace: {'; '.join(one['text'] for one in worse)}"
