@@ -235,3 +235,49 @@ def test_a_workspace_is_unchanged_by_pulling_in_steps(
         (fresh.root / name).symlink_to(workspace.root / name)
     pull.run(fresh, concept, client=client)
     assert fresh.stage("annotations", concept.name).rows() == stepwise.rows()
+
+
+def test_disagreements_go_to_review_and_the_reviewer_decides(
+    client: Client, login: Login, concept: Concept, tmp_path: Path
+) -> None:
+    workspace = make_reviewable(tmp_path / "runs", concept, 4, seed=12)
+    push.run(workspace, concept, client=client, num_annotators=2)
+    folder = workspace.stage("annotations", concept.name)
+    ids = {row["key"]: row["task_id"] for row in workspace.stage("labeling", concept.name).rows()}
+    left = frozenset((y, x) for y in range(30) for x in range(20))
+    right = frozenset((y, x) for y in range(30) for x in range(15, 40))
+    disputed, agreed = list(ids)[:2], list(ids)[2:]
+    with api(login) as first, new_annotator(login, "third@example.org") as second:
+        for key, task_id in ids.items():
+            for http, pixels in ((first, left), (second, right if key in disputed else left)):
+                body = {"result": [sdk_region(pixels, "weapon")]}
+                http.post(f"/api/tasks/{task_id}/annotations/", json=body).raise_for_status()
+
+        result = pull.run(workspace, concept, client=client, review=True)
+        assert (result.data["num_disagreements"], result.data["num_sent_to_review"]) == (2, 2)
+        assert pull.run(workspace, concept, client=client, review=True).data["num_sent_to_review"] == 0
+        title = workspace.stage("labeling", concept.name).read_json("project.json")["title"]
+        (review_id,) = client.find_projects(f"{title} review")
+        page = first.get("/api/tasks", params={"project": review_id, "fields": "all"}).json()
+        tasks = {task["data"]["key"]: task for task in page["tasks"]}
+        assert sorted(tasks) == disputed
+        for task in tasks.values():
+            versions = {made["model_version"]: sdk_pixels(made["result"][0]) for made in task["predictions"]}
+            assert versions == {"annotator-1": left, "annotator-2": right}
+            assert first.get(task["data"]["image"]).content[:4] == b"\x89PNG"
+
+        chosen = tasks[disputed[0]]["predictions"][1]
+        body = {"result": chosen["result"], "parent_prediction": chosen["id"]}
+        review = first.post(f"/api/tasks/{tasks[disputed[0]]['id']}/annotations/", json=body).raise_for_status().json()
+        assert pull.run(workspace, concept, client=client).done == 1
+        rows = {row["key"]: row for row in folder.rows()}
+        row = rows[disputed[0]]
+        assert (row["state"], row["reasons"], row["reviewed"]["annotator"]) == ("changed", [], "annotator-1")
+        found = read_mask(folder.path / row["masks"]["weapon"])
+        assert {(int(y), int(x)) for y, x in np.argwhere(found)} == right
+        assert rows[disputed[1]]["reasons"] == ["outline"]
+        assert [rows[key]["reviewed"] for key in agreed] == [None, None]
+        assert pull.run(workspace, concept, client=client).data["num_disagreements"] == 1
+
+        first.delete(f"/api/annotations/{review['id']}/").raise_for_status()
+        assert pull.run(workspace, concept, client=client).data["num_disagreements"] == 2

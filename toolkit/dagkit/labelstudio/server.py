@@ -7,6 +7,7 @@ cache; its data are no cache and lie in the user's data folder::
     <cache>/dagkit/label-studio/<version>/template/   a migrated, empty database: a new server starts in seconds
     <data>/dagkit/label-studio/data/                  images, annotations: back this up
     <data>/dagkit/label-studio/login.json             address, user, password, token; mode 0600
+    <data>/dagkit/label-studio/settings.json          what else it may serve, see `Sharing`
     <data>/dagkit/label-studio/server.log, server.pid
 
 Nothing secret is passed on a command line (other users see those), printed or logged.
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 
 from dagkit.errors import LabelStudioError
-from dagkit.workspace import lock
+from dagkit.workspace import atomic_write, lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,19 @@ class Login:
     username: str
     password: str = field(repr=False)
     token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What the server may serve beside uploads; kept for later starts.
+
+    Attributes:
+        files: folder whose files it may serve to those who are logged in, or None.
+        is_with_aws: whether it gets the ``AWS_...`` variables of the shell that starts it, to sign links to a bucket.
+    """
+
+    files: str | None = None
+    is_with_aws: bool = False
 
 
 def cache_folder() -> Path:
@@ -121,6 +135,13 @@ class EmbeddedServer:
                 "backup, or delete it and run `dagkit label-studio up`: a second account is then made."
             ) from error
 
+    def sharing(self) -> Sharing:
+        """What the server was allowed to serve at its last start."""
+        try:
+            return Sharing(**json.loads((self.folder / "settings.json").read_text()))
+        except FileNotFoundError:
+            return Sharing()
+
     def is_healthy(self) -> bool:
         """Whether the process lives and answers."""
         login = self.login()
@@ -140,6 +161,9 @@ class EmbeddedServer:
         Raises:
             LabelStudioError: ``venv`` or ``pip`` failed; the message holds the last line that it printed.
         """
+        template = self.cache / "template"
+        if self.is_installed and template.exists():
+            return
         with lock(self.cache):
             if not self.is_installed:
                 if os.environ.get("DAGKIT_LABEL_STUDIO_VENV"):
@@ -158,7 +182,6 @@ class EmbeddedServer:
                 pip = [str(self.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
                 _run([*pip, f"label-studio=={VERSION}"], "Check the network and the package index, then run it again.")
                 (venv / "complete").touch()
-            template = self.cache / "template"
             if not template.exists():
                 tell("Preparing its database (about a minute, once)")
                 partial = self.cache / "template.partial"
@@ -169,18 +192,31 @@ class EmbeddedServer:
                 (partial / ".env").unlink(missing_ok=True)  # its secret key: every data folder gets one of its own
                 partial.rename(template)
 
-    def up(self, port: int | None = None, tell: Callable[[str], None] = lambda _: None) -> Login:
+    def up(
+        self,
+        port: int | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+        sharing: Sharing | None = None,
+    ) -> Login:
         """Starts the server, unless it runs, and returns its login.
 
         Args:
             port: TCP port on 127.0.0.1; default: that of the last start, or 8080.
             tell: is given one line before each long step.
+            sharing: what it may serve; default: as at the last start. A running server must be stopped to change it.
 
         Raises:
             LabelStudioError: the port is taken, or the server does not come up; the message names the log.
         """
-        login = self.login()
+        login, before = self.login(), self.sharing()
+        sharing = sharing or before
         if login is not None and login.token and self.is_healthy():
+            if sharing != before:
+                raise LabelStudioError(
+                    f"Label Studio runs at {login.url} with other settings. Stop it (`dagkit label-studio down`), "
+                    "then start "
+                    "it again."
+                )
             return login
         self.install(tell)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -198,8 +234,9 @@ class EmbeddedServer:
                 shutil.copytree(self.cache / "template", partial)
                 partial.rename(data)
             self._write_login(login)  # before the account exists: a crash must not lose its password
+            atomic_write(self.folder / "settings.json", json.dumps(asdict(sharing)).encode())
             tell(f"Starting Label Studio at {url}")
-            self._process = self._start(login, data)
+            self._process = self._start(login, data, sharing)
             self._wait(self._process, login)
             if not login.token:
                 login = Login(login.url, login.username, login.password, _new_token(login))
@@ -229,17 +266,21 @@ class EmbeddedServer:
                 time.sleep(0.05)
         raise LabelStudioError(f"Label Studio (process {pid}) does not end. Stop it by hand: kill -9 {pid}")
 
-    def _start(self, login: Login, data: Path) -> subprocess.Popen[bytes]:
-        account = {
+    def _start(self, login: Login, data: Path, sharing: Sharing) -> subprocess.Popen[bytes]:
+        extra = {
             "LABEL_STUDIO_USERNAME": login.username,
             "LABEL_STUDIO_PASSWORD": login.password,
         }
+        if sharing.files is not None:
+            extra |= {"LOCAL_FILES_SERVING_ENABLED": "true", "LOCAL_FILES_DOCUMENT_ROOT": sharing.files}
+        if sharing.is_with_aws:
+            extra |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         command = [str(self.python), "-m", "label_studio.server", "start", "--no-browser", "--data-dir", str(data)]
         command += ["--internal-host", "127.0.0.1", "--port", login.url.rpartition(":")[2]]
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             process = subprocess.Popen(
                 command,
-                env=_environment(data) | account,
+                env=_environment(data) | extra,
                 cwd=data,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

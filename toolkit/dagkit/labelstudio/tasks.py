@@ -33,14 +33,14 @@ class Task:
         image: where the server finds it (a path or URI), or the bytes of a PNG to upload.
         width: pixels.
         height: pixels.
-        prediction: as made by `prediction`, or None.
+        predictions: as made by `prediction`; the page shows the first one.
     """
 
     key: str
     image: bytes | str
     width: int
     height: int
-    prediction: dict[str, Any] | None = None
+    predictions: tuple[dict[str, Any], ...] = ()
 
     @property
     def file_name(self) -> str:
@@ -163,8 +163,8 @@ def push(
 
 
 def _checked(task: Task, label_config: str) -> Task:
-    if task.prediction is not None:
-        check_prediction(label_config, task.prediction, task.width, task.height, task.key)
+    for proposed in task.predictions:
+        check_prediction(label_config, proposed, task.width, task.height, task.key)
     return task
 
 
@@ -181,8 +181,8 @@ def _send(client: Client, project_id: int, batch: Sequence[Task], uploads: dict[
                 f"{task.key}: Label Studio at {client.url} took the image, but does not list it. Try again."
             )
         body: dict[str, Any] = {"data": {IMAGE_OBJECT: place, "key": task.key}}
-        if task.prediction is not None and task.prediction["result"]:
-            body["predictions"] = [task.prediction]
+        if task.predictions:
+            body["predictions"] = list(task.predictions)
         bodies.append(body)
     ids = client.import_tasks(project_id, bodies)
     return {task.key: task_id for task, task_id in zip(batch, ids, strict=True)}

@@ -20,12 +20,23 @@ def command() -> None:
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="TCP port on 127.0.0.1. Default: that of the last start, or 8080."
 )
-def up(port: int | None) -> None:
-    """Start the server (and install it on first use)."""
-    from dagkit.labelstudio.server import EmbeddedServer
+@click.option(
+    "--serve-files",
+    "files",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="Folder from which it may serve images: for push --storage local:FOLDER.",
+)
+@click.option("--with-aws", "is_with_aws", is_flag=True, help="Hand on AWS_... variables: for push --storage s3://...")
+def up(port: int | None, files: str | None, is_with_aws: bool) -> None:
+    """Start the server (and install it on first use).
+
+    What it may serve is kept for later starts.
+    """
+    from dagkit.labelstudio.server import EmbeddedServer, Sharing
 
     server = EmbeddedServer()
-    login = server.up(port, tell=lambda line: click.echo(line, err=True))
+    sharing = Sharing(files, is_with_aws) if files or is_with_aws else None
+    login = server.up(port, lambda line: click.echo(line, err=True), sharing)
     click.echo(f"Label Studio is up: {login.url}")
     click.echo(f"User and password are in {server.login_file} (only you can read it).")
 

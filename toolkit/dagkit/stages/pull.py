@@ -12,11 +12,11 @@ import click
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from dagkit.concept import Concept
-    from dagkit.labelstudio.answers import Consensus, Masks
+    from dagkit.labelstudio.answers import Answer, Consensus, Masks
     from dagkit.labelstudio.client import Client
     from dagkit.workspace import Workspace
 
@@ -29,6 +29,7 @@ def run(
     url: str | None = None,
     consensus: Consensus = "majority",
     min_iou: float = 0.7,
+    review: bool = False,
     progress: common.Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> common.StageResult:
@@ -44,6 +45,8 @@ def run(
         url: root of a team's server; None: the server to which the tasks were pushed.
         consensus: how several answers make one mask: ``majority``, ``union`` or ``intersection``.
         min_iou: two masks of one task with a lower IoU count as a disagreement.
+        review: send the tasks on which annotators disagree to a second project, ``... review``, with each one's masks
+            to choose from. What a reviewer answers there decides, at this pull and all later ones.
         progress: shows progress; None for silence.
         tell: is given one line before each long step.
 
@@ -69,6 +72,7 @@ def run(
         "min_iou": min_iou,
         "labels": concept.labels.model_dump(),
     }
+    problems: list[str] = []
     with lock(folder.path), ExitStack() as stack:
         client = client or stack.enter_context(connect(url or _pushed_to(project), tell))
         found = client.find_projects(project["title"])
@@ -78,11 +82,14 @@ def run(
                 f"{project.get('url', 'no server yet')}: use that server, or push again."
             )
         reader = _Reader(workspace, concept, consensus, min_iou)
+        review_project = client.find_projects(f"{project['title']} review")
+        if review_project:
+            problems += reader.take_reviews(_export_all(client, review_project[0]))
         cursor = folder.read_json("cursor.json") if (folder.path / "cursor.json").exists() else {}
         since = cursor.get("since") if cursor.get("settings") == settings else None
         changed = client.changed_tasks(found[0], _with_margin(since))
-        ids = [task_id for task_id, _ in changed]
-        num_done, problems = 0, []
+        ids = sorted({task_id for task_id, _ in changed} | reader.newly_reviewed())
+        num_done = 0
         total = -(-len(ids) // 100)
         for batch in progress.track(list(common.batches(ids, 100)), total=total, description="pull"):
             done, wrong = reader.take(batch, client.export(found[0], batch))
@@ -95,19 +102,26 @@ def run(
             )
         latest = max((updated for _, updated in changed), default=since)
         folder.write_json("cursor.json", {"settings": settings, "since": latest})
+        num_to_review = _send_to_review(client, found[0], project["title"], reader) if review else 0
     rows = reader.rows.values()
     counts = {state: sum(row["state"] == state for row in rows) for state in sorted({row["state"] for row in rows})}
     shown = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items()) or "no answers yet"
     num_open = len(labeling.keys() - reader.rows.keys())
     disagreements = sum(bool(row["reasons"]) for row in rows)
+    sent = f", {num_to_review} sent to review" if review else ""
     return common.StageResult(
         "pull",
         num_done,
         len(rows) - num_done,
-        f"{num_done} tasks new or changed, {len(rows)} in all ({shown}; {disagreements} in disagreement, {num_open} "
-        "open) "
-        f"-> {folder.path}",
-        {"states": counts, "num_disagreements": disagreements, "num_open": num_open, "path": folder.path},
+        f"{num_done} tasks new or changed, {len(rows)} in all ({shown}; {disagreements} in disagreement{sent}, "
+        f"{num_open} open) -> {folder.path}",
+        {
+            "states": counts,
+            "num_disagreements": disagreements,
+            "num_sent_to_review": num_to_review,
+            "num_open": num_open,
+            "path": folder.path,
+        },
     )
 
 
@@ -123,9 +137,50 @@ class _Reader:
         self.concept_labels = concept.labels
         self.labels = [*concept.labels.positive, *concept.labels.negative]
         self.consensus, self.min_iou = consensus, min_iou
+        self.reviews: dict[str, Answer] = {}
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.folder.rows()}
         has_names = (self.folder.path / "annotators.json").exists()
         self.names: dict[str, str] = self.folder.read_json("annotators.json") if has_names else {}
+
+    def take_reviews(self, tasks: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Takes in what reviewers answered, and returns what could not be used, one line each."""
+        from dagkit.errors import LabelStudioError
+
+        problems = []
+        for task in tasks:
+            # Measured against the pre-mask, not against the annotator's mask from which the reviewer started.
+            bare = {**task, "annotations": [{**one, "prediction": None} for one in task["annotations"]]}
+            try:
+                answers = [answer for answer in self.answers(bare) if answer.state != "skipped"]
+            except LabelStudioError as error:
+                problems.append(f"review: {error}")
+                continue
+            if answers:
+                self.reviews[task["data"]["key"]] = max(answers, key=lambda answer: answer.updated)
+        return problems
+
+    def newly_reviewed(self) -> set[int]:
+        """Ids of tasks whose rows do not tell of their review as it is now."""
+        now = {key: _reviewed(review) for key, review in self.reviews.items()}
+        return {row["task_id"] for key, row in self.rows.items() if row["reviewed"] != now.get(key)}
+
+    def answers(self, task: Mapping[str, Any]) -> list[Answer]:
+        """Reads the answers to one exported task."""
+        from dagkit.errors import LabelStudioError
+        from dagkit.labelstudio.answers import read_answers
+
+        key = task["data"].get("key")
+        if key not in self.images:
+            raise LabelStudioError(
+                f"task {task['id']}: its key {key!r} is no candidate of this workspace ({self.candidates.path}). Was "
+                "it "
+                "made by hand? Delete it in Label Studio."
+            )
+        return read_answers(task, self.concept_labels, self.size(key), self._pseudonym, self._premask(key))
+
+    def size(self, key: str) -> tuple[int, int]:
+        """Width and height of a candidate, pixels."""
+        return self.candidates.read_image(self.images[key]).size
 
     def take(self, ids: Sequence[int], tasks: Any) -> tuple[int, list[str]]:
         """Takes in the answers to some tasks.
@@ -168,32 +223,28 @@ class _Reader:
         return num_done + len(withdrawn), problems
 
     def _read(self, task: Mapping[str, Any]) -> tuple[dict[str, Any], Masks]:
-        from dagkit.errors import LabelStudioError
-        from dagkit.labelstudio.answers import decide, read_answers
+        from dagkit.labelstudio.answers import decide
 
         key = task["data"].get("key")
-        if key not in self.images:
-            raise LabelStudioError(
-                f"task {task['id']}: its key {key!r} is no candidate of this workspace ({self.candidates.path}). Was "
-                "it made by "
-                "hand? Delete it in Label Studio."
-            )
-        size = self.candidates.read_image(self.images[key]).size
-        premask = self._premask(key)
-        answers = read_answers(task, self.concept_labels, size, self._pseudonym, premask)
-        verdict = decide(answers, self.concept_labels, size, premask=premask, rule=self.consensus, min_iou=self.min_iou)
+        answers = self.answers(task)
+        facts: dict[str, Any] = {"premask": self._premask(key), "rule": self.consensus, "min_iou": self.min_iou}
+        verdict = decide(answers, self.concept_labels, self.size(key), **facts)
+        review = self.reviews.get(key)
+        decided = decide([review], self.concept_labels, self.size(key), **facts) if review else verdict
         seconds = [answer.seconds for answer in answers if answer.seconds is not None]
         row: dict[str, Any] = {
             "key": key,
-            "state": verdict.state,
-            "masks": {label: f"masks/{key}-{label}.png" for label in verdict.masks},
-            "iou_to_premask": verdict.iou_to_premask,
+            "state": decided.state,
+            "masks": {label: f"masks/{key}-{label}.png" for label in decided.masks},
+            "iou_to_premask": decided.iou_to_premask,
             "annotators": [answer.annotator for answer in answers],
             "seconds": sum(seconds) if seconds else None,
             "created": min(answer.created for answer in answers),
             "updated": max(answer.updated for answer in answers),
             "task_id": task["id"],
-            "reasons": list(verdict.reasons),
+            "reasons": [] if review else list(verdict.reasons),
+            "reviewed": _reviewed(review) if review else None,
+            "consensus": self.consensus,
             "pair_ious": [list(pair) for pair in verdict.pair_ious],
             "answers": [
                 {
@@ -207,7 +258,7 @@ class _Reader:
                 for answer in answers
             ],
         }
-        return row, verdict.masks
+        return row, decided.masks
 
     def _premask(self, key: str) -> Masks | None:
         import numpy as np
@@ -225,6 +276,35 @@ class _Reader:
             self.names[str(user_id)] = f"annotator-{len(self.names) + 1}"
             self.folder.write_json("annotators.json", self.names)
         return self.names[str(user_id)]
+
+
+def _reviewed(review: Answer) -> dict[str, str]:
+    return {"annotator": review.annotator, "updated": review.updated}
+
+
+def _export_all(client: Client, project_id: int) -> Iterator[dict[str, Any]]:
+    yield from client.export(project_id, [task_id for task_id, _ in client.changed_tasks(project_id, None)])
+
+
+def _send_to_review(client: Client, project_id: int, title: str, reader: _Reader) -> int:
+    """Sends the tasks in disagreement to the review project, and returns how many were new there."""
+    from dagkit.labelstudio import tasks
+
+    disputed = {row["task_id"]: row["key"] for row in reader.rows.values() if row["reasons"]}
+    if not disputed:
+        return 0
+    exported = {disputed[task["id"]]: task for task in client.export(project_id, list(disputed))}
+    config = client.project(project_id)["label_config"]
+    found = client.find_projects(f"{title} review")
+    description = "Tasks on which annotators disagree; the predictions are their answers."
+    review_id = found[0] if found else client.create_project(f"{title} review", config, description, 1)
+
+    def make(key: str) -> tasks.Task:
+        votes = [answer for answer in reader.answers(exported[key]) if answer.masks]
+        proposed = tuple(tasks.prediction(vote.masks, {}, model_version=vote.annotator) for vote in votes)
+        return tasks.Task(key, exported[key]["data"]["image"], *reader.size(key), proposed)
+
+    return tasks.push(client, review_id, config, list(exported), make, lambda _: None)
 
 
 def _with_margin(since: str | None) -> str | None:
@@ -279,6 +359,9 @@ def _png(mask: Any) -> bytes:
     show_default=True,
     help="Two masks with a lower IoU count as a disagreement.",
 )
+@click.option(
+    "--review", is_flag=True, help="Send the tasks on which annotators disagree to a second project, for a reviewer."
+)
 @common.output_options
 def command(
     concept_name: str,
@@ -286,6 +369,7 @@ def command(
     url: str | None,
     consensus: Consensus,
     min_iou: float,
+    review: bool,
     as_json: bool,
     is_quiet: bool,
 ) -> None:
@@ -302,6 +386,7 @@ def command(
         url=url,
         consensus=consensus,
         min_iou=min_iou,
+        review=review,
         progress=common.Progress(is_quiet),
         tell=lambda line: click.echo(line, err=True),
     ).show(as_json)

@@ -11,10 +11,12 @@ import click
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from dagkit.concept import Concept
+    from dagkit.dataset.selection import Selection
     from dagkit.labelstudio.client import Client
+    from dagkit.labelstudio.storage import Storage
     from dagkit.labelstudio.tasks import Task
     from dagkit.workspace import StageFolder, Workspace
 
@@ -28,6 +30,8 @@ def run(
     label_config: str | None = None,
     num_annotators: int | None = None,
     batch_size: int | None = None,
+    keys: Sequence[str] | None = None,
+    storage: Storage | None = None,
     progress: common.Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> common.StageResult:
@@ -45,6 +49,8 @@ def run(
             beside its file).
         num_annotators: how many are to answer each task, >= 1; None: as before, or 1.
         batch_size: tasks a request; None for the default.
+        keys: which candidates to send, and in which order; None for all that are pre-masked.
+        storage: how the server gets the images; None: they are uploaded to it.
         progress: shows progress; None for silence.
         tell: is given one line before each long step.
 
@@ -56,6 +62,7 @@ def run(
     from dagkit.labelstudio import tasks
     from dagkit.labelstudio.access import connect
     from dagkit.labelstudio.config import interface
+    from dagkit.labelstudio.storage import Upload
     from dagkit.workspace import lock
 
     candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)
@@ -65,6 +72,13 @@ def run(
         raise WorkspaceError(
             f"{premasks.path}: expected pre-masked candidates, but there are none. Run `dagkit premask` first."
         )
+    if keys is not None:
+        if unknown := [key for key in keys if key not in rows]:
+            raise WorkspaceError(
+                f"{premasks.path}: {unknown[0]!r} is no pre-masked candidate. Run `dagkit premask` first."
+            )
+        rows = {key: rows[key] for key in keys}
+    storage = storage or Upload()
     if label_config is not None:
         interface(label_config)
     progress = progress or common.Progress(is_quiet=True)
@@ -72,10 +86,11 @@ def run(
     with lock(folder.path), ExitStack() as stack:
         client = client or stack.enter_context(connect(url, tell))
         project_id, config = find_project(client, folder, concept, label_config, num_annotators)
+        storage.prepare(client, project_id, candidates.path / "images")
         noted = folder.keys()
 
         def make(key: str) -> Task:
-            return _task(key, images[key], rows[key], candidates, premasks)
+            return _task(key, images[key], rows[key], candidates, premasks, storage)
 
         def done(ids: Mapping[str, int]) -> None:
             for key in (key for key in rows if key in ids and key not in noted):
@@ -159,7 +174,14 @@ def find_project(
     return project_id, str(changed.get("label_config", before["label_config"]))
 
 
-def _task(key: str, image: str, row: Mapping[str, Any], candidates: StageFolder, premasks: StageFolder) -> Task:
+def _task(
+    key: str,
+    image: str,
+    row: Mapping[str, Any],
+    candidates: StageFolder,
+    premasks: StageFolder,
+    storage: Storage,
+) -> Task:
     import numpy as np
 
     from dagkit.labelstudio.tasks import Task, prediction
@@ -171,8 +193,8 @@ def _task(key: str, image: str, row: Mapping[str, Any], candidates: StageFolder,
         scores[label] = found["score"]
     makers = [*row.get("proposers", []), *([row["segmenter"]] if row.get("segmenter") else [])]
     version = "+".join(f"{maker['name']}@{maker['version']}" for maker in makers) or "dagkit"
-    proposed = prediction(masks, scores, model_version=version) if masks else None
-    return Task(key, candidates.inside(image).read_bytes(), width, height, proposed)
+    proposed = (prediction(masks, scores, model_version=version),) if masks else ()
+    return Task(key, storage.place(candidates.inside(image)), width, height, proposed)
 
 
 @click.command("push")
@@ -195,6 +217,21 @@ def _task(key: str, image: str, row: Mapping[str, Any], candidates: StageFolder,
     "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
 )
 @click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
+@click.option(
+    "--select",
+    "selection",
+    type=click.Choice(["uncertain", "diverse", "all"]),
+    help="Send first those that teach most, and no near-duplicates. Default: all, in their order.",
+)
+@click.option("--num-tasks", type=click.IntRange(1), help="Send the first N of the selection. Default: all of it.")
+@click.option(
+    "--storage",
+    metavar="WHERE",
+    default="upload",
+    show_default=True,
+    help="upload, local:FOLDER (which the server may serve) or s3://BUCKET/FOLDER.",
+)
+@click.option("--s3-endpoint", metavar="URL", help="Of an S3-compatible store. Default: AWS.")
 @common.output_options
 def command(
     concept_name: str,
@@ -203,6 +240,10 @@ def command(
     label_config: Path | None,
     num_annotators: int | None,
     batch_size: int | None,
+    selection: Selection | None,
+    num_tasks: int | None,
+    storage: str,
+    s3_endpoint: str | None,
     as_json: bool,
     is_quiet: bool,
 ) -> None:
@@ -211,11 +252,20 @@ def command(
     Sends only what is not there yet; run it again after any failure.
     """
     from dagkit.concept import load_concept
+    from dagkit.labelstudio.storage import parse_storage
     from dagkit.workspace import Workspace
 
+    concept, workspace = load_concept(concept_name), Workspace(workspace_path)
+    keys = None
+    if selection or num_tasks:
+        from dagkit.dataset.selection import choose_candidates
+
+        keys = choose_candidates(workspace, concept, selection or "all", num=num_tasks).keys
     run(
-        Workspace(workspace_path),
-        load_concept(concept_name),
+        workspace,
+        concept,
+        keys=keys,
+        storage=parse_storage(storage, s3_endpoint),
         url=url,
         label_config=label_config.read_text(encoding="utf-8") if label_config else None,
         num_annotators=num_annotators,
