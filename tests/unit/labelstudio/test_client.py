@@ -113,7 +113,7 @@ def test_white_space_around_tokens_is_dropped() -> None:
         ((404, {"Content-Type": "text/html"}, b"<html>" + b"x" * 170_000), "something else answers there"),
         ((302, {"Location": "https://elsewhere.example.org/"}, b""), "redirects to https://elsewhere.example.org/"),
         (answer(401, {"detail": "Invalid token."}, **{"Set-Cookie": "sessionid=secret"}), "does not take the token"),
-        (answer(403, {"detail": "no"}), "forbids GET /api/version to this account"),
+        (answer(403, {"detail": "no"}), "forbids GET /api/version to this account: no. Ask"),
         (answer(413, {}), "too large. Use a smaller --batch-size"),
         (answer(400, {"validation_errors": {"title": ["too\nshort"]}}), '(HTTP 400): {"title": ["too\\nshort"]}'),
         (answer(400, {"detail": "x" * 1000}), "x..."),

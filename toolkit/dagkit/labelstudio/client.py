@@ -281,7 +281,8 @@ class Client:
             raise LabelStudioError(f"{where} does not take the token. {_ADVICE}")
         if status == 403:
             raise LabelStudioError(
-                f"{where} forbids {method} {path} to this account. Ask its administrator for a role that may."
+                f"{where} forbids {method} {path} to this account: {_detail(_json(response))}. Ask its administrator for a "
+                "role or setting that allows it."
             )
         if status == 413:
             raise LabelStudioError(f"{where} finds the request too large. Use a smaller --batch-size.")
@@ -396,6 +397,13 @@ def _not_label_studio(url: str) -> LabelStudioError:
         f"{url} is not the address of a Label Studio server: something else answers there. Give the server's root, "
         "e.g. http://localhost:8080, without /api or /projects."
     )
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return {}
 
 
 def _detail(answer: Any) -> str:

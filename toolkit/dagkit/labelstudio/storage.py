@@ -153,7 +153,7 @@ def parse_storage(text: str, endpoint: str | None = None) -> Storage:
     if text == "upload":
         return Upload()
     kind, _, place = text.partition(":")
-    if kind == "local" and Path(place).is_dir():
+    if kind == "local" and place and Path(place).is_dir():
         return LocalFiles(Path(place))
     bucket, _, prefix = place.removeprefix("//").partition("/")
     if kind == "s3" and bucket and prefix.strip("/"):
