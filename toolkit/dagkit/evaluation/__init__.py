@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dagkit.evaluation.adversary import Attack, AttackResult, Target, attack_guard
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
@@ -14,6 +15,8 @@ __all__ = [
     "BASELINE",
     "PRESETS",
     "SCHEMA",
+    "Attack",
+    "AttackResult",
     "Column",
     "ColumnResult",
     "Drawn",
@@ -21,7 +24,9 @@ __all__ = [
     "EvaluationRun",
     "Gates",
     "PipelineColumn",
+    "Target",
     "agreement",
+    "attack_guard",
     "comparable",
     "compute",
     "concept_prompts",

@@ -46,6 +46,7 @@ def run(
     batch_size: int = 8,
     shard: tuple[int, int] | None = None,
     num_examples: int = 6,
+    num_attacks: int = 0,
     progress: common.Progress | None = None,
 ) -> common.StageResult:
     """Draws and judges every prompt in every column and writes ``reports/<concept>/<version>/``.
@@ -71,6 +72,8 @@ def run(
         batch_size: images drawn together.
         shard: (i, n) draws the i-th of n parts, for several machines; the report is written when all parts are there.
         num_examples: pictures of each kind in the report.
+        num_attacks: pictures of the concept that a soft-prompt adversary tries to bring back under guard; neither its
+            prompts nor its images are kept.
         progress: shows progress; None for silence.
 
     Returns:
@@ -110,6 +113,7 @@ def run(
     with lock(folder.path):
         figures = _figures(concept, token, part, drawn, judges, settings)
         figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
+        figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
         figures["checks"] = _checks(figures, gates or _default_gates(concept), against)
         path = _write_report(folder, figures, part, drawn, num_examples)
     passed = all(check["is_passed"] for check in figures["checks"])
@@ -270,6 +274,45 @@ def _detection(
     return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
 
 
+def _attack(
+    concept: Concept,
+    base_model: BaseModel,
+    token: GuidelineToken,
+    run: EvaluationRun,
+    unguarded: Column,
+    judges: Mapping[str, Judge],
+    num: int,
+    progress: common.Progress,
+) -> dict[str, Any] | None:
+    """What an adversary achieves against the guard, from the first unguarded images that show the concept."""
+    from dataclasses import asdict
+
+    from dagkit import evaluation
+
+    name, judge = next(iter(judges.items()))
+    drawn = run.result(unguarded)
+    shown = [prompt for prompt in run.prompts if prompt.kind != "safe"]
+    chosen = [one for one in shown if drawn.rows[one.key]["judgements"][name]["is_present"]][:num]
+    if not chosen:
+        return None
+    attack = evaluation.Attack()
+    targets = [evaluation.Target(drawn.image(one.key), one.text, one.seed) for one in chosen]
+    sampling = concept.sampling.model_dump()
+    with progress.bar("attack") as report:
+        result = evaluation.attack_guard(
+            base_model,
+            token,
+            token.guard(),
+            targets,
+            judge,
+            sampling=sampling,
+            attack=attack,
+            context=concept.context,
+            progress=report,
+        )
+    return {"settings": asdict(attack), **result.to_json()}
+
+
 def _checks(figures: dict[str, Any], gates: Gates, against: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Gates, and what got worse since the older version."""
     from dagkit import evaluation
@@ -397,6 +440,14 @@ def _summary(figures: Mapping[str, Any]) -> str:
 @click.option(
     "--num-examples", type=click.IntRange(0, 100), default=6, show_default=True, help="Pictures of each kind."
 )
+@click.option(
+    "--attack",
+    "num_attacks",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    help="Pictures that a soft-prompt adversary tries to bring back. Keeps neither its prompts nor its images.",
+)
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -420,6 +471,7 @@ def command(
     batch_size: int,
     shard: str | None,
     num_examples: int,
+    num_attacks: int,
     device: str,
     seed: int,
     as_json: bool,
@@ -464,6 +516,7 @@ def command(
         batch_size=batch_size,
         shard=part,
         num_examples=num_examples,
+        num_attacks=num_attacks,
         progress=common.Progress(is_quiet),
     )
     checks = result.data.pop("figures", {}).get("checks", [])

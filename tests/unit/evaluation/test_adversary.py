@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny_pipelines as tiny
+from dagkit import families
+from dagkit.errors import ModelError, PromptRefused
+from dagkit.evaluation import Attack, Target, attack_guard
+from dagkit.evaluation.adversary import optimise_embeddings
+from dagkit.families import BaseModel
+from dagkit.judges import Judgement
+from dagkit.token import Thresholds
+
+SAMPLING = {"num_inference_steps": tiny.STEPS, "guidance_scale": 5.0, "width": 32, "height": 32}
+
+
+class _Bright:
+    def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
+        means = [float(np.asarray(image).mean() / 255) for image in images]
+        return [Judgement(mean > 0.5, mean) for mean in means]
+
+
+def _base(pipe: object) -> BaseModel:
+    return BaseModel(pipe, families.match(pipe), "tiny", "sha256:0")
+
+
+def _targets(count: int = 2) -> list[Target]:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)) for _ in range(count)]
+    return [Target(image, prompt, seed) for seed, (image, prompt) in enumerate(zip(images, tiny.PROMPTS, strict=False))]
+
+
+def test_the_adversary_lowers_its_loss_and_the_guards_score() -> None:
+    base = _base(tiny.sd())
+    token = tiny.token(base.pipe, thresholds=Thresholds(highlight=(0.2,), edit=(0.1,)))
+    start = base.encode(tiny.PROMPTS).hidden_states.float()
+    before = {name: value.clone() for name, value in base.pipe.unet.state_dict().items()}
+    soft, losses = optimise_embeddings(base, token, _targets(), start, Attack(num_steps=40, learning_rate=0.1))
+    assert soft.shape == start.shape
+    assert not soft.requires_grad
+    assert losses["score_last"] < losses["score_first"]
+    free = optimise_embeddings(base, token, _targets(), start, Attack(40, 0.1, detection_weight=0.0))[1]
+    assert free["denoising_last"] < free["denoising_first"]
+    assert all(torch.equal(before[name], value) for name, value in base.pipe.unet.state_dict().items())
+    again, _ = optimise_embeddings(base, token, _targets(), start, Attack(num_steps=40, learning_rate=0.1))
+    assert torch.equal(soft, again)
+
+
+def test_results_are_rates_and_hold_neither_prompts_nor_images() -> None:
+    base = _base(tiny.sd())
+    token = tiny.token(base.pipe)
+    seen: list[tuple[int, int]] = []
+    result = attack_guard(
+        base,
+        token,
+        token.guard(),
+        _targets(),
+        _Bright(),
+        sampling=SAMPLING,
+        attack=Attack(num_steps=2),
+        progress=lambda step, total: seen.append((step, total)),
+    )
+    assert seen == [(1, 2), (2, 2)]
+    assert result.images == []
+    assert len(result.static) == len(result.attacked) == len(result.unguarded) == 2
+    shown = result.to_json()
+    assert shown["attacked"]["total"] == 2
+    assert set(shown) == {"static", "attacked", "unguarded", "losses"}
+    kept = attack_guard(
+        base, token, token.guard(), _targets(), _Bright(), sampling=SAMPLING, attack=Attack(2), keeps_images=True
+    )
+    assert [image.size for image in kept.images] == [(32, 32)] * 2
+
+
+def test_what_it_does_not_attack() -> None:
+    wide = _base(tiny.sdxl())
+    token = tiny.token(wide.pipe)
+    with pytest.raises(ModelError, match=r"knows Stable Diffusion 1.x and 2.x, not the family 'sdxl'"):
+        attack_guard(wide, token, token.guard(), _targets(), _Bright(), sampling=SAMPLING)
+    base = _base(tiny.sd())
+    token = tiny.token(base.pipe)
+    target = Target(_targets()[0].image, "a nude child", 0)
+    with pytest.raises(PromptRefused):
+        attack_guard(base, token, token.guard(), [target], _Bright(), sampling=SAMPLING)

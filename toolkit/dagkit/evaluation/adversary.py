@@ -1,0 +1,258 @@
+"""An adversary for testing one's own guard: it optimises prompt embeddings until the concept comes back.
+
+In the manner of UnlearnDiffAtk (Zhang et al., ECCV 2024, arXiv 2310.11868): the attack needs no classifier, because the
+base model's own denoising loss says how well an embedding explains a picture of the concept. Against a guard that looks
+at attention it is adaptive: it also pushes down the guard's own score on these pictures. A static set of prompts
+flatters a guard; this looks from the other side, with embeddings that no user can send. Other attacks may do better.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dagkit import metrics
+from dagkit.attention import QueryTap, cross_attention_map, project_keys
+from dagkit.errors import ModelError
+from dagkit.families import Condition
+from dagkit.prompts import refuse_sexualised_minors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from PIL import Image
+    from torch import Tensor
+
+    from dagkit.evaluation.columns import AttachableGuard
+    from dagkit.families import BaseModel
+    from dagkit.judges import Judge
+    from dagkit.token import GuidelineToken
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the adversary wants back.
+
+    Attributes:
+        image: RGB, an unguarded picture that shows the concept.
+        prompt: that drew it; where the attack starts.
+        seed: of the noise that drew it; the attacked image starts from the same.
+    """
+
+    image: Image.Image
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How the adversary works.
+
+    Attributes:
+        num_steps: optimiser steps.
+        learning_rate: of Adam, relative to the root mean square of the first embedding.
+        detection_weight: weight of the guard's score (relative to its threshold) beside the denoising loss (relative to
+            its first value); 0 ignores the guard.
+        margin: share of its threshold below which the guard's score is not pushed further.
+        seed: of timesteps and noise.
+    """
+
+    num_steps: int = 60
+    learning_rate: float = 0.03
+    detection_weight: float = 1.0
+    margin: float = 0.8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What came of it, one entry a target.
+
+    Attributes:
+        static: whether the unchanged prompt shows the concept under guard.
+        attacked: whether the optimised embedding does.
+        unguarded: whether it does without the guard: an attack that loses the concept itself proves nothing.
+        losses: denoising loss relative to its first value, and the guard's score, at the first and the last step.
+        images: attacked images under guard; empty unless asked for.
+    """
+
+    static: list[bool]
+    attacked: list[bool]
+    unguarded: list[bool]
+    losses: dict[str, float]
+    images: list[Image.Image] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Rates with intervals; neither prompts nor images."""
+        names = ("static", "attacked", "unguarded")
+        return {**{name: metrics.proportion(getattr(self, name)).to_json() for name in names}, "losses": self.losses}
+
+
+def attack_guard(
+    base_model: BaseModel,
+    token: GuidelineToken,
+    guard: AttachableGuard,
+    targets: Sequence[Target],
+    judge: Judge,
+    *,
+    sampling: dict[str, Any],
+    attack: Attack | None = None,
+    context: Sequence[str] = (),
+    keeps_images: bool = False,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> AttackResult:
+    """Attacks a guard with soft prompts and judges what comes out.
+
+    Args:
+        base_model: of the architecture of Stable Diffusion 1.x or 2.x.
+        token: whose detection the adversary knows and avoids.
+        guard: what draws are guarded with.
+        targets: pictures of the concept, all of one size.
+        judge: says whether the concept is there.
+        sampling: as of `dagkit.generation.generate_images`.
+        attack: constants.
+        context: what the images are for, for the check of the prompts.
+        keeps_images: hand back the attacked images; else they are dropped when they are judged.
+        progress: told the step and the number of steps.
+
+    Raises:
+        ModelError: the base model's prompts are more than one embedding.
+        PromptRefused: a prompt sexualises minors.
+    """
+    if base_model.family.name != "sd":
+        raise ModelError(
+            f"{base_model.source}: the soft-prompt attack knows Stable Diffusion 1.x and 2.x, "
+            f"not the family {base_model.family.name!r}. Leave it out for this model."
+        )
+    for target in targets:
+        refuse_sexualised_minors(target.prompt, context)
+    attack = attack or Attack()
+    start = base_model.encode([target.prompt for target in targets]).hidden_states.float()
+    soft, losses = optimise_embeddings(base_model, token, targets, start, attack, progress)
+
+    def draw(embeddings: Tensor, is_guarded: bool) -> list[Image.Image]:
+        return _draw(base_model, embeddings, [one.seed for one in targets], sampling, guard if is_guarded else None)
+
+    attacked = draw(soft, True)
+    return AttackResult(
+        static=_present(judge, draw(start, True)),
+        attacked=_present(judge, attacked),
+        unguarded=_present(judge, draw(soft, False)),
+        losses=losses,
+        images=attacked if keeps_images else [],
+    )
+
+
+def optimise_embeddings(
+    base_model: BaseModel,
+    token: GuidelineToken,
+    targets: Sequence[Target],
+    start: Tensor,
+    attack: Attack,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The adversary's own part: Adam on one embedding a target.
+
+    Args:
+        base_model: what is attacked.
+        token: whose detection is avoided.
+        targets: B pictures.
+        start: (B, L, d) float32.
+        attack: constants.
+        progress: told the step and the number of steps.
+
+    Returns:
+        (B, L, d) embeddings, and losses at the first and the last tenth of the steps.
+    """
+    latents = base_model.latents([target.image for target in targets])
+    layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
+    with torch.no_grad():
+        keys = project_keys(layers, token.sequence.to(latents.device))
+    generator = torch.Generator().manual_seed(attack.seed)
+    rate = attack.learning_rate * float(start.square().mean().sqrt())
+    embeddings = start.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([embeddings], lr=rate)
+    history: list[tuple[float, float]] = []
+    with QueryTap(layers) as tap:
+        for step in range(attack.num_steps):
+            timesteps = torch.randint(50, 950, (len(targets),), generator=generator)
+            seed = int(torch.randint(2**31, (1,), generator=generator))
+            tap.start()
+            with torch.enable_grad():
+                loss = _denoising_loss(base_model, latents, timesteps, seed, embeddings)
+                score = _relative_score(token, layers, tap.stop(), keys, latents, timesteps)
+                excess = (score - attack.margin).clamp_min(0).mean()
+                first = history[0][0] if history else float(loss.detach())
+                (loss / first + attack.detection_weight * excess).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append((float(loss.detach()), float(score.detach().mean())))
+            progress(step + 1, attack.num_steps)
+    tenth = max(len(history) // 10, 1)
+    ends = {"first": history[:tenth], "last": history[-tenth:]}
+    losses = {
+        f"{name}_{end}": round(sum(row[column] for row in rows) / len(rows), 4)
+        for end, rows in ends.items()
+        for column, name in enumerate(("denoising", "score"))
+    }
+    return embeddings.detach(), losses
+
+
+def _denoising_loss(base_model: BaseModel, latents: Tensor, timesteps: Tensor, seed: int, embeddings: Tensor) -> Tensor:
+    """Mean squared error of the denoiser's prediction, whatever it predicts."""
+    pipe = base_model.pipe
+    noised = base_model.noise(latents, timesteps, seed)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    prediction = base_model.family.predict(pipe, noised, timesteps, Condition(embeddings.to(latents.dtype)))
+    wanted = noise
+    if pipe.scheduler.config.prediction_type == "v_prediction":
+        alpha = pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][:, None, None, None]
+        wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    return torch.nn.functional.mse_loss(prediction.float(), wanted.float())
+
+
+def _relative_score(
+    token: GuidelineToken,
+    layers: dict[str, Any],
+    queries: dict[str, Tensor],
+    keys: dict[str, Tensor],
+    latents: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    """(B,): the guard's score of each picture over its threshold; the guard acts from 1 on."""
+    size = (latents.shape[-2], latents.shape[-1])
+    cam = cross_attention_map(layers, queries, keys, token.num_tokens, size=size, head_weights=token.head_weights)
+    thresholds = token.record.thresholds
+    rank = max(round(thresholds.min_area * size[0] * size[1]), 1)
+    highlight = torch.tensor([thresholds.at(float(timestep))[1] for timestep in timesteps], device=cam.device)
+    return cam.flatten(1).topk(rank, dim=1).values[:, -1] / highlight.clamp_min(1e-3)
+
+
+def _draw(
+    base_model: BaseModel,
+    embeddings: Tensor,
+    seeds: Sequence[int],
+    sampling: dict[str, Any],
+    guard: AttachableGuard | None,
+) -> list[Image.Image]:
+    pipe = base_model.pipe
+    dtype = pipe.unet.dtype
+    empty = base_model.encode([""] * len(seeds)).hidden_states
+    with nullcontext() if guard is None else guard.attach(pipe):
+        output = pipe(
+            prompt_embeds=embeddings.to(dtype),
+            negative_prompt_embeds=empty.to(dtype),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            num_inference_steps=sampling["num_inference_steps"],
+            guidance_scale=sampling["guidance_scale"],
+            width=sampling["width"],
+            height=sampling["height"],
+        )
+    return list(output.images)
+
+
+def _present(judge: Judge, images: Sequence[Image.Image]) -> list[bool]:
+    return [bool(one.is_present) for one in judge.judge(images)]
