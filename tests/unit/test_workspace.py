@@ -147,7 +147,9 @@ def test_full_disk_is_named_and_loses_nothing(full_disk: Path):
     folder.write_bytes("a", b"kept")
     folder.append({"key": "a"})
 
-    with pytest.raises(WorkspaceError, match=r"no space left on device\. Free some space and run the same command again"):
+    with pytest.raises(
+        WorkspaceError, match=r"no space left on device\. Free some space and run the same command again"
+    ):
         folder.write_bytes("b", os.urandom(2_000_000))
     assert not (folder.path / "b").exists()
     assert not list(full_disk.rglob("*.part"))

@@ -89,7 +89,7 @@ class QueryTap:
     def _hook(self) -> None:
         """Hooks every ``to_q``; again where a LoRA layer or a fusion replaced the module since the last call."""
         for name, layer in self.layers.items():
-            projection = layer.to_q
+            projection: Any = layer.to_q
             known = self._handles.get(name)
             if known is not None and known[0] is projection:
                 continue
@@ -158,7 +158,7 @@ def project_keys(layers: Mapping[str, Any], sequence: Tensor) -> dict[str, Tenso
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:
     """(B, N, heads*d_head) -> (B, heads, N, d_head)."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return projected.reshape(*projected.shape[:2], heads, -1).transpose(1, 2)
 
 
 def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: float) -> Tensor:
@@ -226,7 +226,7 @@ def cross_attention_map(
         else:
             pooled = (share * head_weights[offset : offset + layer.heads, None].to(share)).sum(1)
             offset += layer.heads
-        pooled = resize(pooled.unflatten(-1, grid(pooled.shape[-1], height, width)), size)
+        pooled = resize(pooled.reshape(len(pooled), *grid(pooled.shape[-1], height, width)), size)
         total = pooled if total is None else total + pooled
     if total is None:
         raise GuardError("no cross-attention layer was given; expected at least one.")

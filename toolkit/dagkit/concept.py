@@ -259,7 +259,6 @@ def load_concept(name: str | Path) -> Concept:
     """
     path = concept_path(str(name))
     if path.stat().st_size > MAX_FILE_BYTES:
-        size = path.stat().st_size
         raise ConceptError(f"{path}: expected at most {MAX_FILE_BYTES:,} bytes, but got {path.stat().st_size:,}.")
     try:
         text = path.read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ class CombinedJudge:
         judge: {name: combined, judges: [{name: nudenet, threshold: 0.4}, safety_checker], rule: any}
 
     Labels of the concept get the judge's name before a slash; of other labels the largest value counts. The score is
-    the largest (``any``) or the smallest (``all``): sort by it, but set no threshold, as judges differ in what it means.
+    the largest (``any``) or the smallest (``all``): sort by it, but set no threshold: judges differ in what it means.
 
     Args:
         judges: by name, at least two.

@@ -281,8 +281,8 @@ class Client:
             raise LabelStudioError(f"{where} does not take the token. {_ADVICE}")
         if status == 403:
             raise LabelStudioError(
-                f"{where} forbids {method} {path} to this account: {_detail(_json(response))}. Ask its administrator for a "
-                "role or setting that allows it."
+                f"{where} forbids {method} {path} to this account: {_detail(_json(response))}. "
+                "Ask its administrator for a role or setting that allows it."
             )
         if status == 413:
             raise LabelStudioError(f"{where} finds the request too large. Use a smaller --batch-size.")

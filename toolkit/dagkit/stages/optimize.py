@@ -54,7 +54,7 @@ def run(
 
     from dagkit import dataset as data
     from dagkit import registry
-    from dagkit.optimization import RECIPES, optimize
+    from dagkit.optimization import RECIPES, Example, optimize
     from dagkit.token import DatasetInfo
     from dagkit.workspace import lock, sha256_json
 
@@ -94,15 +94,20 @@ def run(
         proposed, reason = registry.propose_version(existing, base_model, info, concept)
         version = version or proposed
         registry.require_new(tokens.path, version)
+
+        def examples(split: str) -> list[Example]:
+            rows = data.examples(splits[split])
+            return [Example(row.image, row.mask, row.prompt, row.is_unsafe) for row in rows]
+
         checkpoint = tokens.inside(f".checkpoint-{inputs[7:23]}.safetensors")
         bar = (progress or common.Progress(is_quiet=True)).bar("optimize")
         with bar as report:
             result = optimize(
                 base_model,
-                data.examples(splits["train"]),
+                examples("train"),
                 recipe=chosen,
                 seed=seed,
-                validation=data.examples(splits["validation"]),
+                validation=examples("validation"),
                 progress=lambda state: report(state["step"], state["num_steps"]),
                 checkpoint=checkpoint,
             )
