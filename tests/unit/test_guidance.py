@@ -14,7 +14,7 @@ def field(*rows: list[float]) -> Tensor:
 
 
 def eps(value: float) -> Tensor:
-    return torch.full((1, 1, 2, 2), value)
+    return torch.full((1, 1, 2, 2), float(value))
 
 
 def test_the_gate_opens_at_its_threshold() -> None:

@@ -187,7 +187,10 @@ TAMPERED = {
     "unknown key": (edit(lambda r: r.update(script="x")), "script: Extra inputs are not permitted"),
     "bad version": (edit(lambda r: r.update(version="../1")), "version: String should match pattern"),
     "concept that climbs": (edit(lambda r: r.update(concept="../x")), "concept: String should match pattern"),
-    "not finite": (edit(lambda r: r["guidance"].update(strength=float("inf"))), "guidance.strength"),
+    "out of range": (
+        edit(lambda r: r["guidance"].update(strength=1e9)),
+        "guidance.strength: Input should be less than or equal to 1000",
+    ),
     "thresholds out of order": (edit(lambda r: r["thresholds"].update(edit=[0.9])), "edit must not exceed highlight"),
     "no layers": (edit(lambda r: r.update(layers=[])), "layers: Tuple should have at least 1 item"),
     "not JSON": (overwrite("token.json", b"{"), "is not JSON"),

@@ -13,11 +13,17 @@ from torch import Tensor
 from dagkit.guidance import score
 from dagkit.token import Thresholds
 
-KNOTS: Final = (100, 300, 500, 700, 850, 950)
+KNOTS: Final = (100, 300, 500, 700, 850)
 """Timesteps at which thresholds are calibrated."""
+
+TOO_EARLY: Final = 930
+"""From here on the guard never acts: no mode is decided, and what the queries tell comes from the prompt."""
 
 AREAS: Final = (0.012, 0.02, 0.032, 0.048)
 """Candidates for the share of the image that must be highlighted before the guard acts."""
+
+EARLY: Final = 500
+"""Timestep from which on a rule is judged: there the layout is decided, so recognising the concept matters most."""
 
 MARGIN: Final = 0.1
 """Added to the calibrated number of standard deviations, because held-out images are few."""
@@ -53,7 +59,9 @@ def calibrate(
 
     ``highlight`` has the best IoU at each knot, ``edit`` is half of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot: with the mean m and deviation s of the safe images' score logits at a knot, the
-    threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate.
+    threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate. At knots where
+    unsafe images lie less than one deviation above safe ones nothing can be told yet, and the guard waits. It never
+    falls with the timestep: noised renderings are vaguer than samples on their way, on which a low threshold would fire.
 
     Args:
         cams: (P, H, W) in [0, 1].
@@ -64,23 +72,27 @@ def calibrate(
         max_false_trigger_rate: share of safe images in [0, 1].
     """
     candidates = [round(0.02 * k, 2) for k in range(2, 48)]
-    highlight, metrics = [], {}
+    highlight: list[float] = []
+    metrics: dict[str, float] = {}
     for knot in KNOTS:
         unsafe, safe = (timesteps == knot) & is_unsafe, (timesteps == knot) & ~is_unsafe
         values = [float(iou(cams[unsafe], masks[unsafe], value).mean()) for value in candidates]
-        highlight.append(candidates[int(np.argmax(values))])
+        best = candidates[int(np.argmax(values))]
+        highlight.append(best if knot <= 700 else max(best, highlight[-1]))  # noised renderings are vaguer than samples
         metrics[f"validation_iou_t{knot}"] = max(values)
         metrics[f"validation_false_area_t{knot}"] = float((cams[safe] >= highlight[-1]).float().mean())
     metrics["validation_iou"] = float(np.mean([metrics[f"validation_iou_t{knot}"] for knot in KNOTS if knot <= 700]))
     rules = [_Rule.of(cams, area, is_unsafe, timesteps, images, max_false_trigger_rate) for area in AREAS]
-    rule = max(rules, key=lambda rule: rule.rate(rule.unsafe, rule.deviations))
+    rule = max(rules, key=lambda rule: rule.early_rate)
     metrics["validation_false_trigger_rate"] = rule.rate(rule.safe, rule.deviations)
     metrics["validation_detection_rate"] = rule.rate(rule.unsafe, rule.deviations)
+    limits = [1.0 if s is None else _sigmoid(s[0] + rule.deviations * s[1]) for s in rule.statistics]
+    certain = np.maximum.accumulate(limits).tolist()
     thresholds = Thresholds(
-        timesteps=KNOTS,
-        highlight=tuple(highlight),
-        edit=tuple(value / 2 for value in highlight),
-        certain=tuple(_sigmoid(mean + rule.deviations * spread) for mean, spread in rule.statistics),
+        timesteps=(*KNOTS, TOO_EARLY),
+        highlight=(*highlight, highlight[-1]),
+        edit=tuple(value / 2 for value in (*highlight, highlight[-1])),
+        certain=(*certain, 1.0),
         min_area=rule.area,
     )
     curve = [
@@ -96,25 +108,30 @@ class _Rule:
 
     area: float
     deviations: float
-    statistics: list[tuple[float, float]]
+    statistics: list[tuple[float, float] | None]
     safe: Tensor
     unsafe: Tensor
+    early_rate: float  # share of unsafe pairs at t >= 500 that are recognised: what tells rules apart
 
     @classmethod
     def of(cls, cams: Tensor, area: float, is_unsafe: Tensor, timesteps: Tensor, images: Tensor, rate: float) -> _Rule:
         logits = score(cams, area).clamp(1e-4, 1 - 1e-4).logit()
-        standardised = torch.zeros_like(logits)
-        statistics = []
+        standardised = torch.full_like(logits, -math.inf)
+        statistics: list[tuple[float, float] | None] = []
         for knot in KNOTS:
             here = timesteps == knot
             safe = logits[here & ~is_unsafe]
             mean, spread = float(safe.mean()), max(float(safe.std(correction=0)), 0.1)
+            if float(logits[here & is_unsafe].mean()) < mean + spread:
+                statistics.append(None)
+                continue
             statistics.append((mean, spread))
             standardised[here] = (logits[here] - mean) / spread
         peaks = [_peaks(standardised, images, kind) for kind in (~is_unsafe, is_unsafe)]
         allowed = math.floor(rate * len(peaks[0]))  # of the safe images, this many may fire
         limit = float(peaks[0].sort(descending=True).values[min(allowed, len(peaks[0]) - 1)])
-        return cls(area, limit + MARGIN, statistics, *peaks)
+        early = float((standardised[is_unsafe & (timesteps >= EARLY)] >= limit + MARGIN).float().mean())
+        return cls(area, limit + MARGIN, statistics, peaks[0], peaks[1], early)
 
     @staticmethod
     def rate(peaks: Tensor, deviations: float) -> float:

@@ -183,7 +183,7 @@ class _State:
             groups.append({"params": [logits], "lr": 3 * recipe.learning_rate})
         self.optimizer = (torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD)(groups)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, recipe.total_steps)
+            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(recipe.total_steps, 1))
             if recipe.decay is None
             else torch.optim.lr_scheduler.StepLR(self.optimizer, recipe.decay_every, recipe.decay)
         )

@@ -1,0 +1,97 @@
+"""Runs every benchmark, writes build/bench.json, prints the table.
+
+    python tests/benchmarks/bench.py [--quick] [--only detect optimize guide cost]
+
+Each script runs in a process of its own and prints one JSON object with flat keys; bars are those of
+docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPTS = ("detect", "optimize", "cost", "guide")
+OUT = Path("build/bench.json")
+BARS: dict[str, tuple[str, float]] = {
+    "detect.iou_to_probe": (">=", 0.9),
+    "detect.iou_over_word": (">=", 0.1),
+    "detect.false_area": ("<=", 0.01),
+    "detect.false_trigger": ("<=", 0.05),
+    "optimize.speedup": (">=", 5.0),
+    "optimize.memory_within_budget": (">=", 1),
+    "guide.erase": (">=", 0.98),
+    "guide.preserve": (">=", 0.98),
+    "guide.erase_hinted": (">=", 0.97),
+    "guide.preserve_hinted": (">=", 0.97),
+    "guide.untouched": (">=", 0.95),
+    "guide.outside": ("<=", 0.5),
+    "peers.none_better": (">=", 1),
+    "guard.cost_safe": ("<=", 1.03),
+    "guard.cost_safe_bundled": ("<=", 1.03),
+    "guard.cost_firing": ("<=", 1.5),
+    "guard.cost_firing_bundled": ("<=", 1.5),
+    "guard.cost_firing_reuse": ("<=", 1.3),
+    "guard.cost_firing_reuse_bundled": ("<=", 1.3),
+}
+
+
+def derive(figures: dict[str, object]) -> None:
+    """Adds the figures that compare others."""
+    if "detect.iou" in figures:
+        token, probe, word = (float(figures[f"detect.iou{part}"]) for part in ("", "_probe", "_word"))  # type: ignore[arg-type]
+        figures["detect.iou_to_probe"] = token / probe
+        figures["detect.iou_over_word"] = token - word
+
+
+def table(figures: dict[str, object]) -> str:
+    """One line a figure, with its bar where there is one."""
+    lines = []
+    for key, value in sorted(figures.items()):
+        if isinstance(value, str):
+            continue
+        number = float(value)  # type: ignore[arg-type]
+        sign, bar = BARS.get(key, ("", 0.0))
+        verdict = "" if not sign else "ok" if (number >= bar if sign == ">=" else number <= bar) else "MISSED"
+        lines.append(f"{key:36} {number:14.4g}  {sign} {bar if sign else '':<6} {verdict}".rstrip())
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the scripts one after the other; exits 1 where one fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS)
+    arguments = parser.parse_args()
+    figures: dict[str, object] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    }
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1", **os.environ}
+    failed = []
+    for name in arguments.only:
+        began = time.monotonic()
+        script = Path(__file__).parent / f"bench_{name}.py"
+        command = [sys.executable, "-W", "ignore", str(script), *(["--quick"] if arguments.quick else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+        if done.returncode:
+            failed.append(name)
+            continue
+        figures |= json.loads(done.stdout[done.stdout.index("{") :])
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    derive(figures)
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    print(table(figures))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

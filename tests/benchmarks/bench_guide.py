@@ -1,0 +1,200 @@
+"""Guidance: erase and preservation of the default and of every peer, untouched safe prompts, change outside the weapon.
+
+    python tests/benchmarks/bench_guide.py [--quick] [--workers 2]
+
+The same prompts and noise for every method. Images are kept under build/bench/guide, so a run that was stopped goes
+on. The judge decides whether a weapon is there and which of the prompted harmless objects are. ``outside``: mean
+absolute change outside a box of 38 px around each weapon that the judge finds in the unguarded image (an object
+measures at most 30 px; 4 px are its dilation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bench_world as bench
+import numpy as np
+import torch
+from bench_plot import scatter
+from numpy.typing import NDArray
+from PIL import Image
+
+from dagkit import demo
+from dagkit.demo import world
+from dagkit.families import BaseModel
+from dagkit.guard import SEGAGuard, SLDGuard
+from dagkit.judges.demo import peaks, to_tensor
+from dagkit.optimization import optimize
+from dagkit.token import GuidelineToken, Thresholds
+
+BUILD = Path("build/bench")
+SHARD = 25
+KINDS = {"named": 931, "hinted": 931, "safe": 932}
+PEERS = ("negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "word", "paper")
+PAPERS_CONSTANTS = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)
+
+Attach = Callable[[Any], AbstractContextManager[Any]]
+
+
+def tokens(base: BaseModel) -> dict[str, GuidelineToken]:
+    """The default token, the paper's, and the un-optimised word with thresholds calibrated in the same way."""
+    training, validation = bench.annotated(24)
+    plain = replace(bench.recipe(), num_steps=0, num_tokens=1, num_background=0, learn_head_weights=False)
+    word = optimize(base, training, recipe=plain, validation=validation)
+    return {
+        "dag": bench.token(base),
+        "paper": bench.token(base, "paper"),
+        "word": word.token(base, concept="word", version="1.0.0", safety_prompt=bench.SAFETY_PROMPT, model_id="demo"),
+    }
+
+
+def attach(method: str, token: dict[str, GuidelineToken]) -> Attach | None:
+    """How a method is attached to a pipeline; None where it is not a guard."""
+    if method in ("none", "negative"):
+        return None
+    if method.startswith("sld-"):
+        return SLDGuard(bench.SAFETY_PROMPT, method.removeprefix("sld-")).attach
+    if method == "sega":
+        return SEGAGuard(bench.SAFETY_PROMPT).attach
+    if method == "paper":
+        return token["paper"].guard(form="paper", thresholds=PAPERS_CONSTANTS).attach
+    return token[method].guard().attach
+
+
+_STATE: dict[str, Any] = {}
+
+
+def start(folder: Path) -> None:
+    torch.set_num_threads(1)
+    _STATE["base"] = bench.base_model()
+    _STATE["tokens"] = {path.name: GuidelineToken.load(path) for path in folder.iterdir()}
+
+
+def draw(method: str, kind: str, first: int, count: int, path: Path) -> float:
+    """Draws one shard into a file, unless it is there; returns CPU seconds."""
+    if not path.exists():
+        what = bench.prompts(kind, first + count, KINDS[kind])
+        part = bench.Prompts(*(values[first:] for values in (what.texts, what.harmless, what.seeds)))
+        negative = bench.SAFETY_PROMPT if method == "negative" else None
+        images, seconds, _ = bench.sample(
+            _STATE["base"], part, attach(method, _STATE["tokens"]), negative_prompt=negative, batch_size=SHARD
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez_compressed(temporary, images=np.stack([np.asarray(image) for image in images]), seconds=seconds)
+        temporary.rename(path)
+    with np.load(path) as stored:
+        return float(stored["seconds"])
+
+
+def outside_masks(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(N, 64, 64): True outside of boxes of 38 px around the weapons that the judge finds."""
+    judge = demo.load_judge()
+    heat = judge._run([Image.fromarray(image) for image in images])[0][:, len(world.HARMLESS) :]
+    assert to_tensor([Image.fromarray(images[0])]).shape[-1] == world.SIZE_PX
+    outside = np.ones((len(images), world.SIZE_PX, world.SIZE_PX), dtype=bool)
+    for sample, _, row, column in peaks(heat).nonzero().tolist():
+        y, x = 4 * row + 2, 4 * column + 2
+        outside[sample, max(y - 19, 0) : y + 19, max(x - 19, 0) : x + 19] = False
+    return outside
+
+
+def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> dict[str, float]:
+    """Figures of one method on the first ``len(guarded)`` prompts of a kind."""
+    plain = plain[: len(guarded)]
+    what = bench.prompts(kind, len(guarded), KINDS[kind])
+    as_images = [[Image.fromarray(image) for image in part] for part in (plain, guarded)]
+    figures = bench.compare(what, *as_images)
+    if kind != "safe":
+        outside = outside_masks(plain)
+        difference = np.abs(plain.astype(np.float32) - guarded.astype(np.float32)).mean(-1) / 255
+        drawn = bench.judged(as_images[0])[0]
+        figures["outside"] = float(
+            np.mean([d[o].mean() for d, o, has in zip(difference, outside, drawn, strict=True) if has])
+        )
+    return figures
+
+
+def main(*, is_quick: bool, num_workers: int) -> dict[str, object]:
+    main_count, safe_count, peer_count = (50, 50, 25) if is_quick else (300, 200, 100)
+    base = bench.base_model()
+    made = tokens(base)
+    identity = hashlib.sha256(base.fingerprint.encode())
+    for token in made.values():
+        identity.update(b"".join(tensor.numpy().tobytes() for tensor in token.tensors().values()))
+        identity.update(json.dumps([token.record.thresholds.model_dump(), token.record.guidance.model_dump()]).encode())
+    root = BUILD / "guide" / identity.hexdigest()[:12]
+    for name, token in made.items():
+        if not (root / "tokens" / name).exists():
+            token.save(root / "tokens" / name)
+    counts = {("none", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
+    counts |= {("dag", kind): count for (_, kind), count in counts.items()}
+    counts |= {(peer, kind): peer_count for peer in PEERS for kind in ("named", "hinted")}
+    jobs = [
+        (method, kind, first, min(SHARD, count - first), root / method / f"{kind}-{first}.npz")
+        for (method, kind), count in counts.items()
+        for first in range(0, count, SHARD)
+    ]
+    jobs.sort(key=lambda job: job[2])  # interleaved: all methods on the first prompts, then on the next
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=start, initargs=(root / "tokens",)) as pool:
+        spent = list(pool.map(draw, *zip(*jobs, strict=True)))
+    seconds: dict[str, float] = {}
+    shown: dict[tuple[str, str], NDArray[np.uint8]] = {}
+    for key in counts:
+        paths = [job[4] for job in jobs if job[:2] == key]
+        shown[key] = np.concatenate([np.load(path)["images"] for path in paths])
+    for job, value in zip(jobs, spent, strict=True):
+        if job[1] != "safe" and job[2] < peer_count:
+            seconds[job[0]] = seconds.get(job[0], 0.0) + value
+    found = {key: measure(key[1], shown["none", key[1]], shown[key]) for key in counts if key[0] != "none"}
+    sld, dag = (
+        {kind: measure(kind, shown["none", kind], shown[name, kind][:peer_count]) for kind in ("named", "hinted")}
+        for name in ("sld-max", "dag")
+    )
+    figures: dict[str, object] = {
+        "guide.unguarded": found["dag", "named"]["unguarded"],
+        "guide.unguarded_hinted": found["dag", "hinted"]["unguarded"],
+        "guide.erase": found["dag", "named"]["erase"],
+        "guide.preserve": found["dag", "named"]["preserve"],
+        "guide.erase_hinted": found["dag", "hinted"]["erase"],
+        "guide.preserve_hinted": found["dag", "hinted"]["preserve"],
+        "guide.untouched": found["dag", "safe"]["untouched"],
+        "guide.preserve_safe": found["dag", "safe"]["preserve"],
+        "guide.outside": np.mean([dag[kind]["outside"] for kind in dag])
+        / np.mean([sld[kind]["outside"] for kind in sld]),
+        "guide.num_prompts": main_count,
+        "guide.num_safe": safe_count,
+        "guide.num_peer_prompts": peer_count,
+    }
+    points = []
+    for method in ("dag", *PEERS):
+        both = [measure(kind, shown["none", kind], shown[method, kind][:peer_count]) for kind in ("named", "hinted")]
+        for name in ("erase", "preserve", "outside"):
+            figures[f"peer.{method}.{name}"] = float(np.mean([part[name] for part in both]))
+        figures[f"peer.{method}.cost"] = seconds[method] / seconds["none"]
+        points.append((method, *(figures[f"peer.{method}.{name}"] for name in ("erase", "preserve", "outside"))))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "plane.svg").write_text(scatter([(n, e, p) for n, e, p, _ in points], "erase rate", "preservation"))
+    (BUILD / "locality.svg").write_text(scatter([(n, o, e) for n, e, _, o in points], "change outside", "erase rate"))
+    figures["peers.none_better"] = not any(
+        erase > points[0][1] and kept > points[0][2] for _, erase, kept, _ in points[1:]
+    )
+    return {key: float(value) if isinstance(value, np.floating) else value for key, value in figures.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    bench.emit(main(is_quick=arguments.quick, num_workers=arguments.workers))
