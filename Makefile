@@ -31,5 +31,11 @@ format: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+bench: .venv/.ready
+	$(BIN)/python tests/benchmarks/bench.py
+
+bench-quick: .venv/.ready
+	$(BIN)/python tests/benchmarks/bench.py --quick
+
 clean:
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
