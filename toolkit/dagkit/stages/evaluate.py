@@ -238,7 +238,7 @@ def _figures(
     }
     return {
         "schema": evaluation.SCHEMA,
-        "title": f"{token.concept} {token.version} on {Path(settings['model']).name}",
+        "title": f"{token.concept} {token.version} on {_model_name(settings['model'])}",
         "created": now(),
         "concept": {"name": concept.name, "summary": concept.summary},
         "column": GUARDED,
@@ -349,6 +349,12 @@ def _write_report(
     folder.write_bytes("figures.csv", report.to_csv(figures).encode())
     path: Path = folder.write_bytes("report.html", report.render(figures, examples).encode())
     return path
+
+
+def _model_name(source: str) -> str:
+    from dagkit import demo
+
+    return "demo" if source == str(demo.model_path()) else Path(source).name
 
 
 def _prompts_hash(settings: Mapping[str, Any]) -> str:
