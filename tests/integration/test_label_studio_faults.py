@@ -60,7 +60,11 @@ class Deadly(Client):
         self.threads: list[threading.Thread] = []
 
     def kill_and_restart(self, delay_s: float) -> None:
+        earlier = list(self.threads)
+
         def body() -> None:
+            for thread in earlier:  # one restart at a time
+                thread.join()
             time.sleep(delay_s)
             pid = self.server.pid
             assert pid is not None

@@ -264,8 +264,7 @@ class Client:
             ) from error
         except httpx.TransportError as error:
             raise ServerUnavailableError(
-                f"Label Studio at {self.url} cannot be reached ({error or type(error).__name__}). Start it (`dagkit "
-                "label-studio up`) "
+                f"Label Studio at {self.url} cannot be reached ({error or type(error).__name__}). Start it "
                 "(`dagkit label-studio up`) or mend the address, then run the same command again."
             ) from error
         return self._parsed(method, path, response)

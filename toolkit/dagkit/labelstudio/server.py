@@ -214,8 +214,7 @@ class EmbeddedServer:
             if sharing != before:
                 raise LabelStudioError(
                     f"Label Studio runs at {login.url} with other settings. Stop it (`dagkit label-studio down`), "
-                    "then start "
-                    "it again."
+                    "then start it again."
                 )
             return login
         self.install(tell)
