@@ -170,7 +170,7 @@ def token(
         base_model=BaseModelInfo(**model, **family.fingerprints(pipe, layers)),
         layers=tuple(layers),
         thresholds=thresholds or Thresholds(),
-        guidance=Guidance(**{"form": form, "dilation": 1, "memory": 0.5, **(guidance or {})}),
+        guidance=Guidance(**{"form": form, "dilation": 1, "memory": 0.5, "reuse_steps": 1, **(guidance or {})}),
         safety_prompt="a weapon",
     )
     rows = torch.randn((8, sequence.shape[-1]), generator=generator) * 6

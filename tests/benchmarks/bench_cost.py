@@ -69,7 +69,7 @@ def large(is_quick: bool) -> dict[str, float]:
         "plain": None,
         "safe": token.guard(),
         "firing": token.guard(thresholds=ALWAYS, reuse_steps=1),
-        "reuse": token.guard(thresholds=ALWAYS),
+        "reuse": token.guard(thresholds=ALWAYS, reuse_steps=2),
     }
     spent = dict.fromkeys(guards, 0.0)
     steps(pipe, None, 1)

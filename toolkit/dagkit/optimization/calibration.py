@@ -61,7 +61,7 @@ def calibrate(
     which the guard acts at ANY knot: with the mean m and deviation s of the safe images' score logits at a knot, the
     threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate. At knots where
     unsafe images lie less than one deviation above safe ones nothing can be told yet, and the guard waits. It never
-    falls with the timestep: noised renderings are vaguer than samples on their way, on which a low threshold would fire.
+    falls with the timestep: noised renderings are vaguer than samples, on which a low threshold would fire.
 
     Args:
         cams: (P, H, W) in [0, 1].
