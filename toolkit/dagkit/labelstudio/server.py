@@ -16,6 +16,7 @@ Nothing secret is passed on a command line (other users see those), printed or l
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -45,6 +46,7 @@ DEFAULT_PORT: Final = 8080
 _USERNAME: Final = "dagkit@localhost"
 _START_TIMEOUT_S: Final = 300.0  # a slow disk migrates for more than a minute
 _STOP_TIMEOUT_S: Final = 10.0
+_PORT_TIMEOUT_S: Final = 3.0
 
 
 @dataclass(frozen=True)
@@ -330,17 +332,24 @@ def _environment(data: Path) -> dict[str, str]:
 
 
 def _require_free(port: int) -> None:
-    """Label Studio itself would silently take the next free port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise LabelStudioError(
-                f"Port {port} on 127.0.0.1 cannot be used ({(error.strerror or str(error)).lower()}). Choose another "
-                "one: "
-                f"dagkit label-studio up --port {port + 1}"
-            ) from error
+    """Label Studio itself would silently take the next free port.
+
+    A server that was just killed holds its port for a moment after its process is gone, hence the patience.
+    """
+    end = time.monotonic() + _PORT_TIMEOUT_S
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    raise LabelStudioError(
+                        f"Port {port} on 127.0.0.1 cannot be used ({(error.strerror or str(error)).lower()}). Choose "
+                        f"another one: dagkit label-studio up --port {port + 1}"
+                    ) from error
+        time.sleep(0.05)
 
 
 def _new_token(login: Login) -> str:
