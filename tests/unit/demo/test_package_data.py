@@ -74,3 +74,10 @@ def test_other_tokenizers_know_every_word():
 
     assert demo.unknown_words(Large(), "a zebra") == []
     assert demo.unknown_words(None, "a zebra") == []
+
+
+def test_the_model_card_states_every_bar_and_what_was_missed():
+    text = (demo.model_path().parent / "MODEL_CARD.md").read_text()
+    for words in ("## Data", "## Training", "not from scratch", "## Measured quality", "**missed**", "## Limits"):
+        assert words in text
+    assert f"{len(VOCABULARY)} words" in text
