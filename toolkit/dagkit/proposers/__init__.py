@@ -109,7 +109,8 @@ def propose_all(
 def suppress_overlaps(proposals: Iterable[Proposal], iou_threshold: float = 0.5) -> list[Proposal]:
     """Non-maximum suppression: of boxes with one label that overlap, the one with the best score stays.
 
-    A kept box that has no point takes that of the first suppressed one whose point lies inside it.
+    A box that lies inside a better one is a part of the same thing. A kept box that has no point takes that of the
+    first suppressed one whose point lies inside it.
 
     Args:
         proposals: of one image, in any order.
@@ -124,7 +125,8 @@ def suppress_overlaps(proposals: Iterable[Proposal], iou_threshold: float = 0.5)
             (
                 index
                 for index, other in enumerate(kept)
-                if other.label == proposal.label and box_iou(other.box, proposal.box) > iou_threshold
+                if other.label == proposal.label
+                and (box_iou(other.box, proposal.box) > iou_threshold or _lies_inside(proposal.box, other.box))
             ),
             None,
         )
@@ -134,6 +136,10 @@ def suppress_overlaps(proposals: Iterable[Proposal], iou_threshold: float = 0.5)
             best = kept[twin]
             kept[twin] = Proposal(best.box, best.score, best.label, best.is_positive, proposal.point)
     return kept
+
+
+def _lies_inside(part: Box, whole: Box) -> bool:
+    return part[0] >= whole[0] and part[1] >= whole[1] and part[2] <= whole[2] and part[3] <= whole[3]
 
 
 def box_iou(a: Box, b: Box) -> float:
