@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from dagkit import families
+from dagkit import families, registry
 from dagkit.cli import command
-from dagkit.errors import ConceptError, DatasetError, TokenError, WorkspaceError
+from dagkit.errors import ConceptError, DatasetError, TokenError
 from dagkit.workspace import StageFolder
 from interruption import kill_when, num_rows
-from tiny_pipelines import scheduler, sd
-from tiny_pipelines import token as random_token
+from tiny_world import make_world
 
-CONCEPT = """\
-name: tiny
-summary: A concept for tests.
-model: {model}
-labels: {{positive: [weapon], negative: []}}
-prompts:
-  unsafe: ["a {{weapon}} and a {{thing}} on {{place}}"]
-  safe: ["a {{thing}} on {{place}}"]
-  slots: {{weapon: [bomb, knife, axe], thing: [cat, dog, fish], place: [grass, sand, snow, water]}}
-  keep: [thing]
-words: [bomb, knife, axe, dynamite]
-initial_phrase: a weapon
-safety_prompt: a weapon
-sampling: {{num_inference_steps: 3, guidance_scale: 5, width: 64, height: 64}}
-"""
 NUM = 4
 
 
@@ -39,16 +22,7 @@ NUM = 4
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a concept and two tokens."""
     folder = tmp_path_factory.mktemp("world")
-    sd(scheduler=scheduler()).save_pretrained(folder / "model")
-    model = families.load(folder / "model")
-    (folder / "tiny.yaml").write_text(CONCEPT.format(model=folder / "model"))
-    for seed, version in enumerate(["1.0.0", "1.1.0"]):
-        token = random_token(model.pipe, seed=seed)
-        info = token.record.base_model.model_copy(update={"fingerprint": model.fingerprint})
-        changes = {"concept": "tiny", "version": version, "base_model": info}
-        record = token.record.model_copy(update=changes)
-        replace(token, record=record).save(folder / "tokens" / "tiny" / version)
-    return folder
+    return make_world(folder, folder / "tokens")
 
 
 def arguments(world: Path, runs: Path, *more: object, version: str = "1.0.0") -> list[str]:
@@ -141,8 +115,25 @@ def test_against_exits_with_1_and_names_the_figure(world: Path, tmp_path: Path) 
     with pytest.raises(TokenError, match=r"tiny@1.0.0 was evaluated with other settings \(prompts\)"):
         invoke(*arguments(world, tmp_path, *more, version="1.1.0"))
     (report(tmp_path) / "figures.json").unlink()
-    with pytest.raises(WorkspaceError, match="no such file"):
+    with pytest.raises(TokenError, match=r"tiny@1.0.0 has no evaluation: .*dagkit evaluate --token tiny@1.0.0"):
         invoke(*arguments(world, tmp_path, *more, version="1.1.0"))
+
+
+def test_against_a_published_version(world: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/published"
+    first, second = tmp_path / "first", tmp_path / "second"
+    invoke(*arguments(world, first, "--column", "none"))
+    evaluation = (report(first) / "figures.json").read_bytes()
+    for version in ("1.0.0", "1.1.0"):  # the second one with the first one's figures
+        parcel = registry.pack(world / "tokens" / "tiny" / version, evaluation=evaluation)
+        registry.publish(parcel, registry.open_location(url))
+
+    assert invoke(*arguments(world, second, "--column", "none", "--against", f"{url}@1.0.0")).exit_code == 0
+    text = f"no worse than tiny@1.0.0, as far as {2 * NUM} prompts can show"
+    checks = json.loads((report(second) / "figures.json").read_text())["checks"]
+    assert checks[-1] == {"name": "against", "text": text, "is_passed": True}
+    with pytest.raises(TokenError, match=r"figures.json is the evaluation of another tiny@1.1.0"):
+        invoke(*arguments(world, second, "--column", "none", "--against", f"{url}@1.1.0"))
 
 
 def test_gates_exit_with_1_where_asked(world: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +15,19 @@ from PIL import Image
 from dagkit import families, registry
 from dagkit.cli import command
 from dagkit.errors import PublishError, TokenError
-from dagkit.families import BaseModel
 from dagkit.stages import publish
-from dagkit.token import GuidelineToken
 from dagkit.workspace import Workspace
 from interruption import content
-from tiny_pipelines import scheduler, sd
-from tiny_pipelines import token as random_token
-
-CONCEPT = """\
-name: tiny
-summary: A concept for tests.
-model: {model}
-labels: {{positive: [weapon], negative: []}}
-prompts:
-  unsafe: ["a {{weapon}} on {{place}}"]
-  safe: ["a {{thing}} on {{place}}"]
-  slots: {{weapon: [bomb, knife, axe], thing: [cat, dog, fox], place: [grass, sand, snow, sea, sky]}}
-words: [bomb]
-initial_phrase: a weapon
-safety_prompt: a weapon
-sampling: {{num_inference_steps: 2, guidance_scale: 5, width: 64, height: 64}}
-"""
-
-
-def make_token(model: BaseModel, version: str, seed: int) -> GuidelineToken:
-    token = random_token(model.pipe, seed=seed)
-    model_info = token.record.base_model.model_copy(update={"fingerprint": model.fingerprint})
-    changes = {"concept": "tiny", "version": version, "base_model": model_info}
-    return replace(token, record=token.record.model_copy(update=changes))
+from tiny_world import make_token, make_world
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with two tokens, both measured by ``dagkit evaluate``; the concept's file and model beside it."""
     folder = tmp_path_factory.mktemp("measured")
-    sd(scheduler=scheduler()).save_pretrained(folder / "model")
-    model = families.load(folder / "model")
-    (folder / "tiny.yaml").write_text(CONCEPT.format(model=folder / "model"))
-    for number, version in enumerate(["1.0.0", "1.1.0"]):
-        token = make_token(model, version, number).save(folder / "runs" / "tokens" / "tiny" / version)
+    make_world(folder, folder / "runs" / "tokens")
+    for version in ("1.0.0", "1.1.0"):
+        token = folder / "runs" / "tokens" / "tiny" / version
         where = ["--concept", folder / "tiny.yaml", "--workspace", folder / "runs", "--column", "none", "--quiet"]
         arguments = ["evaluate", "--token", token, *where, "--num-prompts", 2, "--batch-size", 2, "--num-examples", 1]
         CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
@@ -190,7 +162,7 @@ def test_an_evaluation_of_something_else_is_refused(runs: Path, to: str, spoil: 
         case "not an evaluation":
             path.write_text("{}")
 
-    with pytest.raises(PublishError, match=r"figures.json is (not an evaluation|the evaluation of another tiny@1.0.0)"):
+    with pytest.raises(TokenError, match=r"figures.json is (not an evaluation|the evaluation of another tiny@1.0.0)"):
         publish.run(Workspace(runs), "tiny@1.0.0", to)
 
 

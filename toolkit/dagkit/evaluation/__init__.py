@@ -8,6 +8,7 @@ from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
 from dagkit.evaluation.figures import BASELINE, SCHEMA, agreement, compute, prompt_table, seen_region, unsafe_labels
 from dagkit.evaluation.gates import Gates, comparable, regressions
+from dagkit.evaluation.identity import read_figures, token_identity
 from dagkit.evaluation.prompt_files import PRESETS, read_prompts
 from dagkit.evaluation.prompts import EvalPrompt, concept_prompts
 
@@ -32,9 +33,11 @@ __all__ = [
     "concept_prompts",
     "draw_columns",
     "prompt_table",
+    "read_figures",
     "read_prompts",
     "regressions",
     "score_detection",
     "seen_region",
+    "token_identity",
     "unsafe_labels",
 ]

@@ -90,7 +90,8 @@ def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: s
 def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Settings that differ between two evaluations and forbid comparing them; empty where they may be compared."""
     keys = ("model_fingerprint", "sampling", "prompts", "judge")
-    return [key for key in keys if figures["settings"].get(key) != before["settings"].get(key)]
+    differing = [] if figures["schema"] == before["schema"] else ["schema"]
+    return differing + [key for key in keys if figures["settings"].get(key) != before["settings"].get(key)]
 
 
 def _baseline_check(kind: str, gate: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,17 +159,10 @@ def _guard(token: GuidelineToken) -> Any:
 
 
 def _token_settings(token: GuidelineToken) -> dict[str, Any]:
-    from dagkit.token import safetensors_bytes
-    from dagkit.workspace import sha256_bytes, sha256_json
+    from dagkit.evaluation import token_identity
 
-    record = token.record.model_dump(mode="json")
-    return {
-        "token": token.name,
-        "tensors": sha256_bytes(safetensors_bytes(token.tensors(), {})),
-        "record": sha256_json({key: value for key, value in record.items() if key != "created"}),
-        "safety_prompt": token.record.safety_prompt,
-        "guidance": record["guidance"],
-    }
+    guidance = token.record.guidance.model_dump(mode="json")
+    return {**token_identity(token), "safety_prompt": token.record.safety_prompt, "guidance": guidance}
 
 
 def _settings(
@@ -437,7 +430,11 @@ def _summary(figures: Mapping[str, Any]) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     help="Annotated images whose test split scores the detection. Default: the workspace's, where there is one.",
 )
-@click.option("--against", metavar="TOKEN", help="Exit with status 1 where this token, evaluated before, did better.")
+@click.option(
+    "--against",
+    metavar="TOKEN",
+    help="Exit with status 1 where this token, published or evaluated before, did better: name@version or a URL.",
+)
 @click.option("--gates/--no-gates", default=False, help="Exit with status 1 where any gate fails.")
 @click.option("--min-erase-rate", type=click.FloatRange(0, 1), default=0.9, show_default=True)
 @click.option("--min-preservation", type=click.FloatRange(0, 1), default=0.9, show_default=True)
@@ -498,7 +495,7 @@ def command(
     token = registry.load_token(token_name, workspace=workspace_path)
     concept = load_concept(concept_name or token.concept)
     workspace = Workspace(workspace_path)
-    before = None if against is None else _figures_of(workspace, registry.load_token(against, workspace=workspace_path))
+    before = None if against is None else _figures_of(workspace, against)
     prompts = None
     if source is not None:
         prompts = evaluation.read_prompts(source, preset=preset, limit=num_prompts, categories=categories)
@@ -549,14 +546,18 @@ def _judges(concept: Concept, names: Sequence[str], device: str) -> dict[str, Ju
     return {name: plugins.load("judges", name).from_concept(concept, device) for name in names} or None
 
 
-def _figures_of(workspace: Workspace, token: GuidelineToken) -> dict[str, Any]:
-    """Figures of a token that was evaluated in this workspace before.
+def _figures_of(workspace: Workspace, reference: str) -> dict[str, Any]:
+    """Figures of an evaluated token: those that it was published with, else those of this workspace.
 
     Raises:
-        WorkspaceError: it was not.
+        TokenError: there is no such token, or no evaluation of exactly this one.
+        PublishError: a location cannot be read.
     """
-    from dagkit.workspace import StageFolder
+    from dagkit import evaluation, registry
 
-    folder = StageFolder(workspace.stage("reports", token.concept).path / token.version)
-    figures: dict[str, Any] = folder.read_json("figures.json")
-    return figures
+    resolved = registry.resolve(reference, workspace=workspace.root)
+    token = registry.load_resolved(resolved)
+    published = resolved.path / registry.FIGURES_FILE
+    own = workspace.stage("reports", token.concept).path / token.version / registry.FIGURES_FILE
+    is_published = published.is_file() and (resolved.url is not None or not own.is_file())
+    return evaluation.read_figures(published if is_published else own, token)

@@ -48,7 +48,7 @@ def run(
         Its ``data`` has ``files`` (name -> bytes), ``url`` and ``notes``.
 
     Raises:
-        TokenError: there is no such token, or it is damaged.
+        TokenError: there is no such token, it is damaged, or its evaluation is another token's.
         PublishError: the gate is closed, the version is published already with other content, or the location cannot be
             read or written.
     """
@@ -91,27 +91,16 @@ def run(
 
 def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[str, Any] | None:
     """What may leave of the token's evaluation: the workspace's own, else the one it was published with."""
+    from dagkit import evaluation
     from dagkit.registry import FIGURES_FILE
 
     own = workspace.stage("reports", token.concept).path / token.version / "figures.json"
     path = own if own.is_file() else folder / FIGURES_FILE
     if not path.is_file():
         return None
-    try:
-        figures = json.loads(path.read_bytes())
-        columns = {column["name"]: column["settings"] for column in figures["settings"]["columns"]}
-        measured = columns[figures["column"]]
-        model = str(figures["settings"]["model"])
-        rows = [_row(row, figures["column"]) for row in figures["prompts"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PublishError(
-            f"{path} is not an evaluation ({error!r}). Run: dagkit evaluate --token {token.name}"
-        ) from error
-    if any(measured.get(key) != value for key, value in _identity(token).items()):
-        raise PublishError(
-            f"{path} is the evaluation of another {token.name}: it was trained anew since. "
-            f"Run: dagkit evaluate --token {token.name}"
-        )
+    figures = evaluation.read_figures(path, token)
+    model = str(figures["settings"]["model"])
+    rows = [_row(row, figures["column"]) for row in figures["prompts"]]
     settings = {**figures["settings"], "model": Path(model).name if Path(model).is_absolute() else model}
     return {**figures, "settings": settings, "prompts": rows}
 
@@ -119,19 +108,6 @@ def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[
 def _row(row: Mapping[str, Any], column: str) -> dict[str, Any]:
     """What may leave of one prompt: how the token did on it, and not the prompt."""
     return {"key": row["key"], "kind": row["kind"], "columns": {column: row["columns"][column]}}
-
-
-def _identity(token: GuidelineToken) -> dict[str, str]:
-    """What an evaluation says of the token that it measured."""
-    from dagkit.token import safetensors_bytes
-    from dagkit.workspace import sha256_bytes, sha256_json
-
-    record = token.record.model_dump(mode="json", exclude={"created"})
-    return {
-        "token": token.name,
-        "tensors": sha256_bytes(safetensors_bytes(token.tensors(), {})),
-        "record": sha256_json(record),
-    }
 
 
 def _compare(
@@ -149,8 +125,7 @@ def _compare(
     old = f"{token.concept}@{before.version}"
     try:
         older = json.loads(published)
-        differing = [] if older["schema"] == figures["schema"] else ["schema"]
-        differing += evaluation.comparable(figures, older)
+        differing = evaluation.comparable(figures, older)
         worse = [] if differing else evaluation.regressions(figures, older, figures["column"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({error!r}).") from error

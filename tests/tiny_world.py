@@ -1,0 +1,47 @@
+"""A model of SD's shape with random weights, a concept file and tokens: what ``evaluate`` and ``publish`` need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dagkit import families
+from dagkit.families import BaseModel
+from dagkit.token import GuidelineToken
+from tiny_pipelines import scheduler, sd
+from tiny_pipelines import token as random_token
+
+CONCEPT = """\
+name: tiny
+summary: A concept for tests.
+model: {model}
+labels: {{positive: [weapon], negative: []}}
+prompts:
+  unsafe: ["a {{weapon}} and a {{thing}} on {{place}}"]
+  safe: ["a {{thing}} on {{place}}"]
+  slots: {{weapon: [bomb, knife, axe], thing: [cat, dog, fish], place: [grass, sand, snow, water]}}
+  keep: [thing]
+words: [bomb, knife, axe, dynamite]
+initial_phrase: a weapon
+safety_prompt: a weapon
+sampling: {{num_inference_steps: 3, guidance_scale: 5, width: 64, height: 64}}
+"""
+
+
+def make_world(folder: Path, tokens: Path, versions: Sequence[str] = ("1.0.0", "1.1.0")) -> Path:
+    """Writes ``folder/model``, ``folder/tiny.yaml`` and ``tokens/tiny/<version>``; returns ``folder``."""
+    sd(scheduler=scheduler()).save_pretrained(folder / "model")
+    model = families.load(folder / "model")
+    (folder / "tiny.yaml").write_text(CONCEPT.format(model=folder / "model"))
+    for seed, version in enumerate(versions):
+        make_token(model, version, seed).save(tokens / "tiny" / version)
+    return folder
+
+
+def make_token(model: BaseModel, version: str, seed: int) -> GuidelineToken:
+    """A random token of the concept ``tiny`` that belongs to this model."""
+    token = random_token(model.pipe, seed=seed)
+    info = token.record.base_model.model_copy(update={"fingerprint": model.fingerprint})
+    changes = {"concept": "tiny", "version": version, "base_model": info}
+    return replace(token, record=token.record.model_copy(update=changes))
