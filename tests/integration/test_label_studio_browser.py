@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from label_studio_sdk.converter import brush
 from label_studio_server import read_mask
 from PIL import Image, ImageDraw
 
+from annotator_page import find_chromium, is_hidden, log_in, open_browser, open_task, reveal, stroke, submit
 from dagkit.concept import Concept
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import Login
@@ -32,37 +32,17 @@ pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
 
 WIDTH, HEIGHT = 256, 192
 PAPER, DISC, CUSHION = (122, 170, 153), (51, 51, 51), (204, 51, 51)
-FLAGS = """--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync
-    --no-first-run --disable-quic --disable-extensions --mute-audio"""
 
 
 @pytest.fixture
 def page(login: Login) -> Iterator[Page]:
     """A page of a browser that reaches the server only; every other address that it asks for fails the test."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not os.environ.get("CI"):
-        if chromium is None:
+        if find_chromium() is None:
             pytest.skip("NO CHROMIUM: the browser test did not run (Debian: apt-get install chromium)")
         pytest.importorskip("playwright", reason="NO PLAYWRIGHT: the browser test did not run (pip install playwright)")
-    from playwright.sync_api import sync_playwright
-
-    outside = []
-
-    def local_only(route) -> None:
-        if route.request.url.startswith((login.url, "data:", "blob:")):
-            route.continue_()
-        else:
-            outside.append(route.request.url)
-            route.abort()
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(90_000)
-        page.route("**/*", local_only)
+    with open_browser(login) as page:
         yield page
-        browser.close()
-    assert outside == []
 
 
 def workspace_with_discs(root: Path, concept: Concept) -> Workspace:
@@ -103,43 +83,6 @@ def shown(page: Page) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((WIDTH, HEIGHT)), int)
 
 
-def wait_until_still(page: Page) -> None:
-    """The panel unfolds in steps and moves the image down."""
-    page.wait_for_function(
-        "() => { const top = document.querySelector('.dagkit-image .lsf-image').getBoundingClientRect().top;"
-        "const isStill = window.seenTop === top; window.seenTop = top; return isStill; }",
-        polling=400,
-    )
-
-
-def log_in(page: Page, login: Login) -> None:
-    page.goto(f"{login.url}/user/login/")
-    page.fill("input[name=email]", login.username)
-    page.fill("input[name=password]", login.password)
-    page.click("button[type=submit]")
-    page.wait_for_url(lambda url: "/user/login" not in url, wait_until="domcontentloaded")
-
-
-def open_stream(page: Page, address: str) -> None:
-    """Opens the first task and waits for its region: seldom, Label Studio shows none before a reload."""
-    from playwright.sync_api import TimeoutError as NotThere
-
-    for timeout in (20_000, 90_000):
-        page.goto(address)
-        page.locator("[data-testid=bottombar-submit-button]").wait_for()
-        try:
-            page.locator(".lsf-outliner-item").first.wait_for(timeout=timeout)
-            return
-        except NotThere:
-            continue
-    pytest.fail("the page shows no region of the prediction")
-
-
-def assert_hidden(page: Page) -> None:
-    assert page.locator(".dagkit-image .lsf-image").count() == 1
-    assert page.locator(".dagkit-image :visible").count() == 0, "the image is shown before it was asked for"
-
-
 def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, concept: Concept, tmp_path: Path) -> None:
     workspace = workspace_with_discs(tmp_path / "runs", concept)
     data_manager = push.run(workspace, concept, client=client).data["url"]
@@ -151,13 +94,11 @@ def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, con
     photograph(page, "data-manager.png")
     assert page.locator("img[src*='/data/upload/']").count() == 0, "the data manager shows an image"
 
-    open_stream(page, f"{data_manager}?labeling=1")
-    assert_hidden(page)
+    open_task(page, f"{data_manager}?labeling=1")
+    assert is_hidden(page), "the image is shown before it was asked for"
     photograph(page, "task-hidden.png")
 
-    page.get_by_text("Show image").click()
-    page.locator(".konvajs-content").wait_for(state="visible")
-    wait_until_still(page)
+    reveal(page)
     photograph(page, "task-shown.png")
     before = shown(page)
     assert np.abs(before[20, 20] - PAPER).max() < 25, "the paper is not shown as it is"
@@ -165,30 +106,15 @@ def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, con
     assert np.abs(before[90, 132] - DISC).max() < 25, "the right of the disc is not free"
 
     page.locator(".lsf-outliner-item").first.click()
-    page.locator("[aria-label=brush-tool]").click()
-    box = page.locator(".dagkit-image .lsf-image").bounding_box()
-    assert box is not None
-    scale = box["width"] / WIDTH
-
-    def move(x: float, y: float) -> None:
-        page.mouse.move(box["x"] + x * scale, box["y"] + y * scale, steps=4)
-
-    move(130, 62)
-    page.mouse.down()
-    move(132, 118)
-    page.mouse.up()
+    stroke(page, "brush", [(130, 62), (132, 118)], WIDTH)
     page.wait_for_timeout(500)
     after = shown(page)
     assert after[90, 131, 0] - after[90, 131, 1] > 40, "the brush left no mark"
     photograph(page, "task-changed.png")
-    with page.expect_response(
-        lambda answer: "/annotations" in answer.url and answer.request.method == "POST"
-    ) as posted:
-        page.locator("[data-testid=bottombar-submit-button]").click()
-    assert posted.value.status == 201
+    submit(page)
     page.wait_for_function("() => document.body.innerText.includes('2 of 2')")
     page.locator(".lsf-outliner-item").first.wait_for()
-    assert_hidden(page)
+    assert is_hidden(page), "the next image is shown before it was asked for"
 
     result = pull.run(workspace, concept, client=client)
     assert result.data["states"] == {"changed": 1}

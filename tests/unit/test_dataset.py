@@ -61,7 +61,7 @@ def reviewed(tmp_path_factory: pytest.TempPathFactory, concept: Concept) -> Work
                 pair_ious=[["annotator-1", "annotator-2", 0.8], ["annotator-1", "annotator-3", None]],
                 seconds=21.5,
                 created="2026-11-24T10:00:00+00:00",
-                updated="2026-11-24T10:05:00+00:00",
+                updated="2026-11-24T10:05:00.978275Z",  # as Label Studio writes it
             )
         elif index < 8:
             annotate(workspace, concept, key, "accepted", masks={"weapon": mask}, iou_to_premask=1.0, annotators=["a"])
@@ -99,7 +99,7 @@ def test_every_review_state_is_handled(reviewed: Workspace, built: DatasetDict, 
     assert changed["iou_to_premask"] == 0.25
     assert changed["agreement"] == pytest.approx(0.8)
     assert changed["seconds"] == 21.5
-    assert changed["updated"] == datetime(2026, 11, 24, 10, 5, tzinfo=UTC)
+    assert changed["updated"] == datetime(2026, 11, 24, 10, 5, 0, 978_000, tzinfo=UTC)
     assert changed["sampler"] == {
         "scheduler": "DDIMScheduler",
         "num_inference_steps": 25,
@@ -221,7 +221,9 @@ def test_examples_are_what_the_optimisation_takes(built: DatasetDict):
 
 
 def test_damaged_and_changed_datasets_are_named(built: DatasetDict, concept: Concept, tmp_path: Path):
-    with pytest.raises(DatasetError, match=r"nowhere: no dataset. Expected a folder with dataset_dict.json"):
+    with pytest.raises(
+        DatasetError, match=r"nowhere: no dataset. Expected a folder with dataset_dict.json.* ship with"
+    ):
         dataset.load_dataset(tmp_path / "nowhere")
 
     dataset.save_dataset(built, tmp_path / "a", dataset.summarise(built, concept))
@@ -264,7 +266,8 @@ def test_fingerprint_depends_on_content_only(built: DatasetDict):
 
 
 def test_card_shows_counts_and_warnings_and_no_image(built: DatasetDict, concept: Concept, tmp_path: Path):
-    summary = dataset.summarise(built, concept, left_out={"skipped by annotators": 1}, licence="apache-2.0")
+    about = {"licence": "apache-2.0", "note": "Two people reviewed it in a week."}
+    summary = dataset.summarise(built, concept, left_out={"skipped by annotators": 1}, **about)
     dataset.save_dataset(built, tmp_path / "weapon", summary)
     card = (tmp_path / "weapon" / "README.md").read_text()
 
@@ -275,6 +278,7 @@ def test_card_shows_counts_and_warnings_and_no_image(built: DatasetDict, concept
     assert "agreement of annotators (mean pairwise IoU): 0.800" in card
     known = dataset.summarise(built, concept, agreement={"mean_iou": 0.7, "kappa": {"weapon": 0.61, "harmless": None}})
     assert "(mean pairwise IoU): 0.700; on presence (kappa): weapon 0.610." in dataset_card(built, known)
+    assert "\n\nTwo people reviewed it in a week.\n\n" in card
     assert "20% to  50%" in card
     assert "reviewed by nobody" not in card
     assert "![" not in card

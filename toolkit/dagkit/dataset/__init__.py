@@ -14,11 +14,13 @@ from dagkit.dataset.selection import SELECTIONS, Choice, Selection, choose_candi
 from dagkit.dataset.storage import (
     AnnotatedImage,
     examples,
+    find_dataset,
     fingerprint,
     load_dataset,
     push_dataset,
     read_summary,
     save_dataset,
+    shipped_datasets,
     summarise,
     write_parquet,
 )
@@ -40,11 +42,13 @@ __all__ = [
     "collect",
     "drop_near_duplicates",
     "examples",
+    "find_dataset",
     "fingerprint",
     "load_dataset",
     "push_dataset",
     "read_summary",
     "save_dataset",
+    "shipped_datasets",
     "summarise",
     "write_parquet",
 ]

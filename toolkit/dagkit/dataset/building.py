@@ -249,10 +249,12 @@ def _model_name(source: str, concept: Concept) -> str:
 
 
 def _time(text: str | None) -> datetime | None:
+    """A time, cut to whole milliseconds, as `FEATURES` holds it."""
     if text is None:
         return None
     try:
-        return datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
+        return time.replace(microsecond=time.microsecond // 1000 * 1000)
     except ValueError as error:
         raise WorkspaceError(
             f"expected an ISO 8601 time in an annotation, but got {text!r}. Run dagkit pull again."

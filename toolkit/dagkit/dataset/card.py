@@ -49,6 +49,7 @@ def dataset_card(dataset: DatasetDict, summary: Mapping[str, Any]) -> str:
         _counts(summary),
         "## Review",
         _review(summary, dataset),
+        summary.get("note", ""),
         "## Size of the masks",
         _histogram(mask_areas(dataset)),
         "## Where it comes from",
@@ -100,7 +101,7 @@ def _review(summary: Mapping[str, Any], dataset: DatasetDict) -> str:
     people = {name for row in rows for name in row["annotators"]}
     facts = []
     if people:
-        facts.append(f"{len(people)} annotators (pseudonyms)")
+        facts.append(f"{len(people)} annotator{'s' if len(people) > 1 else ''} (under pseudonyms)")
     if ious:
         facts.append(f"IoU of mask and pre-mask: mean {np.mean(ious):.3f}, median {np.median(ious):.3f}")
     if seconds:

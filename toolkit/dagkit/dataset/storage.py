@@ -22,6 +22,7 @@ from dagkit._version import __version__
 from dagkit.dataset.card import dataset_card
 from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
 from dagkit.errors import DatasetError
+from dagkit.resources import shipped_folder
 from dagkit.workspace import sha256_json
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def summarise(
     left_out: Mapping[str, int] | None = None,
     agreement: Mapping[str, Any] | None = None,
     licence: str = "other",
+    note: str = "",
 ) -> dict[str, Any]:
     """What ``dataset.json`` says: fingerprint, counts, review states and where everything came from.
 
@@ -115,6 +117,7 @@ def summarise(
         left_out: reason -> number of candidates that are not in it.
         agreement: ``mean_iou`` and ``kappa`` (label -> value) of the annotators; by default the mean of the rows' own.
         licence: SPDX identifier, or ``other``.
+        note: what the card shall say about the review beside its figures, e.g. who reviewed and how.
     """
     columns = {
         split: dataset[split].select_columns(["label", "review_state", "model", "model_fingerprint", "agreement"])
@@ -143,6 +146,7 @@ def summarise(
         },
         "models": sorted({(row["model"], row["model_fingerprint"]) for row in rows}),
         "licence": licence,
+        "note": note,
         "dagkit_version": __version__,
     }
 
@@ -212,11 +216,30 @@ def push_dataset(dataset: DatasetDict, to: str, summary: Mapping[str, Any], *, p
     return to
 
 
+def find_dataset(path: str | Path) -> Path:
+    """Where a dataset lies: the folder as given, or else one that ships with dagkit.
+
+    Args:
+        path: a folder, or the name of a shipped dataset with or without ``datasets/`` before it: ``weapon-demo``.
+    """
+    folder = Path(path)
+    is_name = folder.parent in (Path(), Path("datasets")) and folder.name
+    if is_name and not folder.exists() and folder.name in shipped_datasets():
+        return shipped_folder("datasets") / folder.name
+    return folder
+
+
+def shipped_datasets() -> list[str]:
+    """Names of the datasets that ship with dagkit, sorted."""
+    return sorted(path.parent.name for path in shipped_folder("datasets").glob(f"*/{SUMMARY}"))
+
+
 def load_dataset(path: str | Path) -> DatasetDict:
     """Reads a dataset and checks that it is whole.
 
     Args:
-        path: a folder that `save_dataset`, `write_parquet` or ``save_to_disk`` wrote, or ``hf://owner/name``.
+        path: a folder that `save_dataset`, `write_parquet` or ``save_to_disk`` wrote, the name of one that ships
+            (`find_dataset`), or ``hf://owner/name``.
 
     Returns:
         ``train``, ``validation`` and ``test``, the latter two possibly without rows.
@@ -237,12 +260,12 @@ def load_dataset(path: str | Path) -> DatasetDict:
             ) from error
         return _checked(DatasetDict(found), text)
 
-    folder = _current(Path(path))
+    folder = _current(find_dataset(path))
     parquet = sorted((folder / "data").glob("*.parquet"))
     if not (folder / "dataset_dict.json").is_file() and not parquet:
         raise DatasetError(
             f"{folder}: no dataset. Expected a folder with dataset_dict.json or data/*.parquet. "
-            "Write one with: dagkit export"
+            f"Write one with: dagkit export. These ship with dagkit: {', '.join(shipped_datasets()) or 'none'}."
         )
     try:
         if parquet:
@@ -266,12 +289,12 @@ def load_dataset(path: str | Path) -> DatasetDict:
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
-    """What the ``dataset.json`` of a folder says.
+    """What the ``dataset.json`` of a folder, or of a dataset that ships, says.
 
     Raises:
         DatasetError: it is missing or no such file.
     """
-    file = Path(path) / SUMMARY
+    file = find_dataset(path) / SUMMARY
     try:
         summary = json.loads(file.read_bytes())
         if summary["format"] != _FORMAT:

@@ -21,6 +21,7 @@ def run(
     *,
     accept_unreviewed: bool = False,
     licence: str = "other",
+    note: str = "",
     seed: int = 0,
 ) -> common.StageResult:
     """Builds ``dataset/<concept>/`` anew; rows keep the split that they had in the dataset before.
@@ -30,6 +31,7 @@ def run(
         concept: whose labels to combine.
         accept_unreviewed: take pre-masks that nobody looked at, too; card and summary say so.
         licence: SPDX identifier for the card.
+        note: for the card: who reviewed, and how.
         seed: of the split.
 
     Raises:
@@ -51,7 +53,12 @@ def run(
         collection = dataset.collect(workspace, concept, accept_unreviewed=accept_unreviewed)
         built = dataset.build(collection, concept, previous=read_splits(target), seed=seed)
         summary = dataset.summarise(
-            built, concept, left_out=collection.left_out, agreement=collection.agreement, licence=licence
+            built,
+            concept,
+            left_out=collection.left_out,
+            agreement=collection.agreement,
+            licence=licence,
+            note=note,
         )
         dataset.save_dataset(built, target, summary)
     num_rows = len(collection.records)
@@ -86,6 +93,7 @@ def run(
     help="Where to pull from. Default: the server to which the tasks were pushed.",
 )
 @click.option("--licence", default="other", show_default=True, help="SPDX identifier for the card.")
+@click.option("--note", metavar="TEXT", default="", help="For the card: who reviewed, and how.")
 @common.seed_option
 @common.output_options
 def command(
@@ -95,6 +103,7 @@ def command(
     is_pulled: bool,
     url: str | None,
     licence: str,
+    note: str,
     seed: int,
     as_json: bool,
     is_quiet: bool,
@@ -116,6 +125,7 @@ def command(
         concept,
         accept_unreviewed=accept_unreviewed,
         licence=licence,
+        note=note,
         seed=seed,
     )
     result.show(as_json)
