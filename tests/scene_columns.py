@@ -115,6 +115,7 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
                 "label_threshold": 0.5,
                 "unsafe_labels": list(world.WEAPONS),
             },
+            "image_metrics": [],
             "columns": [
                 {"name": one.name, "label": labels.get(one.name, one.name), "settings": one.settings} for one in columns
             ],

@@ -53,7 +53,7 @@ def drawn(runs: Path) -> dict[str, list[dict]]:
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("finished")
     result = invoke(*arguments(world, runs, "--column", "sld_weak", "--column", "sega", "--other-token",
-                               world / "tokens" / "tiny" / "1.1.0", "--json"))  # fmt: skip
+                               world / "tokens" / "tiny" / "1.1.0", "--metrics", "frechet,ssim", "--json"))  # fmt: skip
     assert result.exit_code == 0
     assert json.loads(result.stdout)["done"] == 5 * 2 * NUM
     return runs
@@ -69,7 +69,11 @@ def test_report_and_figures_lie_side_by_side(finished: Path) -> None:
     assert cost["none"] == 2 * 3
     assert cost["sld_weak"] == cost["sega"] == 3 * 3
     assert 6 <= cost["dagkit"] <= 9
-    assert "SLD weak" in (folder / "report.html").read_text()
+    distance = figures["results"]["named"]["sega"]["frechet_demo"]
+    assert (distance["total"], distance["interval"]) == (NUM, f"bootstrap, 50 resamples of {NUM}, normal")
+    text = (folder / "report.html").read_text()
+    assert "SLD weak" in text
+    assert "Frechet demo (lower is nearer to unguarded)" in text
     assert (folder / "figures.csv").read_text().startswith("section,kind,column")
 
 

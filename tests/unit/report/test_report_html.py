@@ -145,6 +145,27 @@ def test_agreement_and_detection_are_shown_where_they_were_measured(
     assert "timestep 700" in text
 
 
+def test_figures_of_images_have_a_column_each(figures_and_examples: tuple[dict, list], html: str) -> None:
+    figures, examples = figures_and_examples
+    ssim = figures["results"]["named"]["dagkit"]["ssim"]
+    assert f"{ssim['value']:.3f}<small>{ssim['low']:.3f} – {ssim['high']:.3f}</small>" in html
+    measured = [
+        {"name": "clip_score", "title": "CLIP score", "settings": {"checkpoint": "acme/clip"}},
+        {"name": "fid", "title": "FID", "settings": {"width": 2048}},
+    ]
+    estimate = {"value": 23.456, "low": 20.0, "high": 30.0, "count": 3, "total": 3, "interval": "bootstrap"}
+    results = {
+        kind: {name: {**result, "clip_score": estimate} for name, result in columns.items()}
+        for kind, columns in figures["results"].items()
+    }
+    changed = {**figures, "results": results, "settings": {**figures["settings"], "image_metrics": measured}}
+    text = report.render(changed, examples)
+    assert text.count("23.46<small>20.00 – 30.00</small>") == 3 * 3  # kinds x columns, the unguarded one included
+    assert "acme/clip" in text
+    assert "compare them at equal counts only" in text
+    assert "compare them at equal counts only" not in html
+
+
 def test_small_pictures_are_scaled_without_smoothing(html: str) -> None:
     assert '<body class="pixels"' in html
 

@@ -9,11 +9,14 @@ from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
 from dagkit.evaluation.figures import BASELINE, SCHEMA, agreement, compute, prompt_table, seen_region, unsafe_labels
 from dagkit.evaluation.gates import Gates, comparable, regressions
 from dagkit.evaluation.identity import read_figures, token_identity
+from dagkit.evaluation.image_metrics import NAMES as IMAGE_METRICS
+from dagkit.evaluation.image_metrics import ImageMetric, load_image_metrics
 from dagkit.evaluation.prompt_files import PRESETS, read_prompts
 from dagkit.evaluation.prompts import EvalPrompt, concept_prompts
 
 __all__ = [
     "BASELINE",
+    "IMAGE_METRICS",
     "PRESETS",
     "SCHEMA",
     "Attack",
@@ -24,6 +27,7 @@ __all__ = [
     "EvalPrompt",
     "EvaluationRun",
     "Gates",
+    "ImageMetric",
     "PipelineColumn",
     "Target",
     "agreement",
@@ -32,6 +36,7 @@ __all__ = [
     "compute",
     "concept_prompts",
     "draw_columns",
+    "load_image_metrics",
     "prompt_table",
     "read_figures",
     "read_prompts",

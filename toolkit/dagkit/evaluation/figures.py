@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dagkit import metrics
+from dagkit.evaluation.image_metrics import Pair
 from dagkit.evaluation.prompts import KINDS
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from dagkit.evaluation.columns import Column
     from dagkit.evaluation.drawing import ColumnResult, EvaluationRun
+    from dagkit.evaluation.image_metrics import ImageMetric
     from dagkit.workspace import Row
 
 SCHEMA: Final = 1
@@ -55,7 +57,13 @@ class Judged:
 
 
 def compute(
-    run: EvaluationRun, columns: Sequence[Column], *, judge: str, unsafe: Sequence[str], threshold: float = 0.5
+    run: EvaluationRun,
+    columns: Sequence[Column],
+    *,
+    judge: str,
+    unsafe: Sequence[str],
+    threshold: float = 0.5,
+    image_metrics: Sequence[ImageMetric] = (),
 ) -> dict[str, Any]:
     """All figures of a finished run.
 
@@ -65,6 +73,7 @@ def compute(
         judge: name of the judge that the figures come from.
         unsafe: its labels that are the concept; empty counts an image with the concept as one detection.
         threshold: probability from which one of its labels counts as found.
+        image_metrics: further figures of each column's images.
 
     Returns:
         A JSON-serialisable dictionary with ``gate``, ``results`` (by kind, by column), ``cost``, ``detection_by_step``
@@ -80,6 +89,9 @@ def compute(
         }
         gate[kind] = _gate(judged[BASELINE], kind)
         results[kind] = {name: _results(name, drawn, keys, judged) for name in drawn}
+        for metric in image_metrics:
+            for name, estimate in _measured(metric, drawn, keys).items():
+                results[kind][name][metric.name] = estimate.to_json()
         if kind != "safe":
             sweep[kind] = {name: _sweep(judged[BASELINE], one) for name, one in judged.items() if name != BASELINE}
         by_step[kind] = {name: steps for name, one in judged.items() if (steps := _by_step(one.rows))}
@@ -147,6 +159,29 @@ def _locality(name: str, drawn: Mapping[str, ColumnResult], keys: Sequence[str])
         "ssim": metrics.bootstrap_mean([one.ssim for one in changes]).to_json(),
         "change_outside": metrics.bootstrap_mean(outside).to_json(),
         "change_inside": metrics.bootstrap_mean(inside).to_json(),
+    }
+
+
+def _measured(
+    metric: ImageMetric, drawn: Mapping[str, ColumnResult], keys: Sequence[str], batch_size: int = 16
+) -> dict[str, metrics.Estimate]:
+    """One figure of each column, a batch of images in memory at a time."""
+
+    def rows(result: ColumnResult) -> np.ndarray[Any, Any]:
+        batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+        plain = drawn[BASELINE]
+        return np.concatenate(
+            [
+                metric.rows([Pair(result.rows[key]["text"], plain.image(key), result.image(key)) for key in batch])
+                for batch in batches
+            ]
+        )
+
+    baseline = rows(drawn[BASELINE])
+    return {
+        name: metric.estimate(baseline if name == BASELINE else rows(result), baseline)
+        for name, result in drawn.items()
+        if name != BASELINE or not metric.is_relative
     }
 
 

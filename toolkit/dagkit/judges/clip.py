@@ -103,14 +103,19 @@ class ClipJudge:
     @torch.inference_mode()
     def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
         """One judgement an image; ``labels`` holds ``concept`` and every object."""
-        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        embeds = _unit(self._model.get_image_features(inputs.pixel_values.to(self._device)))
+        embeds = torch.nn.functional.normalize(self.features(images), dim=-1)
         logits = self._model.logit_scale.exp() * embeds @ self._texts.T
         num_present = len(self.present)
         num_both = num_present + len(self.absent)
         scores = logits[:, :num_both].softmax(1)[:, :num_present].sum(1)
         objects = (logits[:, num_both:-1] - logits[:, -1:]).sigmoid()
         return [self._judgement(score, row) for score, row in zip(scores.tolist(), objects.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, d) float32 image embeddings as CLIP projects them, not normalised; for Fréchet distances."""
+        inputs = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return _pooled(self._model.get_image_features(inputs.pixel_values.to(self._device)))
 
     def _judgement(self, score: float, objects: list[float]) -> Judgement:
         labels = {"concept": score, **dict(zip(self.objects, objects, strict=True))}
@@ -119,10 +124,11 @@ class ClipJudge:
     @torch.inference_mode()
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
         inputs = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self._device)
-        return _unit(self._model.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask))
+        features = self._model.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+        return torch.nn.functional.normalize(_pooled(features), dim=-1)
 
 
-def _unit(features: Any) -> torch.Tensor:
-    """Rows of length 1; takes a tensor or transformers' output with pooled features."""
-    tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
-    return torch.nn.functional.normalize(tensor, dim=-1)
+def _pooled(features: Any) -> torch.Tensor:
+    """A tensor, from a tensor or transformers' output with pooled features."""
+    tensor: torch.Tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
+    return tensor

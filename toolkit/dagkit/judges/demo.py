@@ -53,10 +53,19 @@ class JudgeNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Heat map logits (B, 20, 16, 16) and background logits (B, 6)."""
+        coarse, merged = self._maps(images)
+        return self.objects(merged), self.background(coarse.mean((2, 3)))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 224): what both answers are read from, as means over the image."""
+        return torch.cat([one.mean((2, 3)) for one in self._maps(images)], 1)
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Coarse (B, 128, 8, 8) and merged (B, 96, 16, 16) features."""
         fine = self.fine(images)
         coarse = self.coarse(fine)
         raised = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
-        return self.objects(self.merged(torch.cat([fine, raised], 1))), self.background(coarse.mean((2, 3)))
+        return coarse, self.merged(torch.cat([fine, raised], 1))
 
 
 def peaks(heat: Tensor, threshold: float = THRESHOLD) -> Tensor:
@@ -114,6 +123,12 @@ class DemoJudge:
         """Probabilities of objects (N, 20) and of backgrounds (N, 6), float32 on the CPU, ordered as the constants."""
         heat, backgrounds = self._run(images)
         return heat.amax((2, 3)), backgrounds
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, 224) float32 features of the network; for Fréchet distances."""
+        batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+        return torch.cat([self._network.features(to_tensor(batch).to(self._device)).cpu() for batch in batches])
 
     def count(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, 20) int64: how many of each object are there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dagkit.metrics.detection import DetectionScores, detection_scores
+from dagkit.metrics.frechet import frechet_distance
 from dagkit.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, proportion, transform, wilson
 from dagkit.metrics.locality import Change, change, ssim
 from dagkit.metrics.rates import (
@@ -29,6 +30,7 @@ __all__ = [
     "detection_scores",
     "erase_rate",
     "erase_rate_by_detection",
+    "frechet_distance",
     "mcnemar",
     "preservation",
     "proportion",

@@ -89,6 +89,7 @@ def render(figures: Mapping[str, Any], examples: Sequence[Example]) -> str:
     ]
     by_step = figures["detection_by_step"]
     guarded = next((name for steps in by_step.values() for name in steps), None)
+    measured = figures["settings"]["image_metrics"]
     width, height = figures["settings"]["sampling"]["width"], figures["settings"]["sampling"]["height"]
     return _template().render(
         f=figures,
@@ -118,6 +119,11 @@ def render(figures: Mapping[str, Any], examples: Sequence[Example]) -> str:
         bar=charts.interval_bar,
         whole=lambda value: f"{value:g}" if value == int(value) else f"{value:.1f}",
         ratio=_ratio,
+        fixed=_fixed,
+        shown_alone=any(
+            "none" in by and m["name"] in by["none"] for by in figures["results"].values() for m in measured
+        ),
+        distances=any(metric["name"] == "fid" or metric["name"].startswith("frechet") for metric in measured),
     )
 
 
@@ -148,10 +154,15 @@ def _columns(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ratio(estimate: Mapping[str, Any] | None) -> str:
+    return _fixed(estimate, 2)
+
+
+def _fixed(estimate: Mapping[str, Any] | None, digits: int) -> str:
+    """A value that is no share, with its interval."""
     if not estimate or estimate["value"] is None:
         return "–"
-    interval = f"{estimate['low']:.2f} – {estimate['high']:.2f}"
-    return Markup("{}<small>{}</small>").format(f"{estimate['value']:.2f}", interval)
+    interval = f"{estimate['low']:.{digits}f} – {estimate['high']:.{digits}f}"
+    return Markup("{}<small>{}</small>").format(f"{estimate['value']:.{digits}f}", interval)
 
 
 def _percent(value: float | None) -> str:
@@ -375,6 +386,7 @@ def _settings(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ),
         ("Threshold of a label", judge["label_threshold"]),
         ("Device", s["device"]),
+        *((f"Metric {one['name']}", _sentence(one["settings"])) for one in s["image_metrics"]),
     ]
     if figures["token"]:
         token = figures["token"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dagkit.concept import Concept
-    from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, PipelineColumn
+    from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, ImageMetric, PipelineColumn
     from dagkit.families import BaseModel
     from dagkit.judges import Judge
     from dagkit.token import GuidelineToken
@@ -39,6 +39,7 @@ def run(
     prompts: Sequence[EvalPrompt] | None = None,
     prompt_source: str | None = None,
     judges: Mapping[str, Judge] | None = None,
+    image_metrics: Sequence[str] = (),
     dataset: Path | None = None,
     gates: Gates | None = None,
     against: Mapping[str, Any] | None = None,
@@ -65,6 +66,7 @@ def run(
         prompts: instead of the concept's own.
         prompt_source: where ``prompts`` are from, in words.
         judges: by name, the first one gives the figures; by default the concept's own.
+        image_metrics: further figures of the images, of `dagkit.evaluation.IMAGE_METRICS`, ``name`` or ``name=PATH``.
         dataset: annotated images whose test split scores the detection by itself; none where None.
         gates: what must be reached; by default 90% erased and kept, and the concept's false-trigger rate.
         against: figures of the version that this one would replace: it must not be worse.
@@ -81,8 +83,10 @@ def run(
         while other shards are missing.
 
     Raises:
+        CheckpointError: a metric's weights are missing.
         ConceptError: an unknown column.
         DatasetError: there is no such dataset.
+        PluginError: an unknown metric, or its package is missing.
         TokenError: ``against`` was measured with other prompts, settings or judges.
         PromptRefused: a prompt sexualises minors.
         WorkspaceError: the folder cannot be written.
@@ -94,6 +98,7 @@ def run(
     judges = judges or {
         concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))
     }
+    metrics = evaluation.load_image_metrics(image_metrics, judges, str(base_model.device))
     drawn = _columns(concept, base_model, token, columns, other_tokens)
     settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
@@ -111,7 +116,7 @@ def run(
         message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
         return common.StageResult("evaluate", done, found, message, {"missing": missing})
     with lock(folder.path):
-        figures = _figures(concept, token, part, drawn, judges, settings)
+        figures = _figures(concept, token, part, drawn, judges, metrics, settings)
         figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
         figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
         figures["checks"] = _checks(figures, gates or _default_gates(concept), against)
@@ -201,6 +206,7 @@ def _figures(
     run: EvaluationRun,
     columns: Sequence[PipelineColumn],
     judges: Mapping[str, Judge],
+    metrics: Sequence[ImageMetric],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     from dagkit import evaluation
@@ -212,7 +218,9 @@ def _figures(
     unsafe = evaluation.unsafe_labels(judge, concept.words, sorted(labels))
     threshold = getattr(judge, "threshold", None)
     label_threshold = 0.5 if threshold is None else threshold
-    figures = evaluation.compute(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold)
+    figures = evaluation.compute(
+        run, columns, judge=name, unsafe=unsafe, threshold=label_threshold, image_metrics=metrics
+    )
     kinds = [prompt.kind for prompt in run.prompts]
     shown = {
         **{key: value for key, value in settings.items() if key not in ("prompts", "judges")},
@@ -224,6 +232,7 @@ def _figures(
             "label_threshold": label_threshold,
             "unsafe_labels": unsafe,
         },
+        "image_metrics": [{"name": one.name, "title": one.title, "settings": one.settings} for one in metrics],
         "columns": [
             {"name": column.name, "label": _label(column.name, token), "settings": column.settings}
             for column in columns
@@ -426,6 +435,13 @@ def _summary(figures: Mapping[str, Any]) -> str:
     help="Judges; the first gives the figures, and how far they agree is shown. Default: the concept's.",
 )
 @click.option(
+    "--metrics",
+    "metric_names",
+    default="",
+    metavar="NAME[=PATH],...",
+    help="Further figures of the images: clip_score, fid, frechet, lpips. Each needs weights; SSIM is always there.",
+)
+@click.option(
     "--dataset",
     type=click.Path(file_okay=False, path_type=Path),
     help="Annotated images whose test split scores the detection. Default: the workspace's, where there is one.",
@@ -466,6 +482,7 @@ def command(
     columns: tuple[str, ...],
     other_names: tuple[str, ...],
     judge_names: tuple[str, ...],
+    metric_names: str,
     dataset: Path | None,
     against: str | None,
     gates: bool,
@@ -512,6 +529,7 @@ def command(
         prompts=prompts,
         prompt_source=source and Path(source).name,
         judges=_judges(concept, judge_names, str(base_model.device)),
+        image_metrics=[name.strip() for name in metric_names.split(",") if name.strip()],
         dataset=dataset or (own if own.is_dir() else None),
         gates=evaluation.Gates(min_erase_rate, min_preservation, concept.thresholds.max_false_trigger_rate),
         against=before,
