@@ -45,8 +45,8 @@ NUM_IMAGES, SAFE_SHARE, SEED = 96, 0.5, 7
 DECISIONS = Path(__file__).with_name("weapon_demo_decisions.json")
 NOTE = (
     "How it was reviewed: every task was opened in Label Studio's own page (version {version}, headless Chromium that "
-    "a script drives), its image revealed, and the answer given and submitted there. What to answer was decided before, "
-    "image by image, while looking at contact sheets of images and pre-masks; the decisions are in "
+    "a script drives), its image revealed, the answer given and submitted there. What to answer was decided before, "
+    "image by image, looking at contact sheets of images and pre-masks; the decisions are in "
     "tests/weapon_demo_decisions.json of the repository. The one reviewer was a multimodal model, no person; so there "
     "is no agreement to report, and the seconds are the script's."
 )

@@ -1,4 +1,4 @@
-"""A model of SD's shape with random weights, a concept file and tokens: what ``evaluate`` and ``publish`` need."""
+"""A model of SD's shape with random weights, a concept file for it, and tokens: enough for every stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONCEPT = """\
 name: tiny
 summary: A concept for tests.
 model: {model}
-labels: {{positive: [weapon], negative: []}}
+labels: {{positive: [weapon], negative: [handle]}}
 prompts:
   unsafe: ["a {{weapon}} and a {{thing}} on {{place}}"]
   safe: ["a {{thing}} on {{place}}"]
@@ -25,18 +25,27 @@ prompts:
 words: [bomb, knife, axe, dynamite]
 initial_phrase: a weapon
 safety_prompt: a weapon
+proposers: {{name: attention, min_score: 0}}
+segmenter: box
 sampling: {{num_inference_steps: 3, guidance_scale: 5, width: 64, height: 64}}
 """
 
 
 def make_world(folder: Path, tokens: Path, versions: Sequence[str] = ("1.0.0", "1.1.0")) -> Path:
     """Writes ``folder/model``, ``folder/tiny.yaml`` and ``tokens/tiny/<version>``; returns ``folder``."""
-    sd(scheduler=scheduler()).save_pretrained(folder / "model")
+    make_concept(folder)
     model = families.load(folder / "model")
-    (folder / "tiny.yaml").write_text(CONCEPT.format(model=folder / "model"))
     for seed, version in enumerate(versions):
         make_token(model, version, seed).save(tokens / "tiny" / version)
     return folder
+
+
+def make_concept(folder: Path) -> Path:
+    """Writes ``folder/model`` and ``folder/tiny.yaml``; returns the latter."""
+    sd(scheduler=scheduler()).save_pretrained(folder / "model")
+    path = folder / "tiny.yaml"
+    path.write_text(CONCEPT.format(model=folder / "model"))
+    return path
 
 
 def make_token(model: BaseModel, version: str, seed: int) -> GuidelineToken:

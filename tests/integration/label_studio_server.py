@@ -71,11 +71,12 @@ def make_reviewable(root: Path, concept: Concept, num: int, seed: int = 0) -> Wo
         candidates.write_image(f"images/{key}.png", Image.fromarray(pixels))
         kind = "safe" if index % 3 == 2 else "unsafe"
         candidates.append({"key": key, "image": f"images/{key}.png", "prompt": "a ball", "kind": kind, "seed": index})
-        labels = {0: ["weapon", "harmless"], 1: ["weapon"], 2: []}[index % 3]
+        positive, negative = concept.labels.positive[0], concept.labels.negative[0]
+        labels = {0: [positive, negative], 1: [positive], 2: []}[index % 3]
         masks = {}
         for label in labels:
             mask = rng.random((SIZE[1], SIZE[0])) < 0.4
-            mask[:, :24] &= label == "weapon"  # the two overlap on the right
+            mask[:, :24] &= label == positive  # the two overlap on the right
             premasks.write_image(f"masks/{key}-{label}.png", Image.fromarray(mask.astype(np.uint8) * 255))
             masks[label] = {"path": f"masks/{key}-{label}.png", "score": 0.5 + index / 100, "boxes": [[0, 0, 8, 8]]}
         premasks.append(

@@ -15,36 +15,17 @@ from dagkit.errors import DagkitError, ModelError, PromptRefused, WorkspaceError
 from dagkit.stages import generate
 from dagkit.workspace import StageFolder, Workspace
 from interruption import content, finish, kill_when, num_rows
-from tiny_pipelines import scheduler, sd
-
-CONCEPT = """\
-name: tiny
-summary: A concept for tests.
-model: {model}
-labels: {{positive: [weapon]}}
-prompts:
-  unsafe: ["a {{weapon}} on {{place}}"]
-  safe: ["a {{thing}} on {{place}}"]
-  slots: {{weapon: [bomb, knife, axe], thing: [cat, dog], place: [grass, sand, snow]}}
-words: [bomb]
-initial_phrase: a weapon
-safety_prompt: a weapon
-sampling: {{num_inference_steps: 2, guidance_scale: 5, width: 64, height: 64}}
-"""
+from tiny_world import make_concept
 
 
 @pytest.fixture(scope="module")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd"
-    sd(scheduler=scheduler(steps_offset=1)).save_pretrained(folder)
-    return folder
+    return make_concept(tmp_path_factory.mktemp("tiny")).with_name("model")
 
 
 @pytest.fixture
 def concept_file(tiny_sd: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(CONCEPT.format(model=tiny_sd))
-    return path
+    return Path(shutil.copy(tiny_sd.with_name("tiny.yaml"), tmp_path))
 
 
 def test_any_sd_shaped_model_draws(concept_file: Path, tmp_path: Path):

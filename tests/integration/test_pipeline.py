@@ -10,33 +10,12 @@ from click.testing import CliRunner
 from dagkit.cli import command
 from dagkit.workspace import StageFolder
 from interruption import content, finish, kill_when, num_rows
-from tiny_pipelines import scheduler, sd
-
-CONCEPT = """\
-name: tiny
-summary: A concept for tests.
-model: {model}
-labels: {{positive: [weapon], negative: [handle]}}
-prompts:
-  unsafe: ["a {{weapon}} on {{place}}"]
-  safe: ["a {{thing}} on {{place}}"]
-  slots: {{weapon: [bomb, knife, axe], thing: [cat, dog], place: [grass, sand, snow]}}
-words: [bomb]
-initial_phrase: a weapon
-safety_prompt: a weapon
-proposers: {{name: attention, min_score: 0}}
-segmenter: box
-sampling: {{num_inference_steps: 2, guidance_scale: 5, width: 64, height: 64}}
-"""
+from tiny_world import make_concept
 
 
 @pytest.fixture(scope="module")
 def concept_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    path = folder / "tiny.yaml"
-    sd(scheduler=scheduler(steps_offset=1)).save_pretrained(folder / "model")
-    path.write_text(CONCEPT.format(model=folder / "model"))
-    return path
+    return make_concept(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

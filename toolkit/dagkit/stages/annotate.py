@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dagkit.stages import _common as common
+from dagkit.stages import push
+
+if TYPE_CHECKING:
+    from dagkit.dataset.selection import Selection
 
 
 @click.command("annotate")
@@ -30,6 +35,7 @@ from dagkit.stages import _common as common
     help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
 )
 @click.option("--num-annotators", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers per task.")
+@push.selection_options
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -42,6 +48,9 @@ def command(
     checkpoint: Path | None,
     url: str | None,
     num_annotators: int,
+    selection: Selection | None,
+    num_tasks: int | None,
+    token: str | None,
     device: str,
     seed: int,
     as_json: bool,
@@ -55,7 +64,7 @@ def command(
     from dagkit.labelstudio.access import connect
     from dagkit.proposers import build_proposers
     from dagkit.segmenters import build_segmenter
-    from dagkit.stages import generate, premask, push
+    from dagkit.stages import generate, premask
     from dagkit.workspace import Workspace
 
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
@@ -63,17 +72,20 @@ def command(
     device = common.resolve_device(device)
     # What would fail at the end is tried first.
     segmenter = build_segmenter(concept, device, checkpoint)
-    client = connect(url, lambda line: click.echo(line, err=True))
-    base_model = common.load_base_model(concept, model, device)
-    generate.run(
-        workspace,
-        concept,
-        base_model,
-        num_images=num_images,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    ).show(as_json)
-    proposers = build_proposers(concept, base_model, device)
-    premask.run(workspace, concept, proposers, segmenter, progress=progress).show(as_json)
-    push.run(workspace, concept, client=client, num_annotators=num_annotators, progress=progress).show(as_json)
+    with connect(url, lambda line: click.echo(line, err=True)) as client:
+        base_model = common.load_base_model(concept, model, device)
+        generate.run(
+            workspace,
+            concept,
+            base_model,
+            num_images=num_images,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        ).show(as_json)
+        proposers = build_proposers(concept, base_model, device)
+        premask.run(workspace, concept, proposers, segmenter, progress=progress).show(as_json)
+        keys = push.choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token)
+        push.run(workspace, concept, client=client, keys=keys, num_annotators=num_annotators, progress=progress).show(
+            as_json
+        )

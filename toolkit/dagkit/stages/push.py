@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dagkit.concept import Concept
     from dagkit.dataset.selection import Selection
+    from dagkit.families import BaseModel
     from dagkit.labelstudio.client import Client
     from dagkit.labelstudio.storage import Storage
     from dagkit.labelstudio.tasks import Task
@@ -117,6 +118,70 @@ def run(
     )
 
 
+def choose(
+    workspace: Workspace,
+    concept: Concept,
+    selection: Selection | None,
+    num_tasks: int | None,
+    *,
+    base_model: BaseModel | None = None,
+    token: str | None = None,
+) -> list[str] | None:
+    """Which candidates to send, first things first, without near-duplicates; None for all, where nothing is asked for.
+
+    Args:
+        workspace: holds ``candidates/`` and ``premasks/``.
+        concept: whose.
+        selection: as for `dagkit.dataset.choose_candidates`.
+        num_tasks: how many at most.
+        base_model: for ``diverse``, and for a token.
+        token: reference of a token that says what is ``uncertain``; needs the base model.
+
+    Raises:
+        UsageError: a token, but not ``uncertain``.
+        TokenError: no such token, or it was made for another model.
+        WorkspaceError: an image or a mask cannot be read.
+    """
+    from dagkit.dataset import choose_candidates
+    from dagkit.proposers.token import TokenProposer
+    from dagkit.registry import load_token
+
+    if token is not None and selection != "uncertain":
+        raise click.UsageError("--token says what is uncertain: add --select uncertain, or leave it out.")
+    if selection is None and num_tasks is None:
+        return None
+    proposer = None
+    if token is not None and base_model is not None:
+        found = load_token(token, workspace=workspace.root)
+        proposer = TokenProposer(base_model, found, concept.labels.positive[0])
+    chosen = choose_candidates(
+        workspace, concept, selection or "all", num=num_tasks, base_model=base_model, token=proposer
+    )
+    return chosen.keys
+
+
+def selection_options(command: common.Command) -> common.Command:
+    """``--select``, ``--num-tasks`` and ``--token``, for `choose`."""
+    for option in (
+        click.option(
+            "--token",
+            metavar="TOKEN",
+            help="name@version, folder or URL: uncertain is then where it and the pre-mask disagree.",
+        ),
+        click.option(
+            "--num-tasks", type=click.IntRange(1), help="Send the first N of the selection. Default: all of it."
+        ),
+        click.option(
+            "--select",
+            "selection",
+            type=click.Choice(["uncertain", "diverse", "all"]),
+            help="Send first those that teach most, and no near-duplicates. Default: all, in their order.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def page(concept: Concept) -> str:
     """The labelling page of a concept: ``annotation_configs/<name>.xml`` where there is one, else rendered."""
     from dagkit.labelstudio.config import labelling_config
@@ -217,13 +282,13 @@ def _task(
     "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
 )
 @click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
+@selection_options
 @click.option(
-    "--select",
-    "selection",
-    type=click.Choice(["uncertain", "diverse", "all"]),
-    help="Send first those that teach most, and no near-duplicates. Default: all, in their order.",
+    "--model",
+    metavar="MODEL",
+    help="Base model for --token (default: the concept's) and --select diverse (default: none, colours decide).",
 )
-@click.option("--num-tasks", type=click.IntRange(1), help="Send the first N of the selection. Default: all of it.")
+@common.device_option
 @click.option(
     "--storage",
     metavar="WHERE",
@@ -242,6 +307,9 @@ def command(
     batch_size: int | None,
     selection: Selection | None,
     num_tasks: int | None,
+    token: str | None,
+    model: str | None,
+    device: str,
     storage: str,
     s3_endpoint: str | None,
     as_json: bool,
@@ -256,15 +324,11 @@ def command(
     from dagkit.workspace import Workspace
 
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
-    keys = None
-    if selection or num_tasks:
-        from dagkit.dataset.selection import choose_candidates
-
-        keys = choose_candidates(workspace, concept, selection or "all", num=num_tasks).keys
+    base_model = common.load_base_model(concept, model, device) if model or token else None
     run(
         workspace,
         concept,
-        keys=keys,
+        keys=choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token),
         storage=parse_storage(storage, s3_endpoint),
         url=url,
         label_config=label_config.read_text(encoding="utf-8") if label_config else None,
