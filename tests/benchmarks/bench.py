@@ -1,9 +1,10 @@
 """Runs every benchmark, writes build/bench.json, prints the table.
 
-    python tests/benchmarks/bench.py [--quick] [--only detect optimize guide cost]
+    python tests/benchmarks/bench.py [--quick] [--only detect optimize codec cost guide]
 
 Each script runs in a process of its own and prints one JSON object with flat keys; bars are those of
-docs/benchmarks.md.
+docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time, but ``cost`` runs alone, and
+``guide`` has two workers of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SCRIPTS = ("detect", "optimize", "cost", "guide")
+SCRIPTS = ("detect", "optimize", "codec", "cost", "guide")
+TOGETHER = (("optimize", "detect", "codec"), ("cost",), ("guide",))
 OUT = Path("build/bench.json")
 BARS: dict[str, tuple[str, float]] = {
     "detect.iou_to_probe": (">=", 0.9),
@@ -39,6 +42,8 @@ BARS: dict[str, tuple[str, float]] = {
     "guard.cost_firing_bundled": ("<=", 1.5),
     "guard.cost_firing_reuse": ("<=", 1.3),
     "guard.cost_firing_reuse_bundled": ("<=", 1.3),
+    "codec.encode_speedup": (">=", 5.0),
+    "codec.decode_speedup": (">=", 5.0),
 }
 
 
@@ -54,13 +59,27 @@ def table(figures: dict[str, object]) -> str:
     """One line a figure, with its bar where there is one."""
     lines = []
     for key, value in sorted(figures.items()):
-        if isinstance(value, str):
+        if isinstance(value, str | dict):
             continue
         number = float(value)  # type: ignore[arg-type]
         sign, bar = BARS.get(key, ("", 0.0))
         verdict = "" if not sign else "ok" if (number >= bar if sign == ">=" else number <= bar) else "MISSED"
         lines.append(f"{key:36} {number:14.4g}  {sign} {bar if sign else '':<6} {verdict}".rstrip())
     return "\n".join(lines)
+
+
+def run(name: str, is_quick: bool) -> dict[str, object] | None:
+    """One script's figures; None where it fails."""
+    began = time.monotonic()
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ, "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parent / f"bench_{name}.py"
+    command = [sys.executable, "-W", "ignore", str(script), *(["--quick"] if is_quick else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    if done.returncode:
+        return None
+    found: dict[str, object] = json.loads(done.stdout[done.stdout.index("{") :])
+    return found
 
 
 def main() -> int:
@@ -72,18 +91,14 @@ def main() -> int:
     figures: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     }
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1", **os.environ}
     failed = []
-    for name in arguments.only:
-        began = time.monotonic()
-        script = Path(__file__).parent / f"bench_{name}.py"
-        command = [sys.executable, "-W", "ignore", str(script), *(["--quick"] if arguments.quick else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-        if done.returncode:
-            failed.append(name)
-            continue
-        figures |= json.loads(done.stdout[done.stdout.index("{") :])
-        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    for group in TOGETHER:
+        names = [name for name in group if name in arguments.only]
+        with ThreadPoolExecutor(2) as pool:
+            for name, found in zip(names, pool.map(lambda name: run(name, arguments.quick), names), strict=True):
+                if found is None:
+                    failed.append(name)
+                figures |= found or {}
     derive(figures)
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")

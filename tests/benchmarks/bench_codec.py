@@ -1,6 +1,6 @@
 """Brush codec against the SDK's: CPU seconds at 1024 x 1024, interleaved. Prints one JSON object.
 
-    python tests/benchmarks/bench_codec.py [--rounds 5]
+    python tests/benchmarks/bench_codec.py [--rounds 5] [--quick]
 
 Three masks: a ragged one (thresholded noise of 4 px grain, like a bad segmentation), discs, and an empty one. The
 speed-up is the ratio of the summed medians, so it is ruled by the ragged mask, which is the slow one for both.
@@ -34,7 +34,9 @@ def masks() -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--quick", action="store_true", help="One round.")
+    arguments = parser.parse_args()
+    rounds = 1 if arguments.quick else arguments.rounds
     seconds: dict[str, list[float]] = defaultdict(list)
 
     def timed(name, function, *arguments):

@@ -69,12 +69,14 @@ def flat(queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def fit_probe(cache: QueryCache, num_steps: int = 150) -> tuple[Tensor, Tensor, Tensor]:
-    """Logistic regression on all queries of all pairs: what a linear reader can see at most."""
+def fit_probe(cache: QueryCache, num_steps: int = 150, share: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
+    """Logistic regression on the queries of all pairs, at a random share of the cells: what a linear reader can see."""
     batch = cache.take(torch.arange(len(cache)))
     size = (batch.masks.shape[-2], batch.masks.shape[-1])
-    features, target = flat(batch.queries, size), batch.masks.flatten(1)
-    spread = features.std((0, 1))
+    features, target = flat(batch.queries, size).flatten(0, 1), batch.masks.flatten()
+    cells = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))[: int(share * len(target))]
+    features, target = features[cells], target[cells]
+    spread = features.std(0)
     weights = torch.zeros(features.shape[-1], requires_grad=True)
     bias = torch.tensor(-2.0, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=num_steps, history_size=20, line_search_fn="strong_wolfe")
@@ -113,7 +115,7 @@ def maps(
 
 
 def main(*, is_quick: bool) -> dict[str, object]:
-    num_scenes, num_train = (40, 24) if is_quick else (200, 24)
+    num_scenes, num_train = (24, 24) if is_quick else (200, 24)
     base = bench.base_model()
     training, validation = bench.annotated(num_train)
     result = optimize(base, training, recipe=bench.recipe(), validation=validation)
@@ -151,7 +153,7 @@ def main(*, is_quick: bool) -> dict[str, object]:
         "detect.num_scenes": num_scenes,
     }
     unseen = []
-    for weapon in world.WEAPONS[: 1 if is_quick else 4]:
+    for weapon in () if is_quick else world.WEAPONS:
         others = [name for name in world.WEAPONS if name != weapon]
         left_out = optimize(base, *bench.annotated(num_train, weapons=others)[:1], recipe=bench.recipe())
         scenes = bench.scenes(num_scenes // 4, 601, is_unsafe=True, weapons=[weapon])
@@ -161,7 +163,8 @@ def main(*, is_quick: bool) -> dict[str, object]:
         unseen.append(
             float(np.mean(list(maps_of.iou_at({t: left_out.thresholds.at(t)[1] for t in TIMESTEPS}).values())))
         )
-    figures["detect.iou_unseen"] = float(np.mean(unseen))
+    if unseen:
+        figures["detect.iou_unseen"] = float(np.mean(unseen))
     return figures
 
 

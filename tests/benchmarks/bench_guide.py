@@ -125,7 +125,7 @@ def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> 
 
 
 def main(*, is_quick: bool, num_workers: int) -> dict[str, object]:
-    main_count, safe_count, peer_count = (50, 50, 25) if is_quick else (300, 200, 100)
+    main_count, safe_count, peer_count = (12, 12, 6) if is_quick else (300, 200, 50)
     base = bench.base_model()
     made = tokens(base)
     identity = hashlib.sha256(base.fingerprint.encode())
