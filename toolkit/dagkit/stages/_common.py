@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -170,8 +170,10 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     from dagkit import demo, families
 
     name = model or concept.model
-    source = demo.model_path() if name == "demo" else name
-    return families.load(source, device=resolve_device(device))
+    if name != "demo":
+        return families.load(name, device=resolve_device(device))
+    base_model = families.load(demo.model_path(), device=resolve_device(device))
+    return replace(base_model, source=name)  # what stages write does not depend on where dagkit is installed
 
 
 def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
