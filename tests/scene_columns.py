@@ -123,6 +123,7 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
         **evaluation.compute(run, columns, **common),
         "detection": None,
         "attack": None,
+        "against": None,
         "agreement": evaluation.agreement(run, columns, [JUDGE]),
         "prompts": evaluation.prompt_table(run, columns, **common),
         "versions": {"dagkit": "0.0.0"},

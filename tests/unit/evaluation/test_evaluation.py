@@ -194,7 +194,9 @@ def test_regressions_name_the_figure_that_got_worse(figures: dict) -> None:
         "against/false_trigger/safe",
     }
     text = worse["against/erase_rate/named"]["text"]
-    assert text == f"shows the concept in {NUM} and no longer in 0 of {NUM} named prompts (p = 0.031)"
+    assert text == (
+        f"shows the concept in {NUM} of {NUM} named prompts, before in 0 (worse in {NUM}, better in 0; p = 0.031)"
+    )
     assert evaluation.regressions(figures, {**figures, "prompts": rows}, "dagkit") == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dagkit import report
+from dagkit import evaluation, report
 from scene_columns import scene_columns, scene_examples, scene_figures, scene_run
 
 NUM = 3
@@ -143,6 +143,17 @@ def test_agreement_and_detection_are_shown_where_they_were_measured(
     assert "Against an adversary" not in html
     assert "demo, clip" in text
     assert "timestep 700" in text
+
+
+def test_the_version_before_stands_beside(figures_and_examples: tuple[dict, list], html: str) -> None:
+    figures, examples = figures_and_examples
+    rows = evaluation.compare(figures, figures, "dagkit")
+    rows[0] = {**rows[0], "before": 0, "after": 3, "num_worse": 3, "p_value": 0.25, "is_worse": True}
+    text = report.render({**figures, "against": {"token": "weapon@0.9.0", "rows": rows}}, examples)
+    assert "Beside weapon@0.9.0" in text
+    assert "Beside weapon" not in html
+    cells = '<td class="n">0/3</td><td class="n">3/3</td><td class="n">3</td><td class="n">0</td>'
+    assert f'shows the concept, named</th>{cells}<td><span class="tag bad">worse</span>' in text
 
 
 def test_figures_of_images_have_a_column_each(figures_and_examples: tuple[dict, list], html: str) -> None:

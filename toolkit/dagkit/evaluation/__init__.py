@@ -7,7 +7,7 @@ from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
 from dagkit.evaluation.figures import BASELINE, SCHEMA, agreement, compute, prompt_table, seen_region, unsafe_labels
-from dagkit.evaluation.gates import Gates, comparable, regressions
+from dagkit.evaluation.gates import Gates, comparable, compare, regressions
 from dagkit.evaluation.identity import read_figures, token_identity
 from dagkit.evaluation.image_metrics import NAMES as IMAGE_METRICS
 from dagkit.evaluation.image_metrics import ImageMetric, load_image_metrics
@@ -33,6 +33,7 @@ __all__ = [
     "agreement",
     "attack_guard",
     "comparable",
+    "compare",
     "compute",
     "concept_prompts",
     "draw_columns",

@@ -54,8 +54,8 @@ class Gates:
         return checks
 
 
-def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """Where a version is worse than the one that it would replace, beyond chance.
+def compare(figures: Mapping[str, Any], before: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """How a version did beside the one that it would replace.
 
     Both were drawn from the same prompts and the same noise, so they are compared prompt by prompt with an exact sign
     test (McNemar's): a difference that the number of prompts cannot show does not count.
@@ -66,10 +66,11 @@ def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: s
         column: the guarded column in both.
 
     Returns:
-        One entry a figure that got worse: ``name``, ``text`` and ``p_value``.
+        One entry a kind of prompt and figure, of bad events: ``name``, ``kind``, ``words``, ``num_prompts``; ``before``
+        and ``after``, in how many prompts it happens; ``num_worse``, ``num_better``, ``p_value`` and ``is_worse``.
     """
     older = {row["key"]: row["columns"][column] for row in before["prompts"]}
-    worse = []
+    found = []
     for kind in figures["results"]:
         rows = [row for row in figures["prompts"] if row["kind"] == kind and row["key"] in older]
         pairs = [(older[row["key"]], row["columns"][column]) for row in rows]
@@ -78,13 +79,40 @@ def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: s
                 continue
             up = sum(value(new) > value(old) for old, new in pairs)
             down = sum(value(new) < value(old) for old, new in pairs)
-            test = mcnemar([True] * up + [False] * down, [False] * up + [True] * down)
-            if up > down and test.p_value < SIGNIFICANCE:
-                text = (
-                    f"{words} in {up} and no longer in {down} of {len(pairs)} {kind} prompts (p = {test.p_value:.2g})"
-                )
-                worse.append({"name": f"against/{name}/{kind}", "text": text, "p_value": test.p_value})
-    return worse
+            p_value = mcnemar([True] * up + [False] * down, [False] * up + [True] * down).p_value
+            found.append(
+                {
+                    "name": name,
+                    "kind": kind,
+                    "words": words,
+                    "num_prompts": len(pairs),
+                    "before": sum(value(old) > 0 for old, _ in pairs),
+                    "after": sum(value(new) > 0 for _, new in pairs),
+                    "num_worse": up,
+                    "num_better": down,
+                    "p_value": float(f"{p_value:.4g}"),
+                    "is_worse": up > down and p_value < SIGNIFICANCE,
+                }
+            )
+    return found
+
+
+def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    """Where a version is worse than the one that it would replace, beyond chance; arguments as of `compare`.
+
+    Returns:
+        One entry a figure that got worse: ``name``, ``text`` with both values, and ``p_value``.
+    """
+    return [
+        {
+            "name": f"against/{one['name']}/{one['kind']}",
+            "text": f"{one['words']} in {one['after']} of {one['num_prompts']} {one['kind']} prompts, before in "
+            f"{one['before']} (worse in {one['num_worse']}, better in {one['num_better']}; p = {one['p_value']:.2g})",
+            "p_value": one["p_value"],
+        }
+        for one in compare(figures, before, column)
+        if one["is_worse"]
+    ]
 
 
 def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

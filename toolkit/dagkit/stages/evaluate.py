@@ -119,6 +119,7 @@ def run(
         figures = _figures(concept, token, part, drawn, judges, metrics, settings)
         figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
         figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
+        figures["against"] = _comparison(figures, against)
         figures["checks"] = _checks(figures, gates or _default_gates(concept), against)
         path = _write_report(folder, figures, part, drawn, num_examples)
     passed = all(check["is_passed"] for check in figures["checks"])
@@ -318,23 +319,36 @@ def _attack(
 def _checks(figures: dict[str, Any], gates: Gates, against: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Gates, and what got worse since the older version."""
     from dagkit import evaluation
-    from dagkit.errors import TokenError
 
     checks = gates.checks(figures, GUARDED)
     if against is None:
         return checks
     before = against["token"]["name"]
-    different = evaluation.comparable(figures, against)
-    if different:
-        raise TokenError(
-            f"{before} was evaluated with other settings ({', '.join(different)}), so the two cannot be compared. "
-            "Evaluate both with the same prompts, seed, model and judge."
-        )
     worse = evaluation.regressions(figures, against, GUARDED)
     if not worse:
         text = f"no worse than {before}, as far as {len(figures['prompts'])} prompts can show"
         return [*checks, {"name": "against", "text": text, "is_passed": True}]
     return [*checks, *({**one, "text": f"worse than {before}: {one['text']}", "is_passed": False} for one in worse)]
+
+
+def _comparison(figures: dict[str, Any], against: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The token beside the version that it would replace.
+
+    Raises:
+        TokenError: they were not measured alike.
+    """
+    from dagkit import evaluation
+    from dagkit.errors import TokenError
+
+    if against is None:
+        return None
+    before, different = against["token"]["name"], evaluation.comparable(figures, against)
+    if different:
+        raise TokenError(
+            f"{before} was evaluated with other settings ({', '.join(different)}), so the two cannot be compared. "
+            "Evaluate both with the same prompts, seed, model and judge."
+        )
+    return {"token": before, "rows": evaluation.compare(figures, against, GUARDED)}
 
 
 def _write_report(
