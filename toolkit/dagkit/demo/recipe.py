@@ -86,12 +86,12 @@ class BaseRecipe:
     object_weight: float = 4.0
     high_noise_share: float = 0.5
     caption_dropout: float = 0.12
-    repeat_share: float = 0.6
+    repeat_share: float = 0.75
     num_objects_weights: tuple[float, float, float] = (0.12, 0.4, 0.48)
-    weapon_probability: float = 0.5
-    caption_weights: tuple[float, float, float] = (0.65, 0.12, 0.23)
+    weapon_probability: float = 0.55
+    caption_weights: tuple[float, float, float] = (0.5, 0.12, 0.38)
     look_alike_probability: float = 0.5
-    schedule: Schedule = Schedule(11_000, 16, 1e-3)
+    schedule: Schedule = Schedule(11_000, 16, 1e-3, seed=4)
 
 
 @dataclass(frozen=True, slots=True)
