@@ -348,6 +348,18 @@ def test_the_wrong_base_model_is_refused_and_both_are_named(pipe: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("sketch", ["", "sketch1:", "sketch1:no base64", "sketch1:AAAA"])
+def test_a_token_without_a_readable_fingerprint_is_refused(pipe: Any, sketch: str) -> None:
+    token = tiny.token(pipe)
+    model = token.record.base_model.model_copy(update={"text_encoder": sketch})
+    broken = replace(token, record=token.record.model_copy(update={"base_model": model}))
+    with (
+        pytest.raises(GuardError, match=r"weapon@1.0.0: base_model.text_encoder of its record is no fingerprint"),
+        broken.guard().attach(pipe),
+    ):
+        pass
+
+
 def test_a_token_of_another_width_is_refused(pipe: Any) -> None:
     wide = tiny.sdxl()
     layers = tiny.token(wide).record.layers

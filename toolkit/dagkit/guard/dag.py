@@ -85,7 +85,13 @@ class Guard(PipelineGuard):
         except ModelError as error:
             raise GuardError(f"{self.token.name} cannot guard this {type(pipe).__name__}: {error}") from error
         for part, sketch in found.items():
-            distance = difference(getattr(model, part), sketch)
+            try:
+                distance = difference(getattr(model, part), sketch)
+            except ValueError as error:
+                raise GuardError(
+                    f"{self.token.name}: base_model.{part} of its record is no fingerprint ({error}), so nobody can "
+                    "tell whether it belongs to this model. Get the token again."
+                ) from error
             if distance > TOLERANCE:
                 raise GuardError(
                     f"{self.token.name} was made for {model.id} ({part} {getattr(model, part)[-13:]}), but this "
