@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dagkit.labelstudio.client import Client, ServerUnavailableError
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.stages import pull, push
 from dagkit.workspace import Workspace
+from interruption import content, finish, kill_when, num_rows
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
 
@@ -147,6 +150,36 @@ def test_push_killed_with_sigkill_resumes(
     assert_each_exactly_once(login, workspace, concept)
     rows = workspace.stage("labeling", concept.name).rows()
     assert [row["key"] for row in rows] == [row["key"] for row in workspace.stage("premasks", concept.name).rows()]
+
+
+def test_pull_killed_with_sigkill_resumes(
+    client: Client, login: Login, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = make_reviewable(tmp_path / "killed", concept, 50, seed=24)
+    push.run(workspace, concept, client=client)
+    with api(login) as http:
+        for index, row in enumerate(workspace.stage("labeling", concept.name).rows()):
+            proposed = http.get(f"/api/tasks/{row['task_id']}").json()["predictions"]
+            result = proposed[0]["result"][: 2 - index % 2] if proposed else []
+            answer = {"result": result, "was_cancelled": index % 7 == 6}
+            http.post(f"/api/tasks/{row['task_id']}/annotations/", json=answer).raise_for_status()
+    shutil.copytree(workspace.root, tmp_path / "undisturbed")
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", login.token)
+    line = ["pull", "--concept", concept.name, "--label-studio", login.url, "--quiet", "--workspace"]
+    finish(*line, tmp_path / "undisturbed")
+
+    folder = workspace.stage("annotations", concept.name).path
+    kill_when(lambda: num_rows(folder) >= 5, *line, workspace.root)
+    assert 5 <= num_rows(folder) < 50
+    assert not (folder / "cursor.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("masks/*.png")}
+    finish(*line, workspace.root)
+    assert content(folder) == content(tmp_path / "undisturbed" / "annotations" / concept.name)
+    states = Counter(row["state"] for row in workspace.stage("annotations", concept.name).rows())
+    assert sum(states.values()) == 50
+    assert {"accepted", "changed", "empty", "skipped"} == set(states)
+    noted = {path: path.stat().st_mtime_ns for path in before}
+    assert sum(noted[path] == before[path] for path in before) >= 5, "what was pulled before was pulled again"
 
 
 def test_server_that_stays_down_is_one_line_and_the_next_push_goes_on(
