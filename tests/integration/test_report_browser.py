@@ -149,6 +149,16 @@ def test_sections_are_reached_from_the_top(page: Page) -> None:
     assert page.get_by_text("DDIMScheduler, 25 steps").is_visible()
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_is_wider_than_the_window(browser: Any, path: Path, width: int) -> None:
+    """Wide tables scroll inside; the page itself never moves sideways."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    page.get_by_label("Show all pictures").check()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(browser: Any, path: Path, scheme: str) -> None:
     """Every text is at least 4.5 : 1 against its background (WCAG 2.2, AA)."""

@@ -159,7 +159,7 @@ def test_the_version_before_stands_beside(figures_and_examples: tuple[dict, list
 def test_figures_of_images_have_a_column_each(figures_and_examples: tuple[dict, list], html: str) -> None:
     figures, examples = figures_and_examples
     ssim = figures["results"]["named"]["dagkit"]["ssim"]
-    assert f"{ssim['value']:.3f}<small>{ssim['low']:.3f} – {ssim['high']:.3f}</small>" in html
+    assert f"{ssim['value']:.3f}<small>{ssim['low']:.3f} – {ssim['high']:.3f} · {NUM}</small>" in html
     measured = [
         {"name": "clip_score", "title": "CLIP score", "settings": {"checkpoint": "acme/clip"}},
         {"name": "fid", "title": "FID", "settings": {"width": 2048}},
@@ -171,10 +171,18 @@ def test_figures_of_images_have_a_column_each(figures_and_examples: tuple[dict, 
     }
     changed = {**figures, "results": results, "settings": {**figures["settings"], "image_metrics": measured}}
     text = report.render(changed, examples)
-    assert text.count("23.46<small>20.00 – 30.00</small>") == 3 * 3  # kinds x columns, the unguarded one included
+    assert text.count("23.46<small>20.00 – 30.00 · 3</small>") == 3 * 3  # kinds x columns, the unguarded one included
     assert "acme/clip" in text
     assert "compare them at equal counts only" in text
     assert "compare them at equal counts only" not in html
+
+
+def test_data_efficiency_is_plotted_where_it_was_measured(figures_and_examples: tuple[dict, list], html: str) -> None:
+    figures, examples = figures_and_examples
+    curve = [{"num_images": size, "validation_iou": iou} for size, iou in ((2, 0.2), (8, 0.5), (32, 0.61))]
+    text = report.render({**figures, "token": {**figures["token"], "data_efficiency": curve}}, examples)
+    assert "Validation IoU by annotated images: 0.20 with 2, 0.50 with 8, 0.61 with 32" in text
+    assert "How much data it needs" not in html
 
 
 def test_small_pictures_are_scaled_without_smoothing(html: str) -> None:

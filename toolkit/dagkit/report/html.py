@@ -110,6 +110,7 @@ def render(figures: Mapping[str, Any], examples: Sequence[Example]) -> str:
         has_traces=guarded is not None,
         score_chart=_step_chart(by_step, guarded, "score"),
         firing_chart=_step_chart(by_step, guarded, "firing"),
+        data_chart=_data_chart(figures["token"]),
         sweep_charts=_sweep_charts(figures, columns),
         cost_words=_cost_words(figures),
         rows=_prompt_rows(figures, columns),
@@ -154,15 +155,16 @@ def _columns(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ratio(estimate: Mapping[str, Any] | None) -> str:
-    return _fixed(estimate, 2)
+    return _fixed(estimate, 2, has_count=False)
 
 
-def _fixed(estimate: Mapping[str, Any] | None, digits: int) -> str:
+def _fixed(estimate: Mapping[str, Any] | None, digits: int, has_count: bool = True) -> str:
     """A value that is no share, with its interval."""
     if not estimate or estimate["value"] is None:
         return "–"
     interval = f"{estimate['low']:.{digits}f} – {estimate['high']:.{digits}f}"
-    return Markup("{}<small>{}</small>").format(f"{estimate['value']:.{digits}f}", interval)
+    count = f" · {estimate['total']:g}" if has_count else ""
+    return Markup("{}<small>{}</small>").format(f"{estimate['value']:.{digits}f}", interval + count)
 
 
 def _percent(value: float | None) -> str:
@@ -313,6 +315,21 @@ def _step_chart(by_step: Mapping[str, Any], column: str | None, figure: str) -> 
     return charts.line_chart(series, label=f"{title} by step. {ends}", x_title="step", y_title=title, is_x_whole=True)
 
 
+def _data_chart(token: Mapping[str, Any] | None) -> Markup:
+    """Validation IoU by the number of annotated images; empty where that was not measured."""
+    points = [(one["num_images"], one["validation_iou"]) for one in (token or {}).get("data_efficiency") or []]
+    if not points:
+        return Markup("")
+    words = ", ".join(f"{value:.2f} with {number}" for number, value in points)
+    return charts.line_chart(
+        [charts.Series("validation IoU", "c-guard", points)],
+        label=f"Validation IoU by annotated images: {words}",
+        x_title="annotated images",
+        y_title="validation IoU",
+        is_x_whole=True,
+    )
+
+
 def _sweep_charts(figures: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for kind, by_column in figures["sweep"].items():
@@ -389,7 +406,7 @@ def _settings(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
         *((f"Metric {one['name']}", _sentence(one["settings"])) for one in s["image_metrics"]),
     ]
     if figures["token"]:
-        token = figures["token"]
+        token = {name: value for name, value in figures["token"].items() if name != "data_efficiency"}
         pairs.insert(0, ("Token", _sentence(token)))
     return pairs
 

@@ -245,7 +245,12 @@ def _figures(
         "created": now(),
         "concept": {"name": concept.name, "summary": concept.summary},
         "column": GUARDED,
-        "token": {"name": token.name, "made_for": token.record.base_model.id, "created": token.record.created or None},
+        "token": {
+            "name": token.name,
+            "made_for": token.record.base_model.id,
+            "created": token.record.created or None,
+            "data_efficiency": token.record.metrics.get("data_efficiency"),
+        },
         "settings": shown,
         **figures,
         "agreement": evaluation.agreement(run, columns, list(judges)),
