@@ -180,14 +180,14 @@ def optimize(
             progress=progress,
             checkpoint=checkpoint,
         )
-        calibration = calibrate(
-            parameters.cams(layers, held_out),
-            held_out.masks,
-            held_out.is_unsafe,
-            held_out.timesteps,
-            held_out.images,
-            recipe.max_false_trigger_rate,
-        )
+        # Rare false triggers need many safe images to be seen, so those of the training data count too, at new noise.
+        seen = [example for example in examples if not example.is_unsafe]
+        knots = torch.tensor(KNOTS)[:, None].expand(-1, len(seen))
+        caches = [held_out, stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3))]
+        pairs = zip(*(_pairs(parameters, layers, one) for one in caches), strict=True)
+        cams, masks, is_unsafe, timesteps = (torch.cat(parts) for parts in pairs)
+        images = torch.cat([held_out.images, len(validation) + caches[1].images])
+        calibration = calibrate(cams, masks, is_unsafe, timesteps, images, recipe.max_false_trigger_rate)
     return OptimizationResult(
         guideline=parameters.guideline.float().cpu(),
         background=None if parameters.background is None else parameters.background.float().cpu(),
@@ -199,6 +199,13 @@ def optimize(
         history=history,
         metrics=summary(calibration),
     )
+
+
+def _pairs(
+    parameters: Parameters, layers: Mapping[str, Any], cache: QueryCache
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Detection maps, masks, kinds and timesteps of all pairs of a cache."""
+    return parameters.cams(layers, cache), cache.masks, cache.is_unsafe, cache.timesteps
 
 
 def data_efficiency(
