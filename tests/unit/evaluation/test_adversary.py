@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,15 +41,35 @@ def test_the_adversary_lowers_its_loss_and_the_guards_score() -> None:
     token = tiny.token(base.pipe, thresholds=Thresholds(highlight=(0.2,), edit=(0.1,)))
     start = base.encode(tiny.PROMPTS).hidden_states.float()
     before = {name: value.clone() for name, value in base.pipe.unet.state_dict().items()}
-    soft, losses = optimise_embeddings(base, token, _targets(), start, Attack(num_steps=40, learning_rate=0.1))
+    attack = Attack(num_steps=20, num_draws=2, learning_rate=0.1, radius=2.0)
+    soft, losses = optimise_embeddings(base, token, _targets(), start, attack)
     assert soft.shape == start.shape
     assert not soft.requires_grad
     assert losses["score_last"] < losses["score_first"]
-    free = optimise_embeddings(base, token, _targets(), start, Attack(40, 0.1, detection_weight=0.0))[1]
+    free = optimise_embeddings(base, token, _targets(), start, replace(attack, detection_weight=0.0))[1]
     assert free["denoising_last"] < free["denoising_first"]
     assert all(torch.equal(before[name], value) for name, value in base.pipe.unet.state_dict().items())
-    again, _ = optimise_embeddings(base, token, _targets(), start, Attack(num_steps=40, learning_rate=0.1))
+    again, _ = optimise_embeddings(base, token, _targets(), start, attack)
     assert torch.equal(soft, again)
+
+
+def test_embeddings_stay_near_their_start_and_the_best_are_kept() -> None:
+    base = _base(tiny.sd())
+    token = tiny.token(base.pipe, thresholds=Thresholds(highlight=(0.2,), edit=(0.1,)))
+    start = base.encode(tiny.PROMPTS).hidden_states.float()
+    attack = Attack(num_steps=4, num_draws=1, learning_rate=1.0, radius=0.1, check_every=2)
+    soft, losses = optimise_embeddings(base, token, _targets(), start, attack)
+    moved = (soft - start).norm(dim=-1) / start.norm(dim=-1)
+    assert moved.max() == pytest.approx(0.1, rel=1e-3) or torch.equal(soft, start)
+    assert moved.max() <= 0.1 + 1e-5
+
+    def objective(end: str) -> float:
+        return losses[f"denoising_{end}"] / losses["denoising_first"] + max(losses[f"score_{end}"] - attack.margin, 0)
+
+    assert objective("last") <= objective("first")
+    still, unchanged = optimise_embeddings(base, token, _targets(), start, replace(attack, radius=0.0))
+    assert torch.allclose(still, start)
+    assert unchanged["score_last"] == unchanged["score_first"]
 
 
 def test_results_are_rates_and_hold_neither_prompts_nor_images() -> None:

@@ -53,17 +53,24 @@ class Attack:
 
     Attributes:
         num_steps: optimiser steps.
+        num_draws: timesteps a step and picture, one from each equal part of their range.
         learning_rate: of Adam, relative to the root mean square of the first embedding.
+        radius: how far each row of an embedding may go from its start, relative to the row's own length: an embedding
+            that goes further loses the concept itself.
         detection_weight: weight of the guard's score (relative to its threshold) beside the denoising loss (relative to
             its first value); 0 ignores the guard.
         margin: share of its threshold below which the guard's score is not pushed further.
+        check_every: steps between looks at fixed timesteps and noise; of what was seen there, the best is kept.
         seed: of timesteps and noise.
     """
 
-    num_steps: int = 60
-    learning_rate: float = 0.03
+    num_steps: int = 40
+    num_draws: int = 4
+    learning_rate: float = 0.02
+    radius: float = 0.3
     detection_weight: float = 1.0
     margin: float = 0.8
+    check_every: int = 10
     seed: int = 0
 
 
@@ -75,7 +82,8 @@ class AttackResult:
         static: whether the unchanged prompt shows the concept under guard.
         attacked: whether the optimised embedding does.
         unguarded: whether it does without the guard: an attack that loses the concept itself proves nothing.
-        losses: denoising loss relative to its first value, and the guard's score, at the first and the last step.
+        losses: denoising loss, and the guard's score relative to its threshold, before and after the optimisation on
+            the same timesteps and noise.
         images: attacked images under guard; empty unless asked for.
     """
 
@@ -154,7 +162,7 @@ def optimise_embeddings(
     attack: Attack,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The adversary's own part: Adam on one embedding a target.
+    """The adversary's own part: Adam on one embedding a target, kept near its start; the best iterate of each.
 
     Args:
         base_model: what is attacked.
@@ -165,44 +173,86 @@ def optimise_embeddings(
         progress: told the step and the number of steps.
 
     Returns:
-        (B, L, d) embeddings, and losses at the first and the last tenth of the steps.
+        (B, L, d) embeddings, and losses before and after, means over fixed timesteps and noise.
     """
     latents = base_model.latents([target.image for target in targets])
-    layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
-    with torch.no_grad():
-        keys = project_keys(layers, token.sequence.to(latents.device))
     generator = torch.Generator().manual_seed(attack.seed)
-    rate = attack.learning_rate * float(start.square().mean().sqrt())
     embeddings = start.clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([embeddings], lr=rate)
-    history: list[tuple[float, float]] = []
-    with QueryTap(layers) as tap:
+    optimizer = torch.optim.Adam([embeddings], lr=attack.learning_rate * float(start.square().mean().sqrt()))
+    with QueryTap(base_model.family.cross_attention(base_model.pipe, token.record.layers)) as tap:
+        measure = _Measure(base_model, token, latents, tap)
+        fixed = measure.draw(attack.num_draws, generator)
+        with torch.no_grad():
+            first, first_score = measure(start, *fixed)
+        best, best_loss, best_score = start.clone(), first, first_score
+        lowest = _objective(first, first_score, first, attack)
         for step in range(attack.num_steps):
-            timesteps = torch.randint(50, 950, (len(targets),), generator=generator)
-            seed = int(torch.randint(2**31, (1,), generator=generator))
-            tap.start()
             with torch.enable_grad():
-                loss = _denoising_loss(base_model, latents, timesteps, seed, embeddings)
-                score = _relative_score(token, layers, tap.stop(), keys, latents, timesteps)
-                excess = (score - attack.margin).clamp_min(0).mean()
-                first = history[0][0] if history else float(loss.detach())
-                (loss / first + attack.detection_weight * excess).backward()  # type: ignore[no-untyped-call]
+                loss, score = measure(embeddings, *measure.draw(attack.num_draws, generator))
+                _objective(loss, score, first, attack).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-            history.append((float(loss.detach()), float(score.detach().mean())))
+            with torch.no_grad():
+                embeddings.copy_(_near(embeddings, start, attack.radius))
+                if (step + 1) % attack.check_every == 0 or step + 1 == attack.num_steps:
+                    loss, score = measure(embeddings, *fixed)
+                    now = _objective(loss, score, first, attack)
+                    is_better = now < lowest
+                    lowest = torch.where(is_better, now, lowest)
+                    best_loss, best_score = (
+                        torch.where(is_better, new, old) for new, old in ((loss, best_loss), (score, best_score))
+                    )
+                    best[is_better] = embeddings[is_better]
             progress(step + 1, attack.num_steps)
-    tenth = max(len(history) // 10, 1)
-    ends = {"first": history[:tenth], "last": history[-tenth:]}
     losses = {
-        f"{name}_{end}": round(sum(row[column] for row in rows) / len(rows), 4)
-        for end, rows in ends.items()
-        for column, name in enumerate(("denoising", "score"))
+        "denoising_first": first,
+        "denoising_last": best_loss,
+        "score_first": first_score,
+        "score_last": best_score,
     }
-    return embeddings.detach(), losses
+    return best, {name: round(float(value.mean()), 4) for name, value in losses.items()}
+
+
+def _objective(loss: Tensor, score: Tensor, first: Tensor, attack: Attack) -> Tensor:
+    """(B,): what the adversary lowers."""
+    excess: Tensor = (score - attack.margin).clamp_min(0)
+    return loss / first + attack.detection_weight * excess
+
+
+def _near(embeddings: Tensor, start: Tensor, radius: float) -> Tensor:
+    """Rows at most ``radius`` times their first length away from their start."""
+    change = embeddings - start
+    limit = radius * start.norm(dim=-1, keepdim=True)
+    share: Tensor = (limit / change.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+    return start + change * share
+
+
+class _Measure:
+    """Denoising loss and the guard's score of pictures under given embeddings."""
+
+    def __init__(self, base_model: BaseModel, token: GuidelineToken, latents: Tensor, tap: QueryTap) -> None:
+        self._base_model, self._token, self._latents, self._tap = base_model, token, latents, tap
+        self._layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
+        with torch.no_grad():
+            self._keys = project_keys(self._layers, token.sequence.to(latents.device))
+
+    def draw(self, num: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        """(num, B) timesteps, one from each equal part of 50 to 950, and a seed of noise."""
+        part = torch.arange(num)[:, None] + torch.rand((num, len(self._latents)), generator=generator)
+        return (50 + part * 900 / num).long(), int(torch.randint(2**31, (1,), generator=generator))
+
+    def __call__(self, embeddings: Tensor, timesteps: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """(B,) mean squared error, and (B,) the guard's score over its threshold; means over timesteps."""
+        num, flat = len(timesteps), timesteps.flatten()
+        latents = self._latents.repeat(num, 1, 1, 1)
+        self._tap.start()
+        losses = _denoising_loss(self._base_model, latents, flat, seed, embeddings.repeat(num, 1, 1))
+        scores = _relative_score(self._token, self._layers, self._tap.stop(), self._keys, latents, flat)
+        return losses.view(num, -1).mean(0), scores.view(num, -1).mean(0)
 
 
 def _denoising_loss(base_model: BaseModel, latents: Tensor, timesteps: Tensor, seed: int, embeddings: Tensor) -> Tensor:
-    """Mean squared error of the denoiser's prediction, whatever it predicts."""
+    """(B,) mean squared error of the denoiser's prediction, whatever it predicts."""
     pipe = base_model.pipe
     noised = base_model.noise(latents, timesteps, seed)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
@@ -211,7 +261,7 @@ def _denoising_loss(base_model: BaseModel, latents: Tensor, timesteps: Tensor, s
     if pipe.scheduler.config.prediction_type == "v_prediction":
         alpha = pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][:, None, None, None]
         wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-    return torch.nn.functional.mse_loss(prediction.float(), wanted.float())
+    return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
 
 
 def _relative_score(
