@@ -33,6 +33,8 @@ def test_wheel_holds_code_weights_sprites_and_shipped_files_only(wheel: Path):
         "dagkit/demo/data/model/unet/diffusion_pytorch_model.safetensors",
         "dagkit/_data/annotation_configs/weapon.yaml",
         "dagkit/_data/datasets/README.md",
+        "dagkit/_data/datasets/weapon-demo/dataset.json",
+        "dagkit/_data/datasets/weapon-demo/data/train-00000-of-00001.parquet",
     ):
         assert wanted in names
     assert {name.split("/")[0] for name in names} <= {"dagkit", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
@@ -66,6 +68,7 @@ def test_installed_wheel_runs_the_demo_outside_the_repository(wheel: Path, tmp_p
     where = subprocess.check_output([python, "-c", "import dagkit; print(dagkit.__file__)"], cwd=tmp_path, text=True)
     assert where.startswith(str(tmp_path))
     assert "weapon" in run("concept", "list")
+    assert " 0 errors" in run("dataset", "check", "datasets/weapon-demo")
     report = Path(run("demo", "--quick", "--quiet").splitlines()[-1])
     assert report.is_relative_to(tmp_path)
     assert "weapon 1.0.0" in report.read_text()
