@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,10 +16,10 @@ import tiny_pipelines as tiny
 from dagkit import demo, families
 from dagkit.errors import ConceptError
 from dagkit.evaluation.eval_unlearn import DagkitTechnique
-from dagkit.judges.demo import DemoJudge
 
 PROMPTS = ["a bomb on grass", "a cat on sand"]
 STEPS = 4
+VERSION = "1.1.2"
 
 
 def test_the_entry_point_names_the_technique() -> None:
@@ -47,35 +51,70 @@ def test_seeds_and_settings_are_eval_unlearns(token: str) -> None:
     assert [one.tobytes() for one in plain.generate(PROMPTS, seed=3)] == [one.tobytes() for one in first]
 
 
-def test_it_runs_in_eval_unlearns_own_runner(token: str, tmp_path: Path) -> None:
-    runners = pytest.importorskip("eval_unlearn.runners")
-    from eval_unlearn.registry import register_metric
-    from eval_unlearn.types import Dataset, MetricResult
+RUN = """\
+import json, sys
+from eval_unlearn import runners
+from eval_unlearn.registry import register_metric
+from eval_unlearn.types import Dataset, MetricResult
+from dagkit.judges.demo import DemoJudge
 
-    @register_metric("weapons_left")
-    class WeaponsLeft:
-        """The share of images in which the bundled judge finds a weapon."""
+token, folder, prompts, steps = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 
-        def __init__(self, **_: Any) -> None:
-            self.said: list[bool] = []
 
-        def load_dataset(self) -> list[Dataset]:
-            return [Dataset(prompts=PROMPTS)]
+@register_metric("weapons_left")
+class WeaponsLeft:
+    def __init__(self, **_):
+        self.said = []
 
-        def update(self, images: list, prompts: list, metadata: dict) -> None:
-            assert prompts == PROMPTS
-            self.said += [one.is_present for one in DemoJudge.from_concept().judge(images)]
+    def load_dataset(self):
+        return [Dataset(prompts=prompts)]
 
-        def compute(self) -> MetricResult:
-            return MetricResult("weapons_left", sum(self.said) / len(self.said), {"num_images": len(self.said)})
+    def update(self, images, prompts, metadata):
+        self.said += [one.is_present for one in DemoJudge.from_concept().judge(images)]
 
-    report = runners.SingleBenchmarkRunner(
-        technique_name="dagkit",
-        metric_name="weapons_left",
-        technique_config={"token": token, "device": "cpu", "num_inference_steps": STEPS, "erase_concept": "weapon"},
-        output_dir=str(tmp_path),
-        seed=7,
-    ).run()
-    assert "weapons_left" in str(report)
-    assert "'num_images': 2" in str(report)
+    def compute(self):
+        return MetricResult("weapons_left", sum(self.said) / len(self.said), {"num_images": len(self.said)})
+
+
+report = runners.SingleBenchmarkRunner(
+    technique_name="dagkit",
+    metric_name="weapons_left",
+    technique_config={"token": token, "device": "cpu", "num_inference_steps": steps, "erase_concept": "weapon"},
+    output_dir=folder,
+    seed=7,
+).run()
+print(report)
+"""
+
+
+@pytest.fixture(scope="module")
+def eval_unlearn() -> Path:
+    """eval-unlearn in a folder of its own, kept in the user's cache.
+
+    It asks for numpy 2.4, which label-studio-sdk 2.1 does not allow beside it, but runs with what is installed here.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dagkit" / "eval-unlearn" / VERSION
+    if not (cache / "eval_unlearn").is_dir():
+        building = cache.with_name(f".{VERSION}-{os.getpid()}")
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(building)]
+        done = subprocess.run([*install, f"eval-unlearn=={VERSION}"], capture_output=True, text=True)
+        if done.returncode:
+            if os.environ.get("CI"):
+                pytest.fail(f"CI must be able to install eval-unlearn: {done.stderr}")
+            pytest.skip("NO EVAL-UNLEARN: its runner did not run (pip could not install it)")
+        try:
+            building.rename(cache)
+        except OSError:  # another process was faster
+            shutil.rmtree(building)
+    return cache
+
+
+def test_it_runs_in_eval_unlearns_own_runner(eval_unlearn: Path, token: str, tmp_path: Path) -> None:
+    given = [sys.executable, "-c", RUN, token, str(tmp_path), json.dumps(PROMPTS), str(STEPS)]
+    paths = [str(eval_unlearn), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(given, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "weapons_left" in done.stdout
+    assert "'num_images': 2" in done.stdout
     assert list(tmp_path.rglob("*.png"))

@@ -1,9 +1,10 @@
 """The guideline token as an artifact: a folder that can be checked, versioned and published.
 
     tokens/<concept>/<version>/
-      guideline.safetensors   guideline (n, d), start_of_text (1, d), and where used background (m, d), head_weights
-      (k,) token.json              what it is, what it was made from and how: the schema is ``TokenRecord`` README.md
-      model card SHA256SUMS              of the three files
+      guideline.safetensors   guideline (n, d), start_of_text (1, d); where used background (m, d), head_weights (k,)
+      token.json              what it is, what it was made from and how: the schema is ``TokenRecord``
+      README.md               model card
+      SHA256SUMS              of the other three files
 
 Rows live in the space of ``encoder_hidden_states`` (text-encoder OUTPUT). Textual-inversion embeddings live in the text
 encoder's INPUT space, so the file never holds one tensor alone: loaders of such embeddings then refuse it.
