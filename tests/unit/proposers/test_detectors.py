@@ -11,11 +11,12 @@ from dagkit import demo, families
 from dagkit.concept import Concept, load_concept
 from dagkit.demo import world
 from dagkit.errors import CheckpointError, ConceptError, TokenError
+from dagkit.optimization import Example, Recipe, optimize
 from dagkit.proposers import Proposer, build_proposers, propose_all
 from dagkit.proposers.attention import AttentionProposer
 from dagkit.proposers.token import TokenProposer
 from dagkit.segmenters import build_segmenter, combine, union_by_label
-from dagkit.token import BaseModelInfo, GuidelineToken, Thresholds, TokenRecord
+from dagkit.token import GuidelineToken
 
 
 def change(concept: Concept, **fields: object) -> Concept:
@@ -159,22 +160,17 @@ def base_model() -> families.BaseModel:
 
 @pytest.fixture(scope="module")
 def token(base_model: families.BaseModel) -> GuidelineToken:
-    """Not optimised: the words' own rows, against the words of harmless things."""
-    weapons, harmless = (
-        base_model.encode([f"a {word}" for word in words]).hidden_states[:, 2].float()
-        for words in (world.WEAPONS, (*world.HARMLESS, *world.BACKGROUNDS))
-    )
-    sketches = base_model.family.fingerprints(base_model.pipe, base_model.layers)
-    record = TokenRecord(
-        concept="weapon",
-        version="1.0.0",
-        base_model=BaseModelInfo(id="demo", architecture="sd", fingerprint=base_model.fingerprint, **sketches),
-        layers=tuple(base_model.layers),
-        thresholds=Thresholds(highlight=(0.2,), edit=(0.01,)),
-        safety_prompt="a weapon",
-    )
-    start = base_model.encode([""]).hidden_states[0, :1].float()
-    return GuidelineToken(weapons, start, harmless, None, record)
+    """Optimised for a few steps on rendered scenes."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for index in range(24):
+        other, weapon = world.HARMLESS[index % 16], world.WEAPONS[index % 4]
+        names = (other, weapon) if index % 2 else (other,)
+        scene = world.render_scene(rng, names)
+        text = world.caption(scene.classes, scene.background, rng)
+        examples.append(Example(Image.fromarray(scene.image), scene.mask(*world.WEAPONS), text, index % 2 == 1))
+    result = optimize(base_model, examples, recipe=Recipe(initial_phrase="a weapon", num_steps=60, num_draws=2))
+    return result.token(base_model, concept="weapon", version="1.0.0", safety_prompt="a weapon", model_id="demo")
 
 
 def test_a_token_proposes_where_its_map_is_high(base_model: families.BaseModel, token: GuidelineToken, tmp_path: Path):
@@ -190,7 +186,7 @@ def test_a_token_proposes_where_its_map_is_high(base_model: families.BaseModel, 
     heat = proposer.heat_map(Image.fromarray(scene.image), "a cat and a bomb on sand", 0)
     assert heat.shape == (64, 64)
     x0, y0, x1, y1 = map(int, best.box)
-    assert heat[y0:y1, x0].max() >= 0.2 > heat[y0:y1, max(x0 - 1, 0)].max()
+    assert heat[y0:y1, x0:x1].mean() > 2 * heat.mean()
     assert float(heat[y0:y1, x0:x1].max()) == pytest.approx(best.score)
 
 
