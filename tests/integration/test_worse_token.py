@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,9 +78,10 @@ def measured(concept: Path, prompts: Path, tmp_path_factory: pytest.TempPathFact
                 moved = np.roll(premask_of(workspace, loaded, key), (32, 32), (0, 1))
                 write_masks(folder, key, {"weapon": moved})
         finish("export", *where, "--unreviewed")
-        finish("optimize", *where, "--num-steps", 80, "--quiet")
-        finish("evaluate", "--token", f"weapon@{version}", *where, "--prompts", prompts, "--num-prompts", NUM + 2,
-               "--column", "none", "--num-examples", 2, "--quiet")  # fmt: skip
+        finish("optimize", *where, "--num-steps", 60, "--quiet")
+        more = ["--dataset", root / "dataset" / "weapon", "--column", "none", "--num-examples", 2, "--quiet"]
+        given = ["--prompts", prompts, "--num-prompts", NUM + 2]
+        finish("evaluate", "--token", f"weapon@{version}", *where, *given, *more)
     return root
 
 
@@ -109,6 +111,32 @@ def test_from_a_dataset_to_a_guarded_pipeline_in_another_process(measured: Path,
         assert f"{file.name} was changed after it was published" in str(result.exception)
         file.write_bytes(whole)
     assert CliRunner().invoke(command, ["token", "show", f"{to}@^1"]).exit_code == 0
+
+
+@pytest.mark.slow
+def test_detection_is_scored_against_the_masks(measured: Path) -> None:
+    """IoU, precision, recall and false triggers on the test split of the renderer's masks (``--dataset``)."""
+    detection = figures(measured, "1.0.0")["detection"]
+    assert detection["dataset"] != figures(measured, "1.1.0")["detection"]["dataset"]
+    assert [row["timestep"] for row in detection["rows"]] == [900, 700, 500, 300, 100]
+    for row in detection["rows"]:
+        assert row["iou"]["total"] + row["false_trigger"]["total"] == detection_size(detection["words"])
+    best = max(detection["rows"], key=lambda row: row["iou"]["value"])
+    assert best["iou"]["value"] > 0.3, best
+    assert best["precision"]["value"] > 0.3
+    assert best["recall"]["value"] > 0.3
+    moved = max(row["iou"]["value"] for row in figures(measured, "1.1.0")["detection"]["rows"])
+    assert moved < best["iou"]["value"]
+    assert (
+        "Against masks that people have checked"
+        in (measured / "reports" / "weapon" / "1.0.0" / "report.html").read_text()
+    )
+
+
+def detection_size(words: str) -> int:
+    """How many images the words of a detection speak of."""
+    unsafe, safe = re.findall(r"(\d+) unsafe and (\d+) safe images", words)[0]
+    return int(unsafe) + int(safe)
 
 
 @pytest.mark.slow

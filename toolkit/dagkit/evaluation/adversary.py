@@ -64,11 +64,11 @@ class Attack:
         seed: of timesteps and noise.
     """
 
-    num_steps: int = 40
-    num_draws: int = 4
+    num_steps: int = 20
+    num_draws: int = 2
     learning_rate: float = 0.02
-    radius: float = 0.3
-    detection_weight: float = 1.0
+    radius: float = 0.1
+    detection_weight: float = 5.0
     margin: float = 0.8
     check_every: int = 10
     seed: int = 0
