@@ -95,7 +95,7 @@ def test_from_a_dataset_to_a_guarded_pipeline_in_another_process(measured: Path,
     to = f"file://{tmp_path}/published"
     finish("publish", "weapon@1.0.0", "--to", to, "--workspace", measured)
     erased = figures(measured, "1.0.0")["results"]["named"]["dagkit"]["erase_rate"]
-    assert erased["value"] >= 0.4, erased  # twelve pictures and a token of few steps: 7 of 12 were measured
+    assert erased["value"] >= 0.6, erased
 
     def use() -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "DAGKIT_CACHE": str(tmp_path / "empty")}

@@ -187,6 +187,7 @@ TAMPERED = {
     "unknown key": (edit(lambda r: r.update(script="x")), "script: Extra inputs are not permitted"),
     "bad version": (edit(lambda r: r.update(version="../1")), "version: String should match pattern"),
     "concept that climbs": (edit(lambda r: r.update(concept="../x")), "concept: String should match pattern"),
+    "not finite": (edit(lambda r: r["guidance"].update(strength=float("inf"))), "Infinity"),
     "out of range": (
         edit(lambda r: r["guidance"].update(strength=1e9)),
         "guidance.strength: Input should be less than or equal to 1000",
