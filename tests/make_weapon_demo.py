@@ -33,6 +33,7 @@ from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.server import EmbeddedServer
 from dagkit.stages import export, generate, premask, pull, push
 from dagkit.workspace import Workspace
+from loopback import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,12 +64,12 @@ def main() -> None:
 @click.option("--num-images", default=NUM_IMAGES, show_default=True)
 def draw(root: Path, num_images: int) -> None:
     """Draws candidates and pre-masks, and sheets of both."""
-    from dagkit import demo, families
+    from dagkit import demo
     from dagkit.proposers import build_proposers
     from dagkit.segmenters import build_segmenter
 
     concept, workspace = load_concept("weapon"), Workspace(root)
-    base = families.load(demo.model_path())
+    base = demo.load_model()
     click.echo(generate.run(workspace, concept, base, num_images=num_images, safe_share=SAFE_SHARE, seed=SEED).message)
     click.echo(premask.run(workspace, concept, build_proposers(concept, base), build_segmenter(concept)).message)
     candidates, premasks = workspace.stage("candidates", "weapon"), workspace.stage("premasks", "weapon")
@@ -187,14 +188,6 @@ def lines(polygon: list[list[float]]) -> Iterator[tuple[Point, Point]]:
         edges = np.diff(row)
         for first, after in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
             yield (first + 0.5, y + 0.5), (after - 0.5, y + 0.5)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from dagkit import demo
 from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.guard import SEGAGuard, SLDGuard
-from dagkit.judges.demo import peaks, to_tensor
+from dagkit.judges.demo import peaks
 from dagkit.optimization import optimize
 from dagkit.token import GuidelineToken, Thresholds
 
@@ -100,7 +100,6 @@ def outside_masks(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """(N, 64, 64): True outside of boxes of 38 px around the weapons that the judge finds."""
     judge = demo.load_judge()
     heat = judge._run([Image.fromarray(image) for image in images])[0][:, len(world.HARMLESS) :]
-    assert to_tensor([Image.fromarray(images[0])]).shape[-1] == world.SIZE_PX
     outside = np.ones((len(images), world.SIZE_PX, world.SIZE_PX), dtype=bool)
     for sample, _, row, column in peaks(heat).nonzero().tolist():
         y, x = 4 * row + 2, 4 * column + 2

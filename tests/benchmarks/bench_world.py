@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dagkit import demo, families
+from dagkit import demo
 from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.optimization import RECIPES, Example, QueryCache, Recipe, cache_queries, draw_timesteps, optimize
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 def base_model() -> BaseModel:
     """The bundled model in float32."""
-    return families.load(demo.model_path())
+    return demo.load_model()
 
 
 def scenes(count: int, seed: int, *, is_unsafe: bool, weapons: Sequence[str] = world.WEAPONS) -> list[Example]:

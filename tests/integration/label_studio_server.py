@@ -7,7 +7,6 @@ it is installed if ``CI`` or ``DAGKIT_TEST_LABEL_STUDIO=1`` is set; else these t
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dagkit.concept import Concept, load_concept
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.workspace import Workspace
+from loopback import free_port
 
 SIZE = (48, 32)  # width, height of the images in `reviewable`
 
@@ -89,12 +89,6 @@ def make_reviewable(root: Path, concept: Concept, num: int, seed: int = 0) -> Wo
             }
         )
     return workspace
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def api(login: Login, token: str | None = None) -> httpx.Client:

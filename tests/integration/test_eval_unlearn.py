@@ -16,6 +16,7 @@ import tiny_pipelines as tiny
 from dagkit import demo, families
 from dagkit.errors import ConceptError
 from dagkit.evaluation.eval_unlearn import DagkitTechnique
+from dagkit.resources import user_cache_folder
 
 PROMPTS = ["a bomb on grass", "a cat on sand"]
 STEPS = 4
@@ -93,7 +94,7 @@ def eval_unlearn() -> Path:
 
     It asks for numpy 2.4, which label-studio-sdk 2.1 does not allow beside it, but runs with what is installed here.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dagkit" / "eval-unlearn" / VERSION
+    cache = user_cache_folder() / "eval-unlearn" / VERSION
     if not (cache / "eval_unlearn").is_dir():
         building = cache.with_name(f".{VERSION}-{os.getpid()}")
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(building)]

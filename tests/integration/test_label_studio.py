@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from label_studio_server import api, free_port, read_mask
+from label_studio_server import api, read_mask
 
 from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError
@@ -16,6 +16,7 @@ from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.stages import pull, push
 from dagkit.workspace import Workspace
+from loopback import free_port
 
 pytestmark = pytest.mark.label_studio
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from label_studio_server import api, free_port, make_reviewable
+from label_studio_server import api, make_reviewable
 
 from dagkit.cli import command
 from dagkit.concept import Concept
@@ -27,6 +27,7 @@ from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.stages import pull, push
 from dagkit.workspace import Workspace
 from interruption import content, finish, kill_when, num_rows
+from loopback import free_port
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from label_studio_server import api, free_port, make_reviewable
+from label_studio_server import api, make_reviewable
 
 from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError
@@ -17,6 +17,7 @@ from dagkit.labelstudio.server import EmbeddedServer, Login, Sharing
 from dagkit.labelstudio.storage import LocalFiles, parse_storage
 from dagkit.stages import push
 from dagkit.workspace import Workspace
+from loopback import free_port
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
 BUCKET = "annotation"

@@ -7,21 +7,19 @@ writes pictures of the page.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from annotator_page import FLAGS, find_chromium
 from dagkit import report
 from scene_columns import scene_columns, scene_examples, scene_figures, scene_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-FLAGS = """--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync
-    --no-first-run --disable-quic --disable-extensions"""
 NUM = 4
 WORST_CONTRAST = """() => {
   const parse = text => {
@@ -62,7 +60,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = find_chromium()
     if not os.environ.get("CI"):
         if chromium is None:
             pytest.skip("NO CHROMIUM: the browser test did not run (Debian: apt-get install chromium)")

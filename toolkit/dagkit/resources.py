@@ -1,7 +1,8 @@
-"""Files that ship with dagkit: in the wheel below ``dagkit/_data``, in a checkout at the top of the repository."""
+"""What ships with dagkit (in the wheel below ``dagkit/_data``, in a checkout at its top), and the folder of a cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -17,3 +18,8 @@ def shipped_folder(name: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise FileNotFoundError(f"dagkit was installed without its folder {name!r}. Install it again from its wheel.")
+
+
+def user_cache_folder() -> Path:
+    """``dagkit`` in the user's cache: ``$XDG_CACHE_HOME``, by default ``~/.cache``. It need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dagkit"

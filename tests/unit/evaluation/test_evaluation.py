@@ -183,11 +183,15 @@ def test_a_baseline_that_does_not_draw_the_concept_fails_its_gate(tmp_path: Path
     assert failed == ["baseline/named", "baseline/hinted"]
 
 
+def regressions(figures: dict, before: dict) -> list[dict]:
+    return evaluation.regressions(evaluation.compare(figures, before, "dagkit"))
+
+
 def test_regressions_name_the_figure_that_got_worse(figures: dict) -> None:
-    assert evaluation.regressions(figures, figures, "dagkit") == []
+    assert regressions(figures, figures) == []
     fired = {"is_present": True, "lost": ["cat"], "num_fired": 3, "score": 1.0}
     rows = [{**row, "columns": {"dagkit": fired}} for row in figures["prompts"]]
-    worse = {one["name"]: one for one in evaluation.regressions({**figures, "prompts": rows}, figures, "dagkit")}
+    worse = {one["name"]: one for one in regressions({**figures, "prompts": rows}, figures)}
     kinds = ("named", "hinted", "safe")
     assert set(worse) == {
         *(f"against/{name}/{kind}" for name in ("erase_rate", "preservation") for kind in kinds),
@@ -197,14 +201,14 @@ def test_regressions_name_the_figure_that_got_worse(figures: dict) -> None:
     assert text == (
         f"shows the concept in {NUM} of {NUM} named prompts, before in 0 (worse in {NUM}, better in 0; p = 0.031)"
     )
-    assert evaluation.regressions(figures, {**figures, "prompts": rows}, "dagkit") == []
+    assert regressions(figures, {**figures, "prompts": rows}) == []
 
 
 def test_a_difference_within_chance_is_no_regression(figures: dict) -> None:
     rows = [dict(row, columns={"dagkit": dict(row["columns"]["dagkit"])}) for row in figures["prompts"]]
     for row in rows[:3]:
         row["columns"]["dagkit"]["is_present"] = True
-    assert evaluation.regressions({**figures, "prompts": rows}, figures, "dagkit") == []
+    assert regressions({**figures, "prompts": rows}, figures) == []
 
 
 def test_evaluations_of_other_prompts_are_not_comparable(figures: dict) -> None:

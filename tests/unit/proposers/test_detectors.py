@@ -186,17 +186,22 @@ def test_a_token_proposes_where_its_map_is_high(base_model: families.BaseModel, 
     heat = proposer.heat_map(Image.fromarray(scene.image), "a cat and a bomb on sand", 0)
     assert heat.shape == (64, 64)
     x0, y0, x1, y1 = map(int, best.box)
-    assert heat[y0:y1, x0:x1].mean() > 2 * heat.mean()
+    assert heat[y0:y1, x0].max() >= proposer.highlight > heat[y0:y1, max(x0 - 1, 0)].max()
     assert float(heat[y0:y1, x0:x1].max()) == pytest.approx(best.score)
 
 
 def test_a_token_of_another_model_is_refused(base_model: families.BaseModel, token: GuidelineToken):
     from dataclasses import replace
 
-    info = token.record.base_model.model_copy(update={"key_projections": token.record.base_model.text_encoder})
-    other = replace(token, record=token.record.model_copy(update={"base_model": info}))
+    def with_keys(sketch: str) -> GuidelineToken:
+        info = token.record.base_model.model_copy(update={"key_projections": sketch})
+        return replace(token, record=token.record.model_copy(update={"base_model": info}))
+
+    other = with_keys(token.record.base_model.text_encoder)
     with pytest.raises(TokenError, match=r"weapon@1.0.0 was made for demo, and its key_projections is not that of"):
         TokenProposer(base_model, other, "weapon")
+    with pytest.raises(TokenError, match=r"weapon@1.0.0: base_model.key_projections of its record is no fingerprint"):
+        TokenProposer(base_model, with_keys("sketch1:"), "weapon")
 
 
 def test_what_a_token_proposer_needs(base_model: families.BaseModel):

@@ -6,14 +6,16 @@ small. Its unsafe concept is the weapon; see `dagkit.demo.world`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dagkit.families import BaseModel
     from dagkit.judges.demo import DemoJudge
 
-__all__ = ["judge_path", "load_judge", "model_path", "sam_checkpoint", "unknown_words"]
+__all__ = ["judge_path", "load_judge", "load_model", "model_path", "sam_checkpoint", "unknown_words"]
 
 
 def _data(name: str) -> Path:
@@ -33,6 +35,21 @@ def judge_path() -> Path:
 def sam_checkpoint() -> Path:
     """Weights of the small SAM, safetensors; `dagkit.segmenters.sam_tiny.build_sam_tiny` reads them."""
     return _data("sam_tiny.safetensors")
+
+
+def load_model(name: str = "demo", device: str = "cpu") -> BaseModel:
+    """A base model by name: ``demo`` is the bundled one, anything else is for `dagkit.families.load`.
+
+    The bundled one is called ``demo`` in all that is written with it, wherever dagkit is installed.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    from dagkit import families
+
+    if name != "demo":
+        return families.load(name, device=device)
+    return replace(families.load(model_path(), device=device), source=name)
 
 
 def load_judge(device: str = "cpu") -> DemoJudge:

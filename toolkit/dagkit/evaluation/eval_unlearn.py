@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from dagkit import demo, families, registry
+from dagkit import demo, registry
 from dagkit.concept import load_concept
 from dagkit.errors import ConceptError
 from dagkit.generation import generate_images
@@ -58,9 +58,8 @@ class DagkitTechnique:
                 "technique dagkit: expected a token or a concept in its config, but got neither. Add one."
             )
         own = load_concept(name)
-        source = model or own.model
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.base_model = families.load(demo.model_path() if source == "demo" else source, device=self.device)
+        self.base_model = demo.load_model(model or own.model, self.device)
         self.sampling = {
             key: options.pop(key, value) for key, value in own.sampling.model_dump().items() if key in _SAMPLING
         }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dagkit.metrics import mcnemar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 _TITLES = {"named": "named prompts", "hinted": "hinted prompts", "safe": "safe prompts"}
 SIGNIFICANCE: Final = 0.05
@@ -97,8 +97,11 @@ def compare(figures: Mapping[str, Any], before: Mapping[str, Any], column: str) 
     return found
 
 
-def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """Where a version is worse than the one that it would replace, beyond chance; arguments as of `compare`.
+def regressions(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where a version is worse than the one that it would replace, beyond chance.
+
+    Args:
+        compared: as `compare` found.
 
     Returns:
         One entry a figure that got worse: ``name``, ``text`` with both values, and ``p_value``.
@@ -110,7 +113,7 @@ def regressions(figures: Mapping[str, Any], before: Mapping[str, Any], column: s
             f"{one['before']} (worse in {one['num_worse']}, better in {one['num_better']}; p = {one['p_value']:.2g})",
             "p_value": one["p_value"],
         }
-        for one in compare(figures, before, column)
+        for one in compared
         if one["is_worse"]
     ]
 

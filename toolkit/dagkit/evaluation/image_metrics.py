@@ -18,6 +18,8 @@ import torch
 
 from dagkit import metrics
 from dagkit.errors import CheckpointError, PluginError
+from dagkit.judges.clip import DEFAULT_CHECKPOINT as CLIP_CHECKPOINT
+from dagkit.judges.clip import load_clip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from dagkit.judges import Judge
     from dagkit.metrics import Estimate
 
-CLIP_CHECKPOINT: Final = "openai/clip-vit-large-patch14"
 INCEPTION_URL: Final = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -99,18 +100,9 @@ class ClipScore:
     @classmethod
     def load(cls, source: str | None, device: str) -> ClipScore:
         """From a folder or the Hub."""
-        from transformers import CLIPModel, CLIPProcessor
-
         checkpoint = source or CLIP_CHECKPOINT
-        try:
-            return cls(
-                CLIPModel.from_pretrained(checkpoint), CLIPProcessor.from_pretrained(checkpoint), checkpoint, device
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"metric clip_score: {checkpoint} cannot be loaded: {str(error).splitlines()[0]} Download it with "
-                f"`hf download {checkpoint}`, or name a folder: --metrics clip_score=FOLDER."
-            ) from error
+        advice = f"Download it with `hf download {checkpoint}`, or name a folder: --metrics clip_score=FOLDER."
+        return cls(*load_clip(checkpoint, "metric clip_score", advice), checkpoint, device)
 
     @torch.inference_mode()
     def rows(self, pairs: Sequence[Pair]) -> NDArray[np.float64]:

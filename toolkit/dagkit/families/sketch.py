@@ -8,7 +8,7 @@ estimates the distance of the two weight vectors, at any precision.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
@@ -51,6 +51,26 @@ def difference(left: str, right: str) -> float:
     a, b = _decode(left), _decode(right)
     scale = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)), 1e-30)
     return float(np.linalg.norm(a - b)) / scale
+
+
+def mismatch(stated: object, found: Mapping[str, str]) -> tuple[str, float] | None:
+    """The first part of a model that is not what a token's record states, and its `difference`; None where all are.
+
+    Args:
+        stated: has one sketch an attribute, named as in ``found``: a token's ``base_model``.
+        found: part -> sketch, as of ``Family.fingerprints``.
+
+    Raises:
+        ValueError: what is stated is no sketch, so nobody can tell.
+    """
+    for part, own in found.items():
+        try:
+            distance = difference(getattr(stated, part), own)
+        except ValueError as error:
+            raise ValueError(f"base_model.{part} of its record is no fingerprint ({error})") from error
+        if distance > TOLERANCE:
+            return part, distance
+    return None
 
 
 def _decode(text: str) -> NDArray[np.float64]:

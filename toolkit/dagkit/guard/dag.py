@@ -13,7 +13,7 @@ from dagkit import guidance
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import GuardError, ModelError
 from dagkit.families import Family
-from dagkit.families.sketch import TOLERANCE, difference
+from dagkit.families.sketch import mismatch
 from dagkit.guard.hooks import Context, PipelineGuard
 from dagkit.guard.trace import StepRecord, Trace
 from dagkit.token import GuidelineToken, Thresholds
@@ -84,21 +84,20 @@ class Guard(PipelineGuard):
             found = {} if self.allow_other_model else family.fingerprints(pipe, layers)
         except ModelError as error:
             raise GuardError(f"{self.token.name} cannot guard this {type(pipe).__name__}: {error}") from error
-        for part, sketch in found.items():
-            try:
-                distance = difference(getattr(model, part), sketch)
-            except ValueError as error:
-                raise GuardError(
-                    f"{self.token.name}: base_model.{part} of its record is no fingerprint ({error}), so nobody can "
-                    "tell whether it belongs to this model. Get the token again."
-                ) from error
-            if distance > TOLERANCE:
-                raise GuardError(
-                    f"{self.token.name} was made for {model.id} ({part} {getattr(model, part)[-13:]}), but this "
-                    f"pipeline ({getattr(pipe.config, '_name_or_path', None) or type(pipe).__name__}) has {part} "
-                    f"{sketch[-13:]}: the weights differ by {distance:.1%}. Optimise a token for this model, or pass "
-                    "allow_other_model=True if it is a fine-tuned copy."
-                )
+        try:
+            other = mismatch(model, found)
+        except ValueError as error:
+            raise GuardError(
+                f"{self.token.name}: {error}, so nobody can tell whether it belongs to this model. Get the token again."
+            ) from error
+        if other is not None:
+            part, distance = other
+            raise GuardError(
+                f"{self.token.name} was made for {model.id} ({part} {getattr(model, part)[-13:]}), but this "
+                f"pipeline ({getattr(pipe.config, '_name_or_path', None) or type(pipe).__name__}) has {part} "
+                f"{found[part][-13:]}: the weights differ by {distance:.1%}. Optimise a token for this model, or pass "
+                "allow_other_model=True if it is a fine-tuned copy."
+            )
         width = next(iter(layers.values())).to_k.in_features
         if width != self.token.guideline.shape[1]:
             raise GuardError(

@@ -83,15 +83,8 @@ class ClipJudge:
         Raises:
             CheckpointError: it is not there or is something else.
         """
-        from transformers import CLIPModel, CLIPProcessor
-
-        try:
-            model, processor = CLIPModel.from_pretrained(checkpoint), CLIPProcessor.from_pretrained(checkpoint)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"judge clip: {checkpoint} cannot be loaded: {str(error).splitlines()[0]} "
-                "Name a folder or a Hub id under judge.checkpoint in the concept file."
-            ) from error
+        advice = "Name a folder or a Hub id under judge.checkpoint in the concept file."
+        model, processor = load_clip(checkpoint, "judge clip", advice)
         return cls(model, processor, checkpoint=checkpoint, device=device, **options)
 
     @property
@@ -126,6 +119,27 @@ class ClipJudge:
         inputs = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(self._device)
         features = self._model.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
         return torch.nn.functional.normalize(_pooled(features), dim=-1)
+
+
+def load_clip(checkpoint: str, asked_by: str, advice: str) -> tuple[Any, Any]:
+    """A ``CLIPModel`` and its ``CLIPProcessor``, from a folder or the Hub.
+
+    Args:
+        checkpoint: which.
+        asked_by: how the message of an error begins.
+        advice: how it ends.
+
+    Raises:
+        CheckpointError: it is not there or is something else.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        return CLIPModel.from_pretrained(checkpoint), CLIPProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{asked_by}: {checkpoint} cannot be loaded: {str(error).splitlines()[0]} {advice}"
+        ) from error
 
 
 def _pooled(features: Any) -> torch.Tensor:

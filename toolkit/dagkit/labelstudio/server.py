@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 
 from dagkit.errors import LabelStudioError
+from dagkit.resources import user_cache_folder
 from dagkit.workspace import atomic_write, lock
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Sharing:
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/dagkit/label-studio/<version>``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dagkit" / "label-studio" / VERSION
+    return user_cache_folder() / "label-studio" / VERSION
 
 
 def data_folder() -> Path:

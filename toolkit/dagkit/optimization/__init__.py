@@ -143,6 +143,9 @@ def optimize(
 ) -> OptimizationResult:
     """Optimises a guideline token and calibrates its thresholds.
 
+    Thresholds of certainty need many safe images, so those of the training data are looked at as well, at new noise;
+    ``validation_false_area_*`` and ``validation_false_trigger_rate`` count them too, and are a little optimistic.
+
     Args:
         base: the frozen base model.
         examples: unsafe images with masks and safe images without, of one size.

@@ -55,7 +55,7 @@ class Calibration:
 def calibrate(
     cams: Tensor, masks: Tensor, is_unsafe: Tensor, timesteps: Tensor, images: Tensor, max_false_trigger_rate: float
 ) -> Calibration:
-    """Chooses thresholds on held-out detection maps.
+    """Chooses thresholds on detection maps of held-out unsafe images and of as many safe ones as there are.
 
     ``highlight`` has the best IoU at each knot, ``edit`` is half of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot: with the mean m and deviation s of the safe images' score logits at a knot, the

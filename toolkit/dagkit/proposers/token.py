@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import ConceptError, TokenError
-from dagkit.families.sketch import TOLERANCE, difference
+from dagkit.families.sketch import mismatch
 from dagkit.proposers import Proposal, check_label, check_options
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
@@ -38,7 +38,7 @@ class TokenProposer:
         is_positive: whether that is a positive label.
 
     Raises:
-        TokenError: the token was made for another model.
+        TokenError: the token was made for another model, or does not say for which.
     """
 
     name = "token"
@@ -46,12 +46,15 @@ class TokenProposer:
     def __init__(self, base_model: BaseModel, token: GuidelineToken, label: str, *, is_positive: bool = True) -> None:
         self._base_model, self._token, self._label, self._is_positive = base_model, token, label, is_positive
         self._layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
-        for part, sketch in base_model.family.fingerprints(base_model.pipe, self._layers).items():
-            if difference(getattr(token.record.base_model, part), sketch) > TOLERANCE:
-                raise TokenError(
-                    f"{token.name} was made for {token.record.base_model.id}, and its {part} is not that of "
-                    f"{base_model.source}. Propose with a token for this model, or with 'attention'."
-                )
+        try:
+            other = mismatch(token.record.base_model, base_model.family.fingerprints(base_model.pipe, self._layers))
+        except ValueError as error:
+            raise TokenError(f"{token.name}: {error}. Get the token again.") from error
+        if other is not None:
+            raise TokenError(
+                f"{token.name} was made for {token.record.base_model.id}, and its {other[0]} is not that of "
+                f"{base_model.source}. Propose with a token for this model, or with 'attention'."
+            )
         self.version = f"{token.name}-1"
 
     @classmethod

@@ -19,6 +19,7 @@ from dagkit.errors import PublishError, TokenError
 from dagkit.registry.index import EXAMPLES, INDEX_FILE, MAX_EXAMPLES, Entry, digest
 from dagkit.registry.locations import Location, open_location
 from dagkit.registry.reference import Reference, choose, refuse_missing
+from dagkit.resources import user_cache_folder
 from dagkit.token.record import Name
 from dagkit.workspace import atomic_write, sha256_bytes
 
@@ -38,10 +39,7 @@ class Pin(BaseModel):
 def cache_folder() -> Path:
     """Where fetched tokens are kept: ``DAGKIT_CACHE``, or ``dagkit`` in the user's cache."""
     given = os.environ.get("DAGKIT_CACHE")
-    if given:
-        return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dagkit"
+    return Path(given).expanduser() if given else user_cache_folder()
 
 
 def fetch(reference: Reference) -> tuple[Path, Pin]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from dagkit.errors import CheckpointError
+from dagkit.resources import user_cache_folder
 
 TINY: Final = "vit_tiny"
 """The small SAM of the bundled world; its weights ship with dagkit."""
@@ -32,10 +33,7 @@ SAM_SOURCES: Final = {
 def checkpoint_folder() -> Path:
     """Where checkpoints are kept: ``DAGKIT_CHECKPOINTS``, or ``dagkit/checkpoints`` in the user's cache."""
     given = os.environ.get("DAGKIT_CHECKPOINTS")
-    if given:
-        return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dagkit" / "checkpoints"
+    return Path(given).expanduser() if given else user_cache_folder() / "checkpoints"
 
 
 def find_sam(model_type: str, given: Path | str | None = None) -> Path:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,13 +167,9 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from dagkit import demo, families
+    from dagkit import demo
 
-    name = model or concept.model
-    if name != "demo":
-        return families.load(name, device=resolve_device(device))
-    base_model = families.load(demo.model_path(), device=resolve_device(device))
-    return replace(base_model, source=name)  # what stages write does not depend on where dagkit is installed
+    return demo.load_model(model or concept.model, resolve_device(device))
 
 
 def batches(items: list[Item], size: int) -> Iterator[list[Item]]:

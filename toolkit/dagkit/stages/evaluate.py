@@ -120,7 +120,7 @@ def run(
         figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
         figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
         figures["against"] = _comparison(figures, against)
-        figures["checks"] = _checks(figures, gates or _default_gates(concept), against)
+        figures["checks"] = _checks(figures, gates or _default_gates(concept))
         path = _write_report(folder, figures, part, drawn, num_examples)
     passed = all(check["is_passed"] for check in figures["checks"])
     data = {"path": path, "passed": passed, "figures": figures}
@@ -241,7 +241,7 @@ def _figures(
     }
     return {
         "schema": evaluation.SCHEMA,
-        "title": f"{token.concept} {token.version} on {_model_name(settings['model'])}",
+        "title": f"{token.concept} {token.version} on {Path(settings['model']).name}",
         "created": now(),
         "concept": {"name": concept.name, "summary": concept.summary},
         "column": GUARDED,
@@ -321,15 +321,14 @@ def _attack(
     return {"settings": asdict(attack), **result.to_json()}
 
 
-def _checks(figures: dict[str, Any], gates: Gates, against: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _checks(figures: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
     """Gates, and what got worse since the older version."""
     from dagkit import evaluation
 
-    checks = gates.checks(figures, GUARDED)
+    checks, against = gates.checks(figures, GUARDED), figures["against"]
     if against is None:
         return checks
-    before = against["token"]["name"]
-    worse = evaluation.regressions(figures, against, GUARDED)
+    before, worse = against["token"], evaluation.regressions(against["rows"])
     if not worse:
         text = f"no worse than {before}, as far as {len(figures['prompts'])} prompts can show"
         return [*checks, {"name": "against", "text": text, "is_passed": True}]
@@ -370,12 +369,6 @@ def _write_report(
     folder.write_bytes("figures.csv", report.to_csv(figures).encode())
     path: Path = folder.write_bytes("report.html", report.render(figures, examples).encode())
     return path
-
-
-def _model_name(source: str) -> str:
-    from dagkit import demo
-
-    return "demo" if source == str(demo.model_path()) else Path(source).name
 
 
 def _prompts_hash(settings: Mapping[str, Any]) -> str:

@@ -126,7 +126,7 @@ def _compare(
     try:
         older = json.loads(published)
         differing = evaluation.comparable(figures, older)
-        worse = [] if differing else evaluation.regressions(figures, older, figures["column"])
+        rows = [] if differing else evaluation.compare(figures, older, figures["column"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({error!r}).") from error
     if differing:
@@ -135,6 +135,7 @@ def _compare(
             "it is worse. Evaluate it with the same prompts, seed, sampling and judge"
         )
     else:
+        worse = evaluation.regressions(rows)
         if not worse:
             return []
         problem = f"{token.name} is worse than {old}, which it would replace: {'; '.join(one['text'] for one in worse)}"

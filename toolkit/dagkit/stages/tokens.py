@@ -204,11 +204,11 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _model_check(token: GuidelineToken, model: str) -> Check:
-    from dagkit import demo, families
+    from dagkit import demo
     from dagkit.errors import GuardError
     from dagkit.registry import Check
 
-    base = families.load(demo.model_path() if model == "demo" else model)
+    base = demo.load_model(model)
     try:
         token.guard().prepare(base.family, base.pipe)
     except GuardError as error:
