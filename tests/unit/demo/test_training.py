@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dagkit.demo import networks
-from dagkit.demo.base import Denoiser, DenoisingLoss, draw_example, draw_timesteps
+from dagkit.demo.base import Denoiser, DenoisingLoss, SceneBatches, draw_example, draw_timesteps
 from dagkit.demo.recipe import AutoencoderRecipe, BaseRecipe, Recipe, Schedule
 from dagkit.demo.train import with_steps
 from dagkit.demo.training import CHECKPOINT_NAME, Training, learning_rate
@@ -26,25 +26,26 @@ def base_training(folder, is_resumed=True):
     denoiser = Denoiser(text_encoder.train(), unet.train().to(memory_format=torch.channels_last))
     autoencoder = networks.build_autoencoder(AutoencoderRecipe(channels=(8, 8, 8))).eval()
     autoencoder.requires_grad_(False)
-    return Training(denoiser, SHORT, folder, is_resumed), DenoisingLoss(denoiser, autoencoder, tokenizer, TINY)
+    training = Training(denoiser, SHORT, folder, is_resumed)
+    return training, DenoisingLoss(denoiser, autoencoder, TINY), SceneBatches(tokenizer, TINY)
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path):
-    undisturbed, loss = base_training(tmp_path / "a")
-    undisturbed.run(loss)
-    broken, loss = base_training(tmp_path / "b")
-    broken.run(loss, stop_after=3)
-    resumed, loss = base_training(tmp_path / "b")
+    undisturbed, loss, draw = base_training(tmp_path / "a")
+    undisturbed.run(loss, draw=draw)
+    broken, loss, draw = base_training(tmp_path / "b")
+    broken.run(loss, draw=draw, stop_after=3)
+    resumed, loss, draw = base_training(tmp_path / "b")
     assert resumed.step == 3
-    resumed.run(loss)
+    resumed.run(loss, draw=draw, num_workers=1)  # who draws the scenes makes no difference
     first, second = (load_file(tmp_path / folder / CHECKPOINT_NAME) for folder in "ab")
     assert first.keys() == second.keys()
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
 def test_training_without_resume_starts_again(tmp_path):
-    training, loss = base_training(tmp_path)
-    training.run(loss, stop_after=1)
+    training, loss, draw = base_training(tmp_path)
+    training.run(loss, draw=draw, stop_after=1)
     assert base_training(tmp_path, is_resumed=False)[0].step == 0
 
 
@@ -129,9 +130,9 @@ def test_objects_weigh_more_only_where_little_noise_hides_them():
 
 
 def base_training_loss():
-    text_encoder, tokenizer, unet = networks.build_denoiser(TINY)
+    text_encoder, _, unet = networks.build_denoiser(TINY)
     denoiser = Denoiser(text_encoder, unet)
-    return denoiser, DenoisingLoss(denoiser, None, tokenizer, TINY)
+    return denoiser, DenoisingLoss(denoiser, None, TINY)
 
 
 def test_one_number_of_steps_for_all():

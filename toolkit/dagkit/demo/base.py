@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,33 +62,72 @@ def draw_timesteps(
     return rng.permutation((np.concatenate([low, high]) * num_timesteps).astype(np.int64))
 
 
+class Batch(NamedTuple):
+    """What one step sees, on the CPU.
+
+    Attributes:
+        images: (B, 64, 64, 3) uint8.
+        covered: (B, 64, 64) bool, where an object is.
+        ids: (B, tokens) int64.
+        timesteps: (B,) int64.
+        noise: (B, 4, 16, 16) float32.
+    """
+
+    images: NDArray[np.uint8]
+    covered: NDArray[np.bool_]
+    ids: NDArray[np.int64]
+    timesteps: NDArray[np.int64]
+    noise: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SceneBatches:
+    """Draws the batches of `DenoisingLoss`; may be called in other processes.
+
+    Attributes:
+        tokenizer: CLIPTokenizer.
+        recipe: size and make-up of a batch.
+        num_timesteps: of the noise schedule.
+    """
+
+    tokenizer: Any
+    recipe: BaseRecipe
+    num_timesteps: int = 1000
+
+    def __call__(self, rng: np.random.Generator) -> Batch:
+        """One batch; see `draw_timesteps`."""
+        size = self.recipe.schedule.batch_size
+        examples = [draw_example(rng, self.recipe) for _ in range(size)]
+        cells = world.SIZE_PX // 4
+        noise = rng.standard_normal((size, 4, cells, cells), np.float32)
+        timesteps = draw_timesteps(rng, size, self.recipe.high_noise_share, self.num_timesteps)
+        ids = np.array(self.tokenizer([text for _, text in examples], padding="max_length").input_ids)
+        images = np.stack([scene.image for scene, _ in examples])
+        return Batch(images, np.stack([scene.labels > 0 for scene, _ in examples]), ids, timesteps, noise)
+
+
 class DenoisingLoss:
-    """Weighted error of the predicted noise on freshly drawn scenes.
+    """Weighted error of the predicted noise.
 
     Args:
         denoiser: what is trained.
-        autoencoder: AutoencoderKL; its encoder is frozen.
-        tokenizer: CLIPTokenizer.
-        recipe: weights and data.
+        autoencoder: AutoencoderKL on the same device; its encoder is frozen.
+        recipe: weights.
     """
 
-    def __init__(self, denoiser: Denoiser, autoencoder: Any, tokenizer: Any, recipe: BaseRecipe) -> None:
-        self._denoiser, self._autoencoder, self._tokenizer, self._recipe = denoiser, autoencoder, tokenizer, recipe
+    def __init__(self, denoiser: Denoiser, autoencoder: Any, recipe: BaseRecipe) -> None:
+        self._denoiser, self._autoencoder, self._recipe = denoiser, autoencoder, recipe
         self._scheduler = build_scheduler()
-        self._alphas_bar: Tensor = self._scheduler.alphas_cumprod
+        self._device = next(denoiser.parameters()).device
+        self._alphas_bar: Tensor = self._scheduler.alphas_cumprod.to(self._device)
 
-    def __call__(self, rng: np.random.Generator) -> Tensor:
-        """Scalar loss of one batch; see `draw_timesteps`."""
-        recipe, size = self._recipe, self._recipe.schedule.batch_size
-        examples = [draw_example(rng, recipe) for _ in range(size)]
-        latents = encode(self._autoencoder, np.stack([scene.image for scene, _ in examples]))
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        timesteps = torch.from_numpy(draw_timesteps(rng, size, recipe.high_noise_share, len(self._alphas_bar)))
+    def __call__(self, batch: Batch) -> Tensor:
+        """Scalar loss of one batch."""
+        covered, ids, timesteps, noise = (torch.from_numpy(part).to(self._device) for part in batch[1:])
+        latents = encode(self._autoencoder, batch.images)
         noisy = self._scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        ids = torch.tensor(self._tokenizer([text for _, text in examples], padding="max_length").input_ids)
         predicted = self._denoiser.unet(noisy, timesteps, self._denoiser.text_encoder(ids)[0]).sample
-        covered = torch.from_numpy(np.stack([scene.labels > 0 for scene, _ in examples])).float()[:, None]
-        weights = self._weights(timesteps, F.avg_pool2d(covered, world.SIZE_PX // latents.shape[-1]))
+        weights = self._weights(timesteps, F.avg_pool2d(covered.float()[:, None], world.SIZE_PX // latents.shape[-1]))
         error: Tensor = (weights * (predicted - noise) ** 2).mean()
         return error
 

@@ -13,7 +13,8 @@ from torch import Tensor
 @torch.no_grad()
 def encode(autoencoder: Any, images: np.ndarray[Any, Any]) -> Tensor:
     """(B, 64, 64, 3) uint8 to scaled latents (B, 4, 16, 16) float32, the mode of the encoder's distribution."""
-    latents: Tensor = autoencoder.encode(to_pixels(images)).latent_dist.mode() * autoencoder.config.scaling_factor
+    pixels = to_pixels(images).to(autoencoder.device)
+    latents: Tensor = autoencoder.encode(pixels).latent_dist.mode() * autoencoder.config.scaling_factor
     return latents
 
 

@@ -183,10 +183,10 @@ def save_pipeline(
 ) -> None:
     """Writes a folder for `StableDiffusionPipeline.from_pretrained`: float16, without any path of this machine."""
     StableDiffusionPipeline(
-        vae=deepcopy(autoencoder).half(),
-        text_encoder=deepcopy(text_encoder).half(),
+        vae=deepcopy(autoencoder).cpu().half(),
+        text_encoder=deepcopy(text_encoder).cpu().half(),
         tokenizer=tokenizer,
-        unet=deepcopy(unet).half(),
+        unet=deepcopy(unet).cpu().half(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,

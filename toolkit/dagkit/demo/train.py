@@ -44,12 +44,20 @@ def train_autoencoder(recipe: Recipe, out: Path, is_resumed: bool = True) -> Non
     click.echo(f"PSNR of held-out scenes: {psnr_db(autoencoder.eval()):.1f} dB")
 
 
-def train_base(recipe: Recipe, out: Path, autoencoder_path: Path, init: Path | None, is_resumed: bool = True) -> None:
+def train_base(
+    recipe: Recipe,
+    out: Path,
+    autoencoder_path: Path,
+    init: Path | None,
+    is_resumed: bool = True,
+    device: str = "cpu",
+    num_workers: int = 0,
+) -> None:
     """Trains text encoder and UNet, from random weights or from those of ``init``; the result is ``out/model``."""
     import torch
 
     from dagkit.demo import networks
-    from dagkit.demo.base import Denoiser, DenoisingLoss
+    from dagkit.demo.base import Denoiser, DenoisingLoss, SceneBatches
     from dagkit.demo.training import Training
 
     torch.manual_seed(recipe.base.schedule.seed)
@@ -58,11 +66,13 @@ def train_base(recipe: Recipe, out: Path, autoencoder_path: Path, init: Path | N
     )
     if networks.is_growable(unet, recipe.base):
         unet = networks.grow_unet(unet)
-    autoencoder = load_autoencoder(autoencoder_path)
-    denoiser = Denoiser(text_encoder.train(), unet.train().to(memory_format=torch.channels_last))
+    autoencoder = load_autoencoder(autoencoder_path).to(device)
+    denoiser = Denoiser(text_encoder.train(), unet.train().to(memory_format=torch.channels_last)).to(device)
     training = Training(denoiser, recipe.base.schedule, out / "base", is_resumed)
     training.run(
-        DenoisingLoss(denoiser, autoencoder, tokenizer, recipe.base),
+        DenoisingLoss(denoiser, autoencoder, recipe.base),
+        draw=SceneBatches(tokenizer, recipe.base),
+        num_workers=num_workers,
         export=lambda: networks.save_pipeline(out / "model", autoencoder, text_encoder, tokenizer, unet),
     )
 
@@ -129,17 +139,31 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 @click.option("--init", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Base model to start from.")
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's number of steps.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of PyTorch.")
-def main(what: str, out: Path, is_resumed: bool, init: Path | None, steps: int | None, threads: int) -> None:
+@click.option("--device", default="cpu", show_default=True, help="Where the base model is trained.")
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that draw the base's scenes."
+)
+def main(
+    what: str,
+    out: Path,
+    is_resumed: bool,
+    init: Path | None,
+    steps: int | None,
+    threads: int,
+    device: str,
+    workers: int,
+) -> None:
     """Command line of the training."""
     import torch
 
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
     recipe = with_steps(Recipe(), steps) if steps else Recipe()
     autoencoder_path = (init or out) / "vae"
     if what == "autoencoder" or (what == "all" and init is None):
         train_autoencoder(recipe, out, is_resumed)
     if what in ("base", "all"):
-        train_base(recipe, out, autoencoder_path, init, is_resumed)
+        train_base(recipe, out, autoencoder_path, init, is_resumed, device, workers)
     if what in ("judge", "all"):
         train_judge(recipe, out, autoencoder_path, is_resumed)
     if what in ("sam", "all"):

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from dagkit.errors import CheckpointError
 
@@ -35,6 +36,21 @@ def learning_rate(step: int, schedule: Schedule) -> float:
         return rate
     cosine = 0.5 + 0.5 * math.cos(math.pi * (done - schedule.flat_share) / (1 - schedule.flat_share))
     return rate * (schedule.final_share + (1 - schedule.final_share) * cosine)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The batch of each step, by the step's number."""
+
+    draw: Callable[[np.random.Generator], Any]
+    seed: int
+
+    def __getitem__(self, step: int) -> Any:
+        return self.draw(np.random.default_rng((self.seed, step)))
 
 
 class Training:
@@ -65,8 +81,10 @@ class Training:
 
     def run(
         self,
-        loss: Callable[[np.random.Generator], Tensor],
+        loss: Callable[[Any], Tensor],
         *,
+        draw: Callable[[np.random.Generator], Any] = _itself,
+        num_workers: int = 0,
         export: Callable[[], None] | None = None,
         checkpoint_every_s: float = 240.0,
         export_every_s: float = 600.0,
@@ -76,7 +94,9 @@ class Training:
         """Trains to the end of the schedule.
 
         Args:
-            loss: draws a batch from the generator and returns its scalar loss.
+            loss: returns the scalar loss of a batch, which it draws from a generator itself where no ``draw`` is given.
+            draw: draws a batch.
+            num_workers: processes that draw batches ahead; 0 draws in this one.
             export: writes what ships; called with the averaged weights in place, now and then and at the end.
             checkpoint_every_s: seconds between checkpoints; the last one is written at the end in any case.
             export_every_s: seconds between exports.
@@ -86,12 +106,17 @@ class Training:
         saved = exported = started = time.monotonic()
         first, recent = self.step, []
         end = min(self.schedule.num_steps, stop_after or self.schedule.num_steps)
-        while self.step < end:
-            recent.append(self._advance(loss))
+        steps: Any = _Steps(draw, self.schedule.seed)
+        batches = DataLoader(
+            steps, batch_size=None, sampler=range(self.step, end), num_workers=num_workers, collate_fn=_itself
+        )
+        for batch in batches:
+            recent.append(self._advance(loss, batch))
             if self.step % log_every == 0:
                 per_step = (time.monotonic() - started) / (self.step - first)
                 rate = learning_rate(self.step - 1, self.schedule)
-                print(f"{self.step} loss {np.mean(recent):.5f} lr {rate:.1e} {per_step:.3f} s/step", flush=True)  # noqa: T201
+                mean = float(torch.stack(recent).mean())
+                print(f"{self.step} loss {mean:.5f} lr {rate:.1e} {per_step:.3f} s/step", flush=True)  # noqa: T201
                 recent = []
             if time.monotonic() - saved > checkpoint_every_s:
                 self.save()
@@ -103,10 +128,10 @@ class Training:
         if export is not None:
             self.export(export)
 
-    def _advance(self, loss: Callable[[np.random.Generator], Tensor]) -> float:
+    def _advance(self, loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.schedule)
-        value = loss(np.random.default_rng((self.schedule.seed, self.step)))
+        value = loss(batch)
         self._optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.schedule.gradient_clip)
@@ -116,7 +141,7 @@ class Training:
         with torch.no_grad():
             current = self._averaged()
             torch._foreach_lerp_(list(self._ema.values()), [current[name] for name in self._ema], 1 - decay)
-        return float(value.detach())
+        return value.detach()
 
     def use_average(self) -> None:
         """Puts the averaged weights into the network for good."""
