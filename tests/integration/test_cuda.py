@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tiny_pipelines as tiny
 from dagkit import demo
-from dagkit.cli import main
+from dagkit.cli import command
 from dagkit.errors import GuardError
 from dagkit.families import load
 from dagkit.optimization import RECIPES, Example, optimize
@@ -135,7 +135,7 @@ def test_a_token_is_optimised_and_guards(dtype: torch.dtype) -> None:
 
 
 def test_the_demo_runs(tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["demo", "--quick", "--device", "cuda", "--workspace", str(tmp_path / "demo")])
+    done = CliRunner().invoke(command, ["demo", "--quick", "--device", "cuda", "--workspace", str(tmp_path / "demo")])
     assert done.exit_code == 0, done.output
     figures = json.loads(next((tmp_path / "demo" / "reports").rglob("figures.json")).read_text())
     assert figures

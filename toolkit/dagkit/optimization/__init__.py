@@ -23,7 +23,7 @@ from dagkit.families import BaseModel
 from dagkit.optimization.cache import QueryCache, cache_queries
 from dagkit.optimization.calibration import KNOTS, Calibration, calibrate, iou, summary
 from dagkit.optimization.data import Example, check_examples, coarse_mask, complete, split
-from dagkit.optimization.fit import History, Parameters, Progress, fit, initial_parameters
+from dagkit.optimization.fit import History, Parameters, Progress, fit, in_float32, initial_parameters
 from dagkit.optimization.losses import background_leakage, negative_attention, objective, pixel_cross_entropy
 from dagkit.optimization.recipe import RECIPES, Recipe
 from dagkit.token import BaseModelInfo, DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, now, software
@@ -166,7 +166,7 @@ def optimize(
     validation = complete(validation, examples)
     check_examples(validation)
     generator = torch.Generator().manual_seed(seed)
-    layers = base.layers
+    layers = in_float32(base.layers)
     with ExitStack() as stack:
         cache = stack.enter_context(
             _cached(base, examples, draw_timesteps(recipe, len(examples), generator), recipe, 2 * seed)
@@ -235,7 +235,7 @@ def data_efficiency(
     """
     check_examples(examples)
     order = _interleaved(examples)
-    layers = base.layers
+    layers = in_float32(base.layers)
     generator = torch.Generator().manual_seed(seed)
     draws = draw_timesteps(recipe, len(order), generator)
     knots = torch.tensor(KNOTS)[:, None].expand(-1, len(validation))

@@ -89,6 +89,7 @@ class QueryCache:
         images: (P,) int64, the example of each pair.
         latent_size: (H, W) of the latents.
         is_on_disk: whether the queries were larger than the memory they may take.
+        device: of the batches; what is kept stays on the CPU.
     """
 
     def __init__(
@@ -101,18 +102,22 @@ class QueryCache:
         latent_size: tuple[int, int],
         *,
         is_on_disk: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._stores = dict(stores)
         self.masks, self.is_unsafe, self.timesteps, self.images = masks, is_unsafe, timesteps, images
-        self.latent_size, self.is_on_disk = latent_size, is_on_disk
+        self.latent_size, self.is_on_disk, self.device = latent_size, is_on_disk, torch.device(device)
 
     def __len__(self) -> int:
         return len(self.masks)
 
     def take(self, index: Tensor) -> Batch:
         """The pairs at ``index`` (B,) int64."""
-        queries = {name: store.read(index) for name, store in self._stores.items()}
-        return Batch(queries, self.masks[index], self.is_unsafe[index], self.timesteps[index], self.latent_size)
+        queries = {name: store.read(index).to(self.device) for name, store in self._stores.items()}
+        masks, is_unsafe, timesteps = (
+            part[index].to(self.device) for part in (self.masks, self.is_unsafe, self.timesteps)
+        )
+        return Batch(queries, masks, is_unsafe, timesteps, self.latent_size)
 
     def batches(self, batch_size: int, index: Tensor | None = None) -> Iterator[Batch]:
         """All pairs (or those at ``index``) in order, ``batch_size`` at a time."""
@@ -167,7 +172,9 @@ def cache_queries(
         finest = max(grid(count, *size) for count in positions)
         masks = torch.stack([coarse_mask(example, finest) for example in examples])
         is_unsafe = torch.tensor([example.is_unsafe for example in examples])
-        yield QueryCache(stores, masks[images], is_unsafe[images], steps, images, size, is_on_disk=is_on_disk)
+        yield QueryCache(
+            stores, masks[images], is_unsafe[images], steps, images, size, is_on_disk=is_on_disk, device=base.device
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ class Parameters:
 
     @torch.no_grad()
     def cams(self, layers: Mapping[str, Any], cache: QueryCache, index: Tensor | None = None) -> Tensor:
-        """(P, H, W) detection maps of all pairs, or of those at ``index``."""
-        return torch.cat([self.cam(layers, batch) for batch in cache.batches(32, index)])
+        """(P, H, W) detection maps of all pairs, or of those at ``index``, on the CPU."""
+        return torch.cat([self.cam(layers, batch).cpu() for batch in cache.batches(32, index)])
 
     def copy(self) -> Parameters:
         """A detached copy."""
@@ -80,6 +81,14 @@ class Parameters:
             None if background is None else background.detach().clone(),
             None if logits is None else logits.detach().clone(),
         )
+
+
+def in_float32(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers with key projections in float32, copied where they are not: half precision loses small gradients."""
+    return {
+        name: layer if layer.to_k.weight.dtype == torch.float32 else deepcopy(layer).float()
+        for name, layer in layers.items()
+    }
 
 
 def initial_parameters(
@@ -247,8 +256,8 @@ class _State:
             tensor.data.copy_(tensors[f"row.{number}"])
             prefix = f"state.{number}."
             kept = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if kept:
-                self.optimizer.state[tensor] = kept
+            if kept:  # Adam's step counter has no axis and stays on the CPU
+                self.optimizer.state[tensor] = {key: v.to(tensor.device) if v.dim() else v for key, v in kept.items()}
         if about["best_loss"] is not None:
             self.best, self.best_loss = self.parameters.copy(), about["best_loss"]
             for number, tensor in enumerate(self.best.learned()):
