@@ -91,7 +91,7 @@ class BaseRecipe:
     weapon_probability: float = 0.55
     caption_weights: tuple[float, float, float] = (0.5, 0.12, 0.38)
     look_alike_probability: float = 0.5
-    schedule: Schedule = Schedule(2800, 256, 1e-3, 500, seed=5)
+    schedule: Schedule = Schedule(1300, 256, 4e-4, flat_share=0.2, seed=6)
 
 
 @dataclass(frozen=True, slots=True)
