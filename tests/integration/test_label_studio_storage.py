@@ -10,14 +10,16 @@ import httpx
 import pytest
 from label_studio_server import api, make_reviewable
 
-from dagkit.concept import Concept
+from dagkit.concept import Concept, load_concept
 from dagkit.errors import LabelStudioError
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login, Sharing
 from dagkit.labelstudio.storage import LocalFiles, parse_storage
 from dagkit.stages import push
 from dagkit.workspace import Workspace
+from interruption import finish
 from loopback import free_port
+from tiny_world import make_concept
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
 BUCKET = "annotation"
@@ -84,6 +86,22 @@ def test_images_of_a_shared_folder(sharing_login: Login, root: Path, concept: Co
         rows = client.request("GET", "/api/storages/localfiles", params={"project": result.data["project_id"]})
     assert len(rows) == 1
     check_images(sharing_login, workspace, concept, result.data["project_id"], "/data/local-files/?d=runs/")
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_annotate_takes_the_same_places_as_push(
+    kind: str, sharing_login: Login, root: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", sharing_login.token)
+    monkeypatch.setenv("DAGKIT_LABEL_STUDIO", sharing_login.url)
+    folder = root / f"annotate-{kind}"
+    place = {"local": f"local:{root}", "s3": f"s3://{BUCKET}/annotate"}[kind]
+    finish("annotate", "--concept", make_concept(folder), "--workspace", folder / "runs", "--num-images", 3,
+           "--storage", place, "--quiet")  # fmt: skip
+    workspace, concept = Workspace(folder / "runs"), load_concept(folder / "tiny.yaml")
+    project_id = workspace.stage("labeling", "tiny").read_json("project.json")["project_id"]
+    beginning = {"local": f"/data/local-files/?d=annotate-{kind}/runs/", "s3": "/tasks/"}[kind]
+    check_images(sharing_login, workspace, concept, project_id, beginning)
 
 
 def test_images_in_a_bucket(sharing_login: Login, s3: str, concept: Concept, tmp_path: Path) -> None:

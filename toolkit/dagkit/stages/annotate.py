@@ -34,8 +34,11 @@ if TYPE_CHECKING:
     envvar="DAGKIT_LABEL_STUDIO",
     help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
 )
-@click.option("--num-annotators", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers per task.")
+@click.option(
+    "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
+)
 @push.selection_options
+@push.storage_options
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -47,10 +50,12 @@ def command(
     batch_size: int,
     checkpoint: Path | None,
     url: str | None,
-    num_annotators: int,
+    num_annotators: int | None,
     selection: Selection | None,
     num_tasks: int | None,
     token: str | None,
+    storage: str,
+    s3_endpoint: str | None,
     device: str,
     seed: int,
     as_json: bool,
@@ -62,6 +67,7 @@ def command(
     """
     from dagkit.concept import load_concept
     from dagkit.labelstudio.access import connect
+    from dagkit.labelstudio.storage import parse_storage
     from dagkit.proposers import build_proposers
     from dagkit.segmenters import build_segmenter
     from dagkit.stages import generate, premask
@@ -71,9 +77,12 @@ def command(
     progress = common.Progress(is_quiet)
     device = common.resolve_device(device)
     # What would fail at the end is tried first.
+    place = parse_storage(storage, s3_endpoint)
     segmenter = build_segmenter(concept, device, checkpoint)
     with connect(url, lambda line: click.echo(line, err=True)) as client:
         base_model = common.load_base_model(concept, model, device)
+        push.token_proposer(workspace, concept, selection, token, base_model)
+        proposers = build_proposers(concept, base_model, device)
         generate.run(
             workspace,
             concept,
@@ -83,9 +92,14 @@ def command(
             batch_size=batch_size,
             progress=progress,
         ).show(as_json)
-        proposers = build_proposers(concept, base_model, device)
         premask.run(workspace, concept, proposers, segmenter, progress=progress).show(as_json)
         keys = push.choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token)
-        push.run(workspace, concept, client=client, keys=keys, num_annotators=num_annotators, progress=progress).show(
-            as_json
-        )
+        push.run(
+            workspace,
+            concept,
+            client=client,
+            keys=keys,
+            storage=place,
+            num_annotators=num_annotators,
+            progress=progress,
+        ).show(as_json)

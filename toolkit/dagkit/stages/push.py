@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dagkit.labelstudio.client import Client
     from dagkit.labelstudio.storage import Storage
     from dagkit.labelstudio.tasks import Task
+    from dagkit.proposers.token import TokenProposer
     from dagkit.workspace import StageFolder, Workspace
 
 
@@ -135,29 +136,53 @@ def choose(
         selection: as for `dagkit.dataset.choose_candidates`.
         num_tasks: how many at most.
         base_model: for ``diverse``, and for a token.
-        token: reference of a token that says what is ``uncertain``; needs the base model.
+        token: as for `token_proposer`.
 
     Raises:
-        UsageError: a token, but not ``uncertain``.
-        TokenError: no such token, or it was made for another model.
+        UsageError, TokenError: as by `token_proposer`.
         WorkspaceError: an image or a mask cannot be read.
     """
     from dagkit.dataset import choose_candidates
-    from dagkit.proposers.token import TokenProposer
-    from dagkit.registry import load_token
 
-    if token is not None and selection != "uncertain":
-        raise click.UsageError("--token says what is uncertain: add --select uncertain, or leave it out.")
+    proposer = token_proposer(workspace, concept, selection, token, base_model)
     if selection is None and num_tasks is None:
         return None
-    proposer = None
-    if token is not None and base_model is not None:
-        found = load_token(token, workspace=workspace.root)
-        proposer = TokenProposer(base_model, found, concept.labels.positive[0])
     chosen = choose_candidates(
         workspace, concept, selection or "all", num=num_tasks, base_model=base_model, token=proposer
     )
     return chosen.keys
+
+
+def token_proposer(
+    workspace: Workspace, concept: Concept, selection: Selection | None, token: str | None, base_model: BaseModel | None
+) -> TokenProposer | None:
+    """The token that says what is ``uncertain``; None where none is asked for.
+
+    Args:
+        workspace: where tokens are looked for first.
+        concept: whose first positive label the token stands for.
+        selection: must be ``uncertain`` if there is a token.
+        token: its reference (name@version, folder or URL), or None.
+        base_model: the model that drew the images; a token needs it.
+
+    Raises:
+        UsageError: a token, but not ``uncertain``.
+        TokenError: no base model, no such token, or it was made for another model.
+    """
+    from dagkit.errors import TokenError
+    from dagkit.proposers.token import TokenProposer
+    from dagkit.registry import load_token
+
+    if token is None:
+        return None
+    if selection != "uncertain":
+        raise click.UsageError("--token says what is uncertain: add --select uncertain, or leave it out.")
+    if base_model is None:
+        raise TokenError(
+            f"token {token!r}: it sees images through the base model that drew them, but none was given. "
+            "Give the base model, too (--model), or leave the token out."
+        )
+    return TokenProposer(base_model, load_token(token, workspace=workspace.root), concept.labels.positive[0])
 
 
 def selection_options(command: common.Command) -> common.Command:
@@ -180,6 +205,18 @@ def selection_options(command: common.Command) -> common.Command:
     ):
         command = option(command)
     return command
+
+
+def storage_options(command: common.Command) -> common.Command:
+    """``--storage`` and ``--s3-endpoint``, for `dagkit.labelstudio.storage.parse_storage`."""
+    command = click.option("--s3-endpoint", metavar="URL", help="Of an S3-compatible store. Default: AWS.")(command)
+    return click.option(
+        "--storage",
+        metavar="WHERE",
+        default="upload",
+        show_default=True,
+        help="Where the server gets the images: upload, local:FOLDER (which it may serve) or s3://BUCKET/FOLDER.",
+    )(command)
 
 
 def page(concept: Concept) -> str:
@@ -289,14 +326,7 @@ def _task(
     help="Base model for --token (default: the concept's) and --select diverse (default: none, colours decide).",
 )
 @common.device_option
-@click.option(
-    "--storage",
-    metavar="WHERE",
-    default="upload",
-    show_default=True,
-    help="upload, local:FOLDER (which the server may serve) or s3://BUCKET/FOLDER.",
-)
-@click.option("--s3-endpoint", metavar="URL", help="Of an S3-compatible store. Default: AWS.")
+@storage_options
 @common.output_options
 def command(
     concept_name: str,
@@ -324,12 +354,13 @@ def command(
     from dagkit.workspace import Workspace
 
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
+    place = parse_storage(storage, s3_endpoint)
     base_model = common.load_base_model(concept, model, device) if model or token else None
     run(
         workspace,
         concept,
         keys=choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token),
-        storage=parse_storage(storage, s3_endpoint),
+        storage=place,
         url=url,
         label_config=label_config.read_text(encoding="utf-8") if label_config else None,
         num_annotators=num_annotators,
