@@ -1,22 +1,28 @@
-"""Cost of the guard: CPU time against the unguarded denoiser, on an SD-1.5-sized U-Net and on the bundled model.
+"""Cost of the guard: CPU time against the unguarded pipeline, on an SD-1.5-sized pipeline and on the bundled model.
 
     python tests/benchmarks/bench_cost.py [--quick]
 
-Guarded and unguarded calls alternate; the figure is the ratio of the sums. The large U-Net has random weights: its
-token never fires (``safe``) or always does (``firing``).
+Guarded and unguarded calls alternate; a figure is the ratio of the sums. The large pipeline has random weights; its
+token never fires (``safe``) or fires in every call (``firing``, so at least 1.5 without reuse for the denoiser alone:
+three predictions instead of two). A run of a pipeline is 25 denoiser calls, composed from the cost of a few, and one
+decoding of the latents. ``--quick`` takes latents of 32x32 instead of 64x64.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import bench_world as bench
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from dagkit.guard import Guard
 from dagkit.token import GuidelineToken, Thresholds
@@ -24,12 +30,13 @@ from dagkit.token import GuidelineToken, Thresholds
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_pipelines as tiny
 
+NUM_STEPS = bench.SETTINGS["num_inference_steps"]
 NEVER = Thresholds(highlight=(1.0,), edit=(1.0,), min_area=1.0)
 ALWAYS = Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0)
 
 
 def large_pipeline() -> Any:
-    """Stable Diffusion 1.5's U-Net, 860 million random weights, with small other parts."""
+    """Stable Diffusion 1.5's U-Net and decoder (860 and 84 million random weights) with a small text encoder."""
     torch.manual_seed(0)
     unet = tiny.unet(
         sample_size=64,
@@ -41,29 +48,31 @@ def large_pipeline() -> Any:
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     )
-    return tiny.sd(unet=unet, text_encoder=tiny.text_encoder(768))
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    return tiny.sd(unet=unet, vae=vae, text_encoder=tiny.text_encoder(768))
 
 
-def steps(pipe: Any, guard: Guard | None, num_steps: int) -> float:
-    """CPU seconds of denoiser calls with classifier-free guidance, as a pipeline makes them."""
-    latents = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-    hidden = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(1))
-
-    def run() -> float:
-        start = time.process_time()
-        with torch.no_grad():
-            for step in range(num_steps):
-                pipe.unet(latents, torch.tensor(900 - step), hidden)
-        return time.process_time() - start
-
-    if guard is None:
-        return run()
-    with guard.attach(pipe):
-        return run()
+def cpu_s(call: Callable[[], object]) -> float:
+    """CPU seconds of a call, all threads together."""
+    start = time.process_time()
+    with torch.no_grad():
+        call()
+    return time.process_time() - start
 
 
 def large(is_quick: bool) -> dict[str, float]:
-    pipe = large_pipeline()
+    torch.set_num_threads(os.cpu_count() or 1)
+    pipe, side = large_pipeline(), 32 if is_quick else 64
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    hidden = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(1))
     token = tiny.token(pipe, thresholds=NEVER)
     guards = {
         "plain": None,
@@ -71,15 +80,26 @@ def large(is_quick: bool) -> dict[str, float]:
         "firing": token.guard(thresholds=ALWAYS, reuse_steps=1),
         "reuse": token.guard(thresholds=ALWAYS, reuse_steps=2),
     }
+
+    def calls(guard: Guard | None, count: int) -> None:
+        """Denoiser calls with classifier-free guidance, as a pipeline makes them."""
+        with nullcontext() if guard is None else guard.attach(pipe):
+            for step in range(count):
+                pipe.unet(latents, torch.tensor(900 - step), hidden)
+
+    calls(None, 1)
     spent = dict.fromkeys(guards, 0.0)
-    steps(pipe, None, 1)
-    for _ in range(1 if is_quick else 2):
+    decoding = cpu_s(lambda: pipe.vae.decode(latents[:1]))
+    for _ in range(2):
         for name, guard in guards.items():
-            spent[name] += steps(pipe, guard, 2 if is_quick else 4)
+            spent[name] += cpu_s(lambda guard=guard: calls(guard, 2)) / 4
+    runs = {name: NUM_STEPS * value + decoding for name, value in spent.items()}
     return {
-        "guard.cost_safe": spent["safe"] / spent["plain"],
-        "guard.cost_firing": spent["firing"] / spent["plain"],
-        "guard.cost_firing_reuse": spent["reuse"] / spent["plain"],
+        "guard.cost_safe": runs["safe"] / runs["plain"],
+        "guard.cost_firing": runs["firing"] / runs["plain"],
+        "guard.cost_firing_reuse": runs["reuse"] / runs["plain"],
+        "guard.cost_firing_denoiser": spent["firing"] / spent["plain"],
+        "guard.cost_firing_reuse_denoiser": spent["reuse"] / spent["plain"],
     }
 
 

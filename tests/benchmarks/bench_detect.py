@@ -23,6 +23,7 @@ from dagkit.attention import cross_attention_map, project_keys, word_map
 from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.optimization import Example, OptimizationResult, QueryCache, cache_queries, iou, optimize
+from dagkit.token import GuidelineToken
 
 TIMESTEPS = (100, 300, 500, 700)
 
@@ -45,7 +46,9 @@ class Maps:
         return max(float(np.mean(list(self.iou_at(dict.fromkeys(TIMESTEPS, value)).values()))) for value in values)
 
 
-def token_cam(result: OptimizationResult, base: BaseModel, queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+def token_cam(
+    result: OptimizationResult | GuidelineToken, base: BaseModel, queries: dict[str, Tensor], size: tuple[int, int]
+) -> Tensor:
     rows = [row for row in (result.start_of_text, result.background, result.guideline) if row is not None]
     keys = project_keys(base.layers, torch.cat(rows))
     return cross_attention_map(
@@ -117,8 +120,8 @@ def maps(
 def main(*, is_quick: bool) -> dict[str, object]:
     num_scenes, num_train = (24, 24) if is_quick else (200, 24)
     base = bench.base_model()
-    training, validation = bench.annotated(num_train)
-    result = optimize(base, training, recipe=bench.recipe(), validation=validation)
+    training, _ = bench.annotated(num_train)
+    result = bench.token(base, count=num_train)
     with cache_queries(base, training, bench.draws(len(training)), seed=5) as cache:
         weights, bias, spread = fit_probe(cache)
     unsafe, safe = bench.scenes(num_scenes, 501, is_unsafe=True), bench.scenes(num_scenes, 502, is_unsafe=False)
@@ -133,7 +136,7 @@ def main(*, is_quick: bool) -> dict[str, object]:
     }
     with torch.no_grad():
         found = maps(base, unsafe, safe, readers)
-    thresholds = result.thresholds
+    thresholds = result.record.thresholds
     own = found["token"]
     by_timestep = own.iou_at({t: thresholds.at(t)[1] for t in TIMESTEPS})
     fired = torch.stack(

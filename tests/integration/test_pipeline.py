@@ -26,7 +26,7 @@ def finished(concept_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     finish("generate", *where, "--num-images", 16)
     finish("premask", *where)
     finish("export", *where[:-1], "--unreviewed")
-    finish("optimize", *where, "--num-steps", 40)
+    finish("optimize", *where, "--num-steps", 40, "--data-efficiency")
     return workspace
 
 
@@ -44,6 +44,7 @@ def test_every_stage_runs_on_a_model_with_random_weights(finished: Path):
     record = json.loads((finished / "tokens" / "tiny" / "1.0.0" / "token.json").read_text())
     assert record["concept"] == "tiny"
     assert record["dataset"]["review_states"] == {"unreviewed": 16}
+    assert [point["num_images"] for point in record["metrics"]["data_efficiency"]] == [2, 4, 8]
     assert "unreviewed" in (finished / "tokens" / "tiny" / "1.0.0" / "README.md").read_text().lower()
 
 

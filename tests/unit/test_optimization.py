@@ -381,6 +381,9 @@ def test_calibration_keeps_the_stated_rate_on_maps_that_are_hard() -> None:
 
 
 def test_data_efficiency_has_one_point_a_size(base: BaseModel) -> None:
-    points = data_efficiency(base, data(8), data(4, 100), sizes=(2, 4, 8), recipe=SHORT)
-    assert [point["num_images"] for point in points] == [2, 4, 8]
+    points = data_efficiency(base, data(8), data(4, 100), sizes=(2, 4, 8, 32), recipe=SHORT)
+    assert [point["num_images"] for point in points] == [2, 4, 8]  # 32 are not there
     assert all(0 <= point["validation_iou"] <= 1 for point in points)
+    measured = optimize(base, data(8), validation=data(4, 100), recipe=SHORT, sizes=(2, 8)).metrics["data_efficiency"]
+    assert [point["num_images"] for point in measured] == [2, 8]
+    assert measured == [points[0], points[2]]  # the same noise, so the same figures as measured apart

@@ -113,10 +113,11 @@ class Guard(PipelineGuard):
         _, highlight = self.thresholds.at(context.timestep)
         scores = guidance.score(cam, self.thresholds.min_area)
         gates, reasons = self._gates(context, cam, scores)
-        rows = gates.flatten(1).amax(1).nonzero()[:, 0]
+        peaks, areas = gates.flatten(1).amax(1), (cam >= highlight).float().mean((1, 2))
+        rows = peaks.nonzero()[:, 0]
         is_acting = self.mode == "guide" and self.strength > 0
-        for sample in range(len(cam)):
-            fires = bool((rows == sample).any())
+        seen = torch.stack([peaks, areas, scores], 1).tolist()
+        for sample, ((peak, area, score), reason) in enumerate(zip(seen, reasons, strict=True)):
             context.trace.steps.append(
                 StepRecord(
                     run=context.run.index,
@@ -124,11 +125,11 @@ class Guard(PipelineGuard):
                     timestep=context.timestep,
                     sample=sample,
                     concept=self.token.name,
-                    is_firing=fires,
-                    reason=reasons[sample],
-                    area=float((cam[sample] >= highlight).float().mean()),
-                    strength=float(gates[sample].amax()) * self.strength if fires and is_acting else 0.0,
-                    score=float(scores[sample]),
+                    is_firing=peak > 0,
+                    reason=reason,
+                    area=area,
+                    strength=peak * self.strength if is_acting else 0.0,
+                    score=score,
                 )
             )
         if self.keep_maps:
@@ -201,10 +202,14 @@ class Guard(PipelineGuard):
         return "concept found" if share else "below threshold"
 
     def _safety_push(self, context: Context, rows: Tensor, eps_u: Tensor) -> Tensor:
-        """``eps_cs - eps_u`` of the firing samples, anew or kept from at most ``reuse_steps - 1`` calls ago."""
+        """``eps_cs - eps_u`` of the firing samples, anew or kept from at most ``reuse_steps - 1`` calls ago.
+
+        All are made anew in the same calls, so that they share one forward.
+        """
         kept: dict[int, tuple[int, Tensor]] = context.run.memory.setdefault("push", {})
         step = context.run.step
-        stale = [row for row in rows.tolist() if row not in kept or step - kept[row][0] >= self.reuse_steps]
+        is_due = step % self.reuse_steps == 0
+        stale = [row for row in rows.tolist() if is_due or row not in kept or step - kept[row][0] >= self.reuse_steps]
         if stale:
             index = torch.tensor(stale, device=rows.device)
             fresh = context.safety_prediction(index).float() - context.eps_u[index].float()

@@ -130,9 +130,13 @@ class DemoJudge:
         batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
         return torch.cat([self._network.features(to_tensor(batch).to(self._device)).cpu() for batch in batches])
 
+    def heat(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, 20, 16, 16) float32 in [0, 1]: where the centre of each object is; see ``peaks``."""
+        return self._run(images)[0]
+
     def count(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, 20) int64: how many of each object are there."""
-        return peaks(self._run(images)[0]).sum((2, 3))
+        return peaks(self.heat(images)).sum((2, 3))
 
     @torch.inference_mode()
     def _run(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,7 @@ def optimize(
     validation: Sequence[Example] | None = None,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
+    sizes: Sequence[int] = (),
 ) -> OptimizationResult:
     """Optimises a guideline token and calibrates its thresholds.
 
@@ -155,6 +156,7 @@ def optimize(
             is missing in it is taken from the training data.
         progress: called after each report with step, num_steps, loss and validation figures.
         checkpoint: file from which a killed optimisation goes on, with the same result.
+        sizes: numbers of training images for which ``data_efficiency`` is measured on the way.
 
     Raises:
         DatasetError: there are no unsafe or no safe images, or a mask does not fit its image.
@@ -191,6 +193,9 @@ def optimize(
         cams, masks, is_unsafe, timesteps = (torch.cat(parts) for parts in pairs)
         images = torch.cat([held_out.images, len(validation) + caches[1].images])
         calibration = calibrate(cams, masks, is_unsafe, timesteps, images, recipe.max_false_trigger_rate)
+        metrics = summary(calibration)
+        if sizes:
+            metrics["data_efficiency"] = _efficiency(base, examples, layers, cache, held_out, sizes, recipe, seed)
     return OptimizationResult(
         guideline=parameters.guideline.float().cpu(),
         background=None if parameters.background is None else parameters.background.float().cpu(),
@@ -200,7 +205,7 @@ def optimize(
         thresholds=calibration.thresholds,
         recipe=recipe,
         history=history,
-        metrics=summary(calibration),
+        metrics=metrics,
     )
 
 
@@ -224,7 +229,7 @@ def data_efficiency(
 
     Args:
         base: the frozen base model.
-        examples: at least ``max(sizes) / 2`` of each kind.
+        examples: of both kinds; sizes for which there are not enough are left out.
         validation: examples kept apart.
         sizes: numbers of images.
         recipe: for every size.
@@ -234,20 +239,42 @@ def data_efficiency(
         One dict a size: ``num_images``, ``validation_iou``.
     """
     check_examples(examples)
-    order = _interleaved(examples)
-    layers = in_float32(base.layers)
-    generator = torch.Generator().manual_seed(seed)
-    draws = draw_timesteps(recipe, len(order), generator)
+    draws = draw_timesteps(recipe, len(examples), torch.Generator().manual_seed(seed))
     knots = torch.tensor(KNOTS)[:, None].expand(-1, len(validation))
+    with (
+        _cached(base, examples, draws, recipe, 2 * seed) as cache,
+        _cached(base, validation, knots, recipe, 2 * seed + 1) as held_out,
+    ):
+        return _efficiency(base, examples, in_float32(base.layers), cache, held_out, sizes, recipe, seed)
+
+
+def _efficiency(
+    base: BaseModel,
+    examples: Sequence[Example],
+    layers: Mapping[str, Any],
+    cache: QueryCache,
+    held_out: QueryCache,
+    sizes: Sequence[int],
+    recipe: Recipe,
+    seed: int,
+) -> list[dict[str, float]]:
+    order = _interleaved(examples)
     points = []
-    with _cached(base, order, draws, recipe, 2 * seed) as cache, _cached(base, validation, knots, recipe, 1) as held:
-        for size in sizes:
-            index = (cache.images < size).nonzero()[:, 0]
-            start = initial_parameters(base, order[:size], recipe, layers, torch.Generator().manual_seed(seed))
-            shorter = replace(recipe, validate_every=0)
-            found, _ = fit(layers, cache, start, shorter, torch.Generator().manual_seed(seed), index=index)
-            figures = _validate(found, layers, held, recipe)
-            points.append({"num_images": min(size, len(order)), "validation_iou": figures["validation_iou"]})
+    for size in (size for size in sizes if size <= len(order)):
+        chosen = torch.tensor(order[:size])
+        start = initial_parameters(
+            base, [examples[i] for i in order[:size]], recipe, layers, torch.Generator().manual_seed(seed)
+        )
+        found, _ = fit(
+            layers,
+            cache,
+            start,
+            replace(recipe, validate_every=0),
+            torch.Generator().manual_seed(seed),
+            index=torch.isin(cache.images, chosen).nonzero()[:, 0],
+        )
+        iou = _validate(found, layers, held_out, recipe)["validation_iou"]
+        points.append({"num_images": float(size), "validation_iou": iou})
     return points
 
 
@@ -275,7 +302,7 @@ def _validate(parameters: Parameters, layers: Mapping[str, Any], held: QueryCach
     return {"validation_loss": loss, "validation_iou": best}
 
 
-def _interleaved(examples: Sequence[Example]) -> list[Example]:
-    """Unsafe and safe by turns, so that every even prefix holds both alike."""
-    kinds = [[example for example in examples if example.is_unsafe is kind] for kind in (True, False)]
-    return [example for pair in zip(*kinds, strict=False) for example in pair]
+def _interleaved(examples: Sequence[Example]) -> list[int]:
+    """Positions of unsafe and safe examples by turns, so that every even prefix holds both alike."""
+    kinds = [[i for i, example in enumerate(examples) if example.is_unsafe is kind] for kind in (True, False)]
+    return [position for pair in zip(*kinds, strict=False) for position in pair]

@@ -84,7 +84,15 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
     options = {} if size.num_steps is None else {"num_steps": size.num_steps}
     made = step(
         "4  optimize: a guideline token learns to highlight the masks; the model stays as it is",
-        lambda: optimize.run(workspace, concept, base_model, options=options, model_id="demo", progress=progress),
+        lambda: optimize.run(
+            workspace,
+            concept,
+            base_model,
+            options=options,
+            model_id="demo",
+            sizes=optimize.SIZES if size == FULL else (),
+            progress=progress,
+        ),
     )
     token = registry.load_token(made.data["token"], workspace=workspace.root)
     step(

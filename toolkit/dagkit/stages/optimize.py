@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dagkit.concept import Concept
     from dagkit.families import BaseModel
     from dagkit.optimization import Recipe
     from dagkit.workspace import Workspace
+
+SIZES: Final = (2, 4, 8, 16, 32)
+"""Numbers of annotated images for the plot of data efficiency, half of them safe."""
 
 
 def run(
@@ -27,6 +32,7 @@ def run(
     version: str | None = None,
     model_id: str | None = None,
     seed: int = 0,
+    sizes: Sequence[int] = (),
     progress: common.Progress | None = None,
 ) -> common.StageResult:
     """Optimises a guideline token and writes it to ``tokens/<concept>/<version>/``.
@@ -44,6 +50,7 @@ def run(
         version: semantic version; proposed from what exists where None.
         model_id: what the record calls the base model; its Hub id or folder name where None.
         seed: of noise, timesteps and initial rows.
+        sizes: numbers of training images for which the validation IoU is measured as well, for the report.
         progress: shows progress; None for silence.
 
     Raises:
@@ -74,6 +81,7 @@ def run(
             "concept": concept.model_dump(mode="json"),
             "recipe": repr(chosen),
             "seed": seed,
+            **({"sizes": list(sizes)} if sizes else {}),
         }
     )
     tokens = workspace.stage("tokens", concept.name)
@@ -110,6 +118,7 @@ def run(
                 validation=examples("validation"),
                 progress=lambda state: report(state["step"], state["num_steps"]),
                 checkpoint=checkpoint,
+                sizes=sizes,
             )
         token = result.token(
             base_model,
@@ -148,6 +157,12 @@ def run(
 @click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
 @click.option("--num-tokens", type=click.IntRange(1, 64), help="Guideline rows n. Default: the recipe's.")
 @click.option("--num-steps", type=click.IntRange(1, 100_000), help="Optimiser steps. Default: the recipe's.")
+@click.option(
+    "--data-efficiency",
+    "is_measuring_sizes",
+    is_flag=True,
+    help="Measure as well what 2, 4, 8, 16 and 32 images would have given; the report plots it.",
+)
 @click.option("--version", metavar="X.Y.Z", help="Version to write. Default: the next one, by what changed.")
 @common.device_option
 @common.seed_option
@@ -160,6 +175,7 @@ def command(
     recipe: str,
     num_tokens: int | None,
     num_steps: int | None,
+    is_measuring_sizes: bool,
     version: str | None,
     device: str,
     seed: int,
@@ -185,5 +201,6 @@ def command(
         version=version,
         model_id=model or concept.model,
         seed=seed,
+        sizes=SIZES if is_measuring_sizes else (),
         progress=common.Progress(is_quiet),
     ).show(as_json)
