@@ -4,11 +4,13 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from dagkit.cli import command
+from dagkit.concept import concept_names, load_concept
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,7 @@ def test_the_bundled_concept_lacks_nothing():
     assert status == 0
     assert {name: finding for name, finding in found.items() if finding["status"] == "missing"} == {}
     assert found["weapon: segmenter"]["found"].startswith("sam ")
+    assert found["weapon: proposer attention"]["found"] == "attention, which looks through the base model"
     assert found["torch"]["found"].startswith("2.")
 
 
@@ -55,8 +58,39 @@ def test_a_missing_checkpoint_is_an_error_for_the_concept_that_needs_it(monkeypa
     assert status == 1
     missing = found["nudity: segmenter"]
     assert missing["status"] == "missing"
-    assert "sam_vit_h_4b8939.pth" in missing["found"] + missing["hint"]
+    path = tmp_path / "dagkit" / "checkpoints" / "sam_vit_h_4b8939.pth"
+    assert missing["found"] == f"{path}: no such SAM checkpoint"
+    assert f"curl -L -o {path} https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth" in missing["hint"]
     assert findings()[0] == 0, "without --concept it is only a hint"
+
+
+def test_weights_of_proposers_and_judges_are_looked_for_too(tmp_path: Path):
+    whole = load_concept("weapon").model_dump(exclude_none=True)
+    lacking = {
+        "proposers": [{"name": "grounding_dino", "model": str(tmp_path / "dino")}, "attention"],
+        "segmenter": {"name": "sam_hf", "model": str(tmp_path / "sam")},
+        "judge": {"name": "clip", "checkpoint": str(tmp_path / "clip")},
+    }
+    (tmp_path / "weapon.yaml").write_text(json.dumps({**whole, **lacking}))
+    status, found = findings("--concept", str(tmp_path / "weapon.yaml"))
+
+    assert status == 1
+    missing = {finding["what"].rpartition(": ")[2]: finding for finding in found.values()}
+    for what, hint in {
+        "proposer grounding_dino": "hf download IDEA-Research/grounding-dino-tiny",
+        "segmenter": "hf download facebook/sam2.1-hiera-small",
+        "judge": "Name a folder or a Hub id under judge.checkpoint",
+    }.items():
+        assert missing[what]["status"] == "missing"
+        assert hint in missing[what]["found"] + missing[what]["hint"]
+    assert missing["proposer attention"]["status"] == "ok"
+
+
+def test_shipped_concepts_lack_weights_at_most():
+    """Their plugins take the options that they are given."""
+    for what, finding in findings()[1].items():
+        if what.split(":")[0] in concept_names() and finding["status"] != "ok":
+            assert "checkpoint" in finding["found"].lower() or "loaded" in finding["found"], finding
 
 
 def test_label_studio(monkeypatch: pytest.MonkeyPatch, other_site: str):

@@ -45,10 +45,17 @@ class Proposal:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """Suggests regions of one image."""
+    """Suggests regions of one image.
+
+    Attributes:
+        name: as registered.
+        version: changes when its proposals do.
+        needs_base_model: whether `from_concept` refuses to go without one.
+    """
 
     name: str
     version: str
+    needs_base_model: bool
 
     @classmethod
     def from_concept(

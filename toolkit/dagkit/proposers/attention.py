@@ -55,6 +55,7 @@ class AttentionProposer:
     """
 
     name = "attention"
+    needs_base_model = True
     version = "1"
 
     def __init__(

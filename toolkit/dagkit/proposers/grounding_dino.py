@@ -34,6 +34,7 @@ class GroundingDinoProposer:
     """
 
     name = "grounding_dino"
+    needs_base_model = False
 
     def __init__(
         self,

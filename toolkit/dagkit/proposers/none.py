@@ -19,6 +19,7 @@ class NoProposer:
     """Never proposes anything."""
 
     name = "none"
+    needs_base_model = False
     version = "1"
 
     @classmethod

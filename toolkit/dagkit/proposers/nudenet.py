@@ -36,6 +36,7 @@ class NudeNetProposer:
     """
 
     name = "nudenet"
+    needs_base_model = False
 
     def __init__(self, classes: Mapping[str, tuple[str, bool]], threshold: float = 0.25) -> None:
         self._classes, self._threshold = dict(classes), threshold

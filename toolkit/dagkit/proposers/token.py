@@ -42,6 +42,7 @@ class TokenProposer:
     """
 
     name = "token"
+    needs_base_model = True
 
     def __init__(self, base_model: BaseModel, token: GuidelineToken, label: str, *, is_positive: bool = True) -> None:
         self._base_model, self._token, self._label, self._is_positive = base_model, token, label, is_positive

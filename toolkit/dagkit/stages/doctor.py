@@ -8,10 +8,16 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dagkit.concept import Concept, Plugin
 
 Status = Literal["ok", "missing", "off"]
 
@@ -47,7 +53,7 @@ def run(concept: str | None = None) -> list[Finding]:
     """Looks at everything that dagkit may need.
 
     Args:
-        concept: name of a concept whose base model, segmenter and judge are looked for, too.
+        concept: name of a concept whose proposers, segmenter and judge must be there.
     """
     return [*_versions(), *_devices(), *_bundled(), *_checkpoints(concept), *_servers()]
 
@@ -101,28 +107,45 @@ def _bundled() -> Iterator[Finding]:
 
 
 def _checkpoints(concept_name: str | None) -> Iterator[Finding]:
-    from dagkit import plugins
     from dagkit.concept import concept_names, load_concept
     from dagkit.errors import DagkitError
 
+    lacking: Status = "missing" if concept_name else "off"
     for name in [concept_name] if concept_name else concept_names():
         try:
             concept = load_concept(name)
-            segmenter = plugins.load("segmenters", concept.segmenter.name)
-            found = segmenter.from_concept(concept, "cpu")
-            yield Finding("ok", f"{name}: segmenter", f"{found.name} {found.version}")
         except DagkitError as error:
-            yield Finding(
-                "missing" if concept_name else "off", f"{name}: segmenter", str(error).split(". ")[0], _advice(error)
-            )
+            yield Finding(lacking, f"{name}: concept", str(error).split(". ")[0], _advice(error))
             continue
-        try:
-            plugins.load("judges", concept.judge.name)
-            yield Finding("ok", f"{name}: judge", concept.judge.name)
-        except DagkitError as error:
-            yield Finding(
-                "missing" if concept_name else "off", f"{name}: judge", str(error).split(". ")[0], _advice(error)
-            )
+        for what, load in _plugins(concept):
+            try:
+                yield Finding("ok", f"{name}: {what}", load())
+            except DagkitError as error:
+                yield Finding(lacking, f"{name}: {what}", str(error).split(". ")[0], _advice(error))
+
+
+def _plugins(concept: Concept) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What a concept names, each with a function that loads it, weights included, and says what it found."""
+    from dagkit import plugins
+
+    def proposer(plugin: Plugin) -> str:
+        found = plugins.load("proposers", plugin.name)
+        if found.needs_base_model:
+            return f"{plugin.name}, which looks through the base model"
+        return f"{plugin.name} {found.from_concept(concept, options=plugin.options).version}"
+
+    def segmenter() -> str:
+        found = plugins.load("segmenters", concept.segmenter.name).from_concept(concept)
+        return f"{found.name} {found.version}"
+
+    def judge() -> str:
+        plugins.load("judges", concept.judge.name).from_concept(concept)
+        return concept.judge.name
+
+    for plugin in concept.proposers:
+        yield f"proposer {plugin.name}", partial(proposer, plugin)
+    yield "segmenter", segmenter
+    yield "judge", judge
 
 
 def _servers() -> Iterator[Finding]:
@@ -167,6 +190,7 @@ def command(concept_name: str | None, as_json: bool) -> None:
 
     Exits with status 1 if something needed is missing.
     """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # to look is not to download
     findings = run(concept_name)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
