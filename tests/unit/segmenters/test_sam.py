@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from segment_anything import SamPredictor
 
 from dagkit.concept import Concept, load_concept
 from dagkit.errors import CheckpointError, ConceptError
 from dagkit.proposers import Proposal
 from dagkit.segmenters import Mask, Segmenter, build_segmenter, combine, union_by_label
 from dagkit.segmenters.checkpoints import find_sam
+from dagkit.segmenters.cleaning import clean_mask
 from dagkit.segmenters.sam import SamSegmenter, load_sam, stability
 from dagkit.segmenters.sam_tiny import build_sam_tiny
 
@@ -77,6 +79,29 @@ def test_a_point_is_a_prompt_unless_it_is_switched_off(checkpoint: Path, image: 
     assert labels.tolist() == [[1], [-1], [-1]]  # -1 is SAM's padding point
     assert coordinates[0, 0].tolist() == pytest.approx([40.0, 40.0])  # 128 px encoder, 64 px image
     assert seen[1] is None
+
+
+def test_score_is_predicted_iou_times_stability_and_masks_are_cleaned(image: Image.Image):
+    torch.manual_seed(1)
+    sam = build_sam_tiny()
+    with torch.no_grad():  # sure of itself, as random weights are not
+        sam.mask_decoder.iou_prediction_head.layers[-1].bias.fill_(0.7)
+        for mlp in sam.mask_decoder.output_hypernetworks_mlps:
+            mlp.layers[-1].weight.mul_(40)
+    boxes = PROPOSALS[1:]  # none has a point
+    found = SamSegmenter(sam, "vit_tiny").segment(image, boxes)
+
+    predictor = SamPredictor(sam)
+    predictor.set_image(np.asarray(image))
+    is_mended = []
+    for proposal, mask in zip(boxes, found, strict=True):
+        logits, iou, _ = predictor.predict(box=np.array(proposal.box), multimask_output=False, return_logits=True)
+        stable = (logits[0] > 1).sum() / (logits[0] > -1).sum()
+        assert 0 < mask.score < 1
+        assert mask.score == pytest.approx(min(max(float(iou[0]), 0), 1) * stable, abs=1e-4)
+        assert np.array_equal(mask.mask, clean_mask(logits[0] > 0))
+        is_mended.append(not np.array_equal(mask.mask, logits[0] > 0))
+    assert any(is_mended)
 
 
 def test_stability_by_hand():

@@ -11,6 +11,7 @@ from dagkit.concept import Concept, load_concept
 from dagkit.errors import CheckpointError
 from dagkit.proposers import Proposal
 from dagkit.segmenters import Segmenter, build_segmenter
+from dagkit.segmenters.cleaning import clean_mask
 
 PROPOSALS = [
     Proposal((4, 4, 40, 40), 0.9, "weapon", point=(20.0, 20.0)),
@@ -96,6 +97,32 @@ def test_masks_of_both_architectures(save, tmp_path: Path):
 
     boxes_only = build_segmenter(with_model(tmp_path / "model", use_points=False)).segment(image, PROPOSALS)
     assert [mask.box for mask in boxes_only] == [proposal.box for proposal in PROPOSALS]
+
+
+@pytest.mark.parametrize("save", [save_sam, save_sam2], ids=["sam", "sam2"])
+def test_score_is_predicted_iou_times_stability_and_masks_are_cleaned(save, tmp_path: Path):
+    save(tmp_path / "model")
+    segmenter = build_segmenter(with_model(tmp_path / "model", use_points=False))
+    outputs, logits = [], []
+    segmenter._model.register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    with torch.no_grad():  # sure of itself, as random weights are not
+        decoder = segmenter._model.mask_decoder
+        decoder.iou_prediction_head.proj_out.bias.fill_(0.7)
+        for mlp in decoder.output_hypernetworks_mlps:
+            mlp.proj_out.weight.mul_(1e6)
+    post_process = segmenter._processor.post_process_masks
+    segmenter._processor.post_process_masks = lambda *a, **kw: logits.append(post_process(*a, **kw)) or logits[-1]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    masks = segmenter.segment(image, PROPOSALS)
+
+    for index, mask in enumerate(masks):
+        pixels = logits[0][0][index, 0].numpy()
+        stable = (pixels > 1).sum() / max((pixels > -1).sum(), 1)
+        iou = float(outputs[0].iou_scores[0, index, 0])
+        assert 0 < iou
+        assert mask.score == pytest.approx(min(iou, 1.0) * stable, abs=1e-4)
+        assert np.array_equal(mask.mask, clean_mask(pixels > 0))
+    assert max(mask.score for mask in masks) > 0
 
 
 def test_missing_weights_say_where_to_get_them(tmp_path: Path):
