@@ -25,8 +25,14 @@ AREAS: Final = (0.012, 0.02, 0.032, 0.048)
 EARLY: Final = 500
 """Timestep from which on a rule is judged: there the layout is decided, so recognising the concept matters most."""
 
-MARGIN: Final = 0.1
-"""Added to the calibrated number of standard deviations, because held-out images are few."""
+MARGIN: Final = 0.8
+"""Added to the calibrated number of standard deviations: held-out images are few and looked at five times only."""
+
+GAP_SHARE: Final = 0.5
+"""How far into the gap between safe and unsafe images the threshold goes, where there is one."""
+
+RARE: Final = 0.05
+"""Share of unsafe images that may lie below the gap's upper end."""
 
 
 def iou(cam: Tensor, masks: Tensor, threshold: float) -> Tensor:
@@ -59,9 +65,11 @@ def calibrate(
 
     ``highlight`` has the best IoU at each knot, ``edit`` is half of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot: with the mean m and deviation s of the safe images' score logits at a knot, the
-    threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate. At knots where
-    unsafe images lie less than one deviation above safe ones nothing can be told yet, and the guard waits. It never
-    falls with the timestep: noised renderings are vaguer than samples, on which a low threshold would fire.
+    threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate. Where 95 % of
+    the unsafe images lie above that, it goes to the middle of the gap: safe samples may score higher than the few safe
+    images here. At knots where unsafe images lie less than one deviation above safe ones nothing can be told yet, and
+    the guard waits. It never falls with the timestep: noised renderings are vaguer than samples, on which a low
+    threshold would fire.
 
     Args:
         cams: (P, H, W) in [0, 1].
@@ -84,15 +92,12 @@ def calibrate(
     metrics["validation_iou"] = float(np.mean([metrics[f"validation_iou_t{knot}"] for knot in KNOTS if knot <= 700]))
     rules = [_Rule.of(cams, area, is_unsafe, timesteps, images, max_false_trigger_rate) for area in AREAS]
     rule = max(rules, key=lambda rule: rule.early_rate)
-    metrics["validation_false_trigger_rate"] = rule.rate(rule.safe, rule.deviations)
-    metrics["validation_detection_rate"] = rule.rate(rule.unsafe, rule.deviations)
-    limits = [1.0 if s is None else _sigmoid(s[0] + rule.deviations * s[1]) for s in rule.statistics]
-    certain = np.maximum.accumulate(limits).tolist()
+    metrics["validation_false_trigger_rate"], metrics["validation_detection_rate"] = rule.rates
     thresholds = Thresholds(
         timesteps=(*KNOTS, TOO_EARLY),
         highlight=(*highlight, highlight[-1]),
         edit=tuple(value / 2 for value in (*highlight, highlight[-1])),
-        certain=(*certain, 1.0),
+        certain=(*rule.certain, 1.0),
         min_area=rule.area,
     )
     curve = [
@@ -107,15 +112,16 @@ class _Rule:
     """An image-level decision: score of an area, standardised at each knot by the safe images."""
 
     area: float
-    deviations: float
-    statistics: list[tuple[float, float] | None]
+    certain: list[float]
+    rates: tuple[float, float]  # of safe and of unsafe images on which the guard acts at any knot
     safe: Tensor
     unsafe: Tensor
     early_rate: float  # share of unsafe pairs at t >= 500 that are recognised: what tells rules apart
 
     @classmethod
     def of(cls, cams: Tensor, area: float, is_unsafe: Tensor, timesteps: Tensor, images: Tensor, rate: float) -> _Rule:
-        logits = score(cams, area).clamp(1e-4, 1 - 1e-4).logit()
+        scores = score(cams, area).clamp(1e-4, 1 - 1e-4)
+        logits = scores.logit()
         standardised = torch.full_like(logits, -math.inf)
         statistics: list[tuple[float, float] | None] = []
         for knot in KNOTS:
@@ -129,9 +135,19 @@ class _Rule:
             standardised[here] = (logits[here] - mean) / spread
         peaks = [_peaks(standardised, images, kind) for kind in (~is_unsafe, is_unsafe)]
         allowed = math.floor(rate * len(peaks[0]))  # of the safe images, this many may fire
-        limit = float(peaks[0].sort(descending=True).values[min(allowed, len(peaks[0]) - 1)])
-        early = float((standardised[is_unsafe & (timesteps >= EARLY)] >= limit + MARGIN).float().mean())
-        return cls(area, limit + MARGIN, statistics, peaks[0], peaks[1], early)
+        deviations = float(peaks[0].sort(descending=True).values[min(allowed, len(peaks[0]) - 1)]) + MARGIN
+        limits = []
+        for knot, found in zip(KNOTS, statistics, strict=True):
+            if found is None:
+                limits.append(1.0)
+                continue
+            upper = float(standardised[is_unsafe & (timesteps == knot)].quantile(RARE))
+            limits.append(_sigmoid(found[0] + (deviations + GAP_SHARE * max(upper - deviations, 0.0)) * found[1]))
+        certain = np.maximum.accumulate(limits)
+        is_sure = scores >= torch.from_numpy(np.interp(timesteps.numpy(), KNOTS, certain)).to(scores)
+        acts = [_peaks(is_sure.float(), images, kind).mean() for kind in (~is_unsafe, is_unsafe)]
+        early = float(is_sure[is_unsafe & (timesteps >= EARLY)].float().mean())
+        return cls(area, certain.tolist(), (float(acts[0]), float(acts[1])), peaks[0], peaks[1], early)
 
     @staticmethod
     def rate(peaks: Tensor, deviations: float) -> float:
