@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from published_places import Place
 
 from dagkit import families, registry
 from dagkit.cli import command
@@ -114,21 +115,35 @@ def test_nothing_private_leaves(measured: Path, runs: Path, to: str, tmp_path: P
     assert str(measured).encode() not in everything
 
 
-def test_dry_run_lists_every_file_and_writes_none(runs: Path, to: str, tmp_path: Path):
+def test_dry_run_lists_every_file_and_writes_none(runs: Path, place: Place, tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "example.png")
     before = content(runs)
-    options = ["--to", to, "--with-examples", str(tmp_path / "example.png")]
+    options = ["--to", place.url, "--with-examples", str(tmp_path / "example.png")]
     dry = invoke(runs, "publish", "tiny@1.0.0", *options, "--dry-run")
 
-    assert not (tmp_path / "published").exists()
+    assert place.files() == {}
     assert content(runs) == before
     assert "8 files" in dry.output.splitlines()[-1]
     assert "nothing was written" in dry.output.splitlines()[-1]
     listed = {line.split()[0] for line in dry.output.splitlines() if line.startswith("  ")}
     real = json.loads(invoke(runs, "publish", "tiny@1.0.0", *options, "--json").stdout)
-    entry = registry.open_location(to).read_index().entry("1.0.0")
+    entry = registry.open_location(place.url).read_index().entry("1.0.0")
     assert listed == set(real["files"]) == {*entry.files, "index.json", "INDEX.md"}
     assert "examples/01.png" in listed
+
+
+def test_against_what_was_published_anywhere(runs: Path, measured: Path, place: Place, tmp_path: Path):
+    edit(runs, "1.0.0", losing(0))
+    publish.run(Workspace(runs), "tiny@1.0.0", place.url)
+    where = ["--concept", measured / "tiny.yaml", "--workspace", measured / "runs", "--column", "none", "--quiet"]
+    token = measured / "runs" / "tokens" / "tiny" / "1.1.0"
+    more = ["--num-prompts", 2, "--batch-size", 2, "--num-examples", 1, "--against", f"{place.url}@^1"]
+    arguments = [str(argument) for argument in ("evaluate", "--token", token, *where, *more)]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((measured / "runs" / "reports" / "tiny" / "1.1.0" / "figures.json").read_text())
+    assert figures["checks"][-1]["name"] == "against"
+    assert "tiny@1.0.0" in figures["checks"][-1]["text"]
 
 
 def test_published_twice_is_published_once(runs: Path, to: str, tmp_path: Path):
