@@ -19,9 +19,11 @@ from dagkit.concept import Concept, load_concept
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.workspace import Workspace
+from drawn_workspace import SETTINGS
 from loopback import free_port
 
 SIZE = (48, 32)  # width, height of the images in `reviewable`
+DRAWN = {"model": "none", "model_fingerprint": "sha256:" + "0" * 64, "settings": SETTINGS}
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +72,16 @@ def make_reviewable(root: Path, concept: Concept, num: int, seed: int = 0) -> Wo
         pixels = rng.integers(0, 256, (SIZE[1], SIZE[0], 3), np.uint8)
         candidates.write_image(f"images/{key}.png", Image.fromarray(pixels))
         kind = "safe" if index % 3 == 2 else "unsafe"
-        candidates.append({"key": key, "image": f"images/{key}.png", "prompt": "a ball", "kind": kind, "seed": index})
+        candidates.append(
+            {
+                "key": key,
+                "image": f"images/{key}.png",
+                "prompt": f"a ball, {key}",
+                "kind": kind,
+                "seed": index,
+                **DRAWN,
+            }
+        )
         positive, negative = concept.labels.positive[0], concept.labels.negative[0]
         labels = {0: [positive, negative], 1: [positive], 2: []}[index % 3]
         masks = {}

@@ -14,7 +14,8 @@ from dagkit.cli import command
 from dagkit.concept import load_concept
 from dagkit.dataset import load_dataset
 from dagkit.errors import DagkitError, DatasetError, WorkspaceError
-from dagkit.stages import export
+from dagkit.segmenters import build_segmenter
+from dagkit.stages import export, premask, push
 from dagkit.workspace import Workspace
 from drawn_workspace import annotate, draw_workspace, premask_of
 from interruption import finish, kill_when
@@ -145,3 +146,39 @@ def test_purge_deletes_what_no_dataset_uses_and_only_if_told(workspace: Workspac
     assert len(workspace.stage("candidates", "weapon").rows()) == 12
     assert sum(map(len, load_dataset(workspace.stage("dataset", "weapon").path).values())) == 3
     assert json.loads(invoke(*options, "--yes", "--json").stdout)["done"] == 0
+
+
+def test_purge_keeps_what_is_on_its_way_and_later_stages_pass_over_the_rest(workspace: Workspace):
+    options = ("--concept", "weapon", "--workspace", workspace.root)
+
+    def accept(key: str) -> None:
+        annotate(workspace, CONCEPT, key, "accepted", masks={"weapon": np.ones((64, 64), bool)})
+
+    accept("u000")
+    annotate(workspace, CONCEPT, "u001", "cannot_tell")
+    export.run(workspace, CONCEPT)
+    accept("u002")
+    for key in ("u000", "u001", "u002", "u003"):
+        workspace.stage("labeling", "weapon").append({"key": key, "task_id": int(key[1:])})
+    done = json.loads(invoke("purge", *options, "--yes", "--json").stdout)
+    assert (done["num_waiting"], done["num_not_exported"]) == (1, 1)
+    assert done["message"].endswith(
+        "1 wait for annotators and are kept. 1 have answers that no export has taken up and are kept."
+    )
+    candidates = workspace.stage("candidates", "weapon")
+    kept = ["u000", "u002", "u003"]
+    assert [row["key"] for row in candidates.present_rows()] == kept
+    assert sorted(path.stem for path in candidates.path.glob("images/*.png")) == kept
+
+    boxes = CONCEPT.model_copy(update={"proposers": []})
+    shutil.rmtree(workspace.stage("premasks", "weapon").path)
+    assert premask.run(workspace, boxes, [], build_segmenter(CONCEPT)).done == 3
+    assert push.choose(workspace, CONCEPT, "all", None) == kept
+    assert export.run(workspace, CONCEPT).data["left_out"] == {
+        "annotators cannot tell": 1,
+        "not reviewed yet": 1,
+        "purged": 8,
+    }
+    accept("u003")
+    again = json.loads(invoke("purge", *options, "--yes", "--json").stdout)
+    assert (again["done"], again["num_waiting"], again["num_not_exported"]) == (0, 0, 1)

@@ -14,10 +14,11 @@ from label_studio_sdk.converter import brush
 from label_studio_server import SIZE, api, make_reviewable, new_annotator, read_mask
 
 from dagkit.concept import Concept
+from dagkit.dataset import load_dataset, read_summary
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.server import Login
-from dagkit.stages import pull, push
+from dagkit.stages import export, pull, push
 from dagkit.workspace import Workspace
 
 pytestmark = [pytest.mark.label_studio, pytest.mark.slow]
@@ -112,7 +113,8 @@ def test_counts_agreement_and_consensus(client: Client, login: Login, concept: C
             task = first.get(f"/api/tasks/{task_id}").json()
             regions = task["predictions"][0]["result"] if task["predictions"] else []
             proposed[key] = whole({region["value"]["brushlabels"][0]: sdk_pixels(region) for region in regions})
-            told[key] = [answer(http, task, rng.choice(ACTIONS), rng) for http in (first, second)]
+            both = {0: "skip", 1: "cannot tell"}.get(len(told))
+            told[key] = [answer(http, task, both or rng.choice(ACTIONS), rng) for http in (first, second)]
         emails = {first.get("/api/current-user/whoami").json()["email"], "second@example.org"}
     assert {state for answers in told.values() for state, _ in answers} == {
         "accepted",
@@ -130,6 +132,7 @@ def test_counts_agreement_and_consensus(client: Client, login: Login, concept: C
     disagreements: dict[str, set[str]] = {}
     ious: list[float] = []
     marks: dict[str, list[tuple[bool, bool]]] = {"weapon": [], "harmless": []}
+    decided: dict[str, Pixels] = {}
     for key, answers in told.items():
         row = rows[key]
         assert [entry["state"] for entry in row["answers"]] == [state for state, _ in answers]
@@ -154,6 +157,8 @@ def test_counts_agreement_and_consensus(client: Client, login: Login, concept: C
         for label, pixels in masks.items():
             found = read_mask(folder.path / row["masks"][label])
             assert {(int(y), int(x)) for y, x in np.argwhere(found)} == pixels
+        if state not in ("skipped", "cannot_tell"):
+            decided[key] = whole(masks)
         reasons = set()
         if len(votes) == 2:
             one, two = (whole(vote) for _, vote in votes)
@@ -182,6 +187,19 @@ def test_counts_agreement_and_consensus(client: Client, login: Login, concept: C
     assert {entry["key"]: set(entry["reasons"]) for entry in found["disagreements"]} == disagreements
     assert {"presence", "outline", "cannot_tell"} == set().union(*disagreements.values())
 
+    folder_of_dataset = export.run(workspace, concept).data["path"]
+    summary = read_summary(folder_of_dataset)
+    left_out = {"skipped": "skipped by annotators", "cannot_tell": "annotators cannot tell"}
+    assert summary["left_out"] == {why: expected_states[state] for state, why in left_out.items()}
+    assert summary["review_states"] == {
+        state: count for state, count in sorted(expected_states.items()) if state not in left_out
+    }
+    assert summary["agreement"] == {"mean_iou": found["mean_iou"], "kappa": found["kappa"]}
+    exported = {row["key"]: row["mask"] for rows in load_dataset(folder_of_dataset).values() for row in rows}
+    assert {
+        key: {(int(y), int(x)) for y, x in np.argwhere(np.asarray(mask) > 127)} for key, mask in exported.items()
+    } == decided
+
     written = b"".join(path.read_bytes() for path in workspace.root.rglob("*") if path.is_file())
     for email in emails:
         assert email.encode() not in written
@@ -209,6 +227,8 @@ def test_counts_agreement_and_consensus(client: Client, login: Login, concept: C
     # Another rule: everything is decided anew.
     pull.run(workspace, concept, client=client, consensus="union")
     union_rows = {row["key"]: row for row in folder.rows()}
+    assert {row["consensus"] for row in union_rows.values()} == {"union"}
+    assert pull.run(workspace, concept, client=client).done == 0, "a rule holds until another one is given"
     sizes = [
         (read_mask(folder.path / union_rows[key]["masks"]["weapon"]).sum(), len(whole(told[key][0][1])))
         for key in union_rows

@@ -7,6 +7,7 @@ writes the pictures of docs/annotation.md.
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from label_studio_sdk.converter import brush
-from label_studio_server import read_mask
+from label_studio_server import DRAWN, read_mask
 from PIL import Image, ImageDraw
 
 from annotator_page import find_chromium, is_hidden, log_in, open_browser, open_task, reveal, stroke, submit
 from dagkit.concept import Concept
+from dagkit.dataset import load_dataset
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import Login
-from dagkit.stages import pull, push
+from dagkit.stages import push
 from dagkit.workspace import Workspace
+from interruption import finish
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -58,7 +61,8 @@ def workspace_with_discs(root: Path, concept: Concept) -> Workspace:
     candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)
     for seed, key in enumerate(["first", "second"]):
         candidates.write_image(f"images/{key}.png", image)
-        candidates.append({"key": key, "image": f"images/{key}.png", "prompt": "discs", "kind": "unsafe", "seed": seed})
+        row = {"key": key, "image": f"images/{key}.png", "prompt": "discs", "kind": "unsafe", "seed": seed}
+        candidates.append({**row, **DRAWN})
         premasks.write_image(f"masks/{key}-weapon.png", disc)
         premasks.append(
             {
@@ -83,7 +87,9 @@ def shown(page: Page) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((WIDTH, HEIGHT)), int)
 
 
-def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, concept: Concept, tmp_path: Path) -> None:
+def test_annotator_corrects_a_mask(
+    page: Page, client: Client, login: Login, concept: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = workspace_with_discs(tmp_path / "runs", concept)
     data_manager = push.run(workspace, concept, client=client).data["url"]
     task_ids = {row["key"]: row["task_id"] for row in workspace.stage("labeling", concept.name).rows()}
@@ -116,8 +122,10 @@ def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, con
     page.locator(".lsf-outliner-item").first.wait_for()
     assert is_hidden(page), "the next image is shown before it was asked for"
 
-    result = pull.run(workspace, concept, client=client)
-    assert result.data["states"] == {"changed": 1}
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", login.token)
+    where = ("--concept", concept.name, "--workspace", workspace.root, "--label-studio", login.url)
+    pulled, built = map(json.loads, finish("export", *where, "--json", "--quiet").splitlines())
+    assert (pulled["states"], built["done"]) == ({"changed": 1}, 1)
     annotations = workspace.stage("annotations", concept.name)
     row = annotations.rows()[0]
     premask = read_mask(workspace.stage("premasks", concept.name).path / "masks/first-weapon.png")
@@ -136,3 +144,8 @@ def test_annotator_corrects_a_mask(page: Page, client: Client, login: Login, con
     assert 0.3 < iou < 1
     assert row["state"] == "changed"
     assert row["seconds"] > 0
+
+    ((exported,),) = [rows for rows in load_dataset(built["path"]).values() if len(rows)]
+    assert (exported["key"], exported["review_state"], exported["is_changed"]) == ("first", "changed", True)
+    assert exported["iou_to_premask"] == pytest.approx(iou)
+    assert np.array_equal(np.asarray(exported["mask"]) > 127, expected)

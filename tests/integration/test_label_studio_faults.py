@@ -24,7 +24,7 @@ from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError, WorkspaceError
 from dagkit.labelstudio.client import Client, ServerUnavailableError
 from dagkit.labelstudio.server import EmbeddedServer, Login
-from dagkit.stages import pull, push
+from dagkit.stages import export, pull, purge, push
 from dagkit.workspace import Workspace
 from interruption import content, finish, kill_when, num_rows
 from loopback import free_port
@@ -172,7 +172,7 @@ def test_pull_killed_with_sigkill_resumes(
     folder = workspace.stage("annotations", concept.name).path
     kill_when(lambda: num_rows(folder) >= 5, *line, workspace.root)
     assert 5 <= num_rows(folder) < 50
-    assert not (folder / "cursor.json").exists()
+    assert json.loads((folder / "cursor.json").read_text())["since"] is None
     before = {path: path.stat().st_mtime_ns for path in folder.glob("masks/*.png")}
     finish(*line, workspace.root)
     assert content(folder) == content(tmp_path / "undisturbed" / "annotations" / concept.name)
@@ -251,6 +251,28 @@ def test_answers_that_cannot_be_used_are_named_and_all_others_fetched(
         http.patch(f"/api/annotations/{entry['id']}/", json={"result": entry["result"]}).raise_for_status()
     assert pull.run(workspace, concept, client=client).done == 1
     assert len(annotations.rows()) == 6
+
+
+def test_answers_to_purged_images_are_passed_over(
+    client: Client, login: Login, concept: Concept, tmp_path: Path
+) -> None:
+    """A task that was skipped is purged, and then answered all the same."""
+    workspace = make_reviewable(tmp_path / "runs", concept, 3, seed=25)
+    push.run(workspace, concept, client=client, num_annotators=2)
+    ids = {row["key"]: row["task_id"] for row in workspace.stage("labeling", concept.name).rows()}
+    first, second, _ = ids
+    with api(login) as http:
+        for key, is_skipped in ((first, True), (second, False)):
+            proposed = http.get(f"/api/tasks/{ids[key]}").json()["predictions"][0]["result"]
+            answer = {"result": [] if is_skipped else proposed, "was_cancelled": is_skipped}
+            http.post(f"/api/tasks/{ids[key]}/annotations/", json=answer).raise_for_status()
+        pull.run(workspace, concept, client=client)
+        export.run(workspace, concept)
+        assert len(purge.run(workspace, concept, is_dry_run=False).data["files"]) == 3  # an image, masks of two labels
+        http.post(f"/api/tasks/{ids[first]}/annotations/", json={"result": []}).raise_for_status()
+    result = pull.run(workspace, concept, client=client, review=True)
+    assert (result.done, result.data["states"]) == (0, {"accepted": 1, "skipped": 1})
+    assert push.run(workspace, concept, client=client).done == 0
 
 
 def test_deleted_project_is_said_and_nothing_else_touched(

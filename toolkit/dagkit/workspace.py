@@ -81,6 +81,15 @@ class StageFolder:
         """Keys of all finished items."""
         return {row["key"] for row in self.rows()}
 
+    def purged(self) -> set[str]:
+        """Keys of items whose pictures `dagkit purge` deleted; their rows stay."""
+        return set(self.read_json("purged.json")) if (self.path / "purged.json").is_file() else set()
+
+    def present_rows(self) -> list[Row]:
+        """As `rows`, without the purged ones."""
+        purged = self.purged()
+        return [row for row in self.rows() if row["key"] not in purged]
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Records one finished item: a single line, on disk when this returns.
 

@@ -95,6 +95,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
     annotation_rows = {row["key"]: row for row in annotations.rows()}
     records: list[Record] = []
     left_out: Counter[str] = Counter()
+    purged = candidates.purged()
     for candidate in candidates.rows():
         key = candidate["key"]
         premask = premask_rows.get(key)
@@ -107,6 +108,8 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             )
         if state in _LEFT_OUT:
             left_out[_LEFT_OUT[state]] += 1
+        elif key in purged:
+            left_out["purged"] += 1
         elif state == "unreviewed" and not accept_unreviewed:
             left_out["not reviewed yet"] += 1
         elif state == "unreviewed" and premask is None:

@@ -69,7 +69,7 @@ def choose_candidates(
     """
     candidates, premasks = (workspace.stage(name, concept.name) for name in ("candidates", "premasks"))
     found = {row["key"]: row for row in premasks.rows()}
-    rows = {row["key"]: row for row in candidates.rows() if row["key"] in found}
+    rows = {row["key"]: row for row in candidates.present_rows() if row["key"] in found}
     keys, duplicates = list(rows), dict[str, str]()
     if is_dropping_duplicates:
         images = ((key, candidates.read_image(row["image"])) for key, row in rows.items())

@@ -113,11 +113,15 @@ def command(
     Rows are split into train, validation and test so that images of one prompt or seed stay together; a row keeps its
     split when the dataset grows.
     """
+    from datasets import disable_progress_bars
+
     from dagkit.concept import load_concept
     from dagkit.stages import pull
     from dagkit.workspace import Workspace
 
     workspace, concept = Workspace(workspace_path), load_concept(concept_name)
+    if common.Progress(is_quiet).is_quiet:
+        disable_progress_bars()
     if is_pulled and (workspace.stage("labeling", concept.name).path / "project.json").exists():
         pull.run(workspace, concept, url=url, progress=common.Progress(is_quiet)).show(as_json)
     result = run(

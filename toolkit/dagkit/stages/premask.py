@@ -44,7 +44,7 @@ def run(
     from dagkit.workspace import lock
 
     candidates = workspace.stage("candidates", concept.name)
-    rows = candidates.rows()
+    rows = candidates.present_rows()
     if not rows:
         raise WorkspaceError(f"{candidates.path}: no candidates. Run: dagkit generate --concept {concept.name}")
     folder = workspace.stage("premasks", concept.name)

@@ -27,8 +27,8 @@ def run(
     *,
     client: Client | None = None,
     url: str | None = None,
-    consensus: Consensus = "majority",
-    min_iou: float = 0.7,
+    consensus: Consensus | None = None,
+    min_iou: float | None = None,
     review: bool = False,
     progress: common.Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -43,8 +43,9 @@ def run(
         concept: whose labels are expected.
         client: connection to use; None: `dagkit.labelstudio.access.connect` with ``url``.
         url: root of a team's server; None: the server to which the tasks were pushed.
-        consensus: how several answers make one mask: ``majority``, ``union`` or ``intersection``.
-        min_iou: two masks of one task with a lower IoU count as a disagreement.
+        consensus: how several answers make one mask: ``majority``, ``union`` or ``intersection``; None: as at the last
+            pull, or ``majority``.
+        min_iou: two masks of one task with a lower IoU count as a disagreement; None: as at the last pull, or 0.7.
         review: send the tasks on which annotators disagree to a second project, ``... review``, with each one's masks
             to choose from. What a reviewer answers there decides, at this pull and all later ones.
         progress: shows progress; None for silence.
@@ -66,12 +67,6 @@ def run(
     if not (labeling.path / "project.json").exists():
         raise WorkspaceError(f"{labeling.path}: nothing was pushed from this workspace. Run `dagkit push` first.")
     project = labeling.read_json("project.json")
-    settings = {
-        "project": project["title"],
-        "consensus": consensus,
-        "min_iou": min_iou,
-        "labels": concept.labels.model_dump(),
-    }
     problems: list[str] = []
     with lock(folder.path), ExitStack() as stack:
         client = client or stack.enter_context(connect(url or _pushed_to(project), tell))
@@ -81,12 +76,24 @@ def run(
                 f"{client.url} has no project {project['title']!r}, to which this workspace was pushed. It was at "
                 f"{project.get('url', 'no server yet')}: use that server, or push again."
             )
+        cursor = folder.read_json("cursor.json") if (folder.path / "cursor.json").exists() else {}
+        before = cursor.get("settings", {})
+        consensus = consensus or before.get("consensus") or "majority"
+        min_iou = before.get("min_iou", 0.7) if min_iou is None else min_iou
+        settings = {
+            "project": project["title"],
+            "consensus": consensus,
+            "min_iou": min_iou,
+            "labels": concept.labels.model_dump(),
+        }
+        if before != settings:  # all tasks are decided anew; a pull that is interrupted keeps to these settings
+            cursor = {"settings": settings, "since": None}
+            folder.write_json("cursor.json", cursor)
         reader = _Reader(workspace, concept, consensus, min_iou)
         review_project = client.find_projects(f"{project['title']} review")
         if review_project:
             problems += reader.take_reviews(_export_all(client, review_project[0]))
-        cursor = folder.read_json("cursor.json") if (folder.path / "cursor.json").exists() else {}
-        since = cursor.get("since") if cursor.get("settings") == settings else None
+        since = cursor["since"]
         changed = client.changed_tasks(found[0], _with_margin(since))
         ids = sorted({task_id for task_id, _ in changed} | reader.newly_reviewed())
         num_done = 0
@@ -132,7 +139,8 @@ class _Reader:
         self.candidates = workspace.stage("candidates", concept.name)
         self.premasks = workspace.stage("premasks", concept.name)
         self.folder = workspace.stage("annotations", concept.name)
-        self.images = {row["key"]: row["image"] for row in self.candidates.rows()}
+        self.images = {row["key"]: row["image"] for row in self.candidates.present_rows()}
+        self.purged = self.candidates.purged()
         self.proposed = {row["key"]: row["masks"] for row in self.premasks.rows()}
         self.concept_labels = concept.labels
         self.labels = [*concept.labels.positive, *concept.labels.negative]
@@ -148,6 +156,8 @@ class _Reader:
 
         problems = []
         for task in tasks:
+            if task["data"].get("key") in self.purged:
+                continue
             # Measured against the pre-mask, not against the annotator's mask from which the reviewer started.
             bare = {**task, "annotations": [{**one, "prediction": None} for one in task["annotations"]]}
             try:
@@ -198,6 +208,8 @@ class _Reader:
         is_replaced = False
         for task in tasks:
             answered.add(task["id"])
+            if task["data"].get("key") in self.purged:
+                continue
             try:
                 row, masks = self._read(task)
             except LabelStudioError as error:
@@ -290,7 +302,9 @@ def _send_to_review(client: Client, project_id: int, title: str, reader: _Reader
     """Sends the tasks in disagreement to the review project, and returns how many were new there."""
     from dagkit.labelstudio import tasks
 
-    disputed = {row["task_id"]: row["key"] for row in reader.rows.values() if row["reasons"]}
+    disputed = {
+        row["task_id"]: row["key"] for row in reader.rows.values() if row["reasons"] and row["key"] in reader.images
+    }
     if not disputed:
         return 0
     exported = {disputed[task["id"]]: task for task in client.export(project_id, list(disputed))}
@@ -348,16 +362,12 @@ def _png(mask: Any) -> bytes:
 @click.option(
     "--consensus",
     type=click.Choice(["majority", "union", "intersection"]),
-    default="majority",
-    show_default=True,
-    help="How several answers to one task make a mask.",
+    help="How several answers to one task make a mask. Default: as at the last pull, or majority.",
 )
 @click.option(
     "--min-iou",
     type=click.FloatRange(0, 1),
-    default=0.7,
-    show_default=True,
-    help="Two masks with a lower IoU count as a disagreement.",
+    help="Two masks with a lower IoU count as a disagreement. Default: as at the last pull, or 0.7.",
 )
 @click.option(
     "--review", is_flag=True, help="Send the tasks on which annotators disagree to a second project, for a reviewer."
@@ -367,8 +377,8 @@ def command(
     concept_name: str,
     workspace_path: Path,
     url: str | None,
-    consensus: Consensus,
-    min_iou: float,
+    consensus: Consensus | None,
+    min_iou: float | None,
     review: bool,
     as_json: bool,
     is_quiet: bool,

@@ -68,7 +68,7 @@ def run(
     from dagkit.workspace import lock
 
     candidates, premasks = workspace.stage("candidates", concept.name), workspace.stage("premasks", concept.name)
-    images = {row["key"]: row["image"] for row in candidates.rows()}
+    images = {row["key"]: row["image"] for row in candidates.present_rows()}
     rows = {row["key"]: row for row in premasks.rows() if row["key"] in images}
     if not rows:
         raise WorkspaceError(
