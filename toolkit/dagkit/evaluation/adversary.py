@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dagkit import metrics
+from dagkit import guidance, metrics
 from dagkit.attention import QueryTap, cross_attention_map, project_keys
 from dagkit.errors import ModelError
 from dagkit.families import Condition
@@ -276,9 +276,8 @@ def _relative_score(
     size = (latents.shape[-2], latents.shape[-1])
     cam = cross_attention_map(layers, queries, keys, token.num_tokens, size=size, head_weights=token.head_weights)
     thresholds = token.record.thresholds
-    rank = max(round(thresholds.min_area * size[0] * size[1]), 1)
-    highlight = torch.tensor([thresholds.at(float(timestep))[1] for timestep in timesteps], device=cam.device)
-    return cam.flatten(1).topk(rank, dim=1).values[:, -1] / highlight.clamp_min(1e-3)
+    certain = torch.tensor([thresholds.certain_at(float(timestep)) for timestep in timesteps], device=cam.device)
+    return guidance.score(cam, thresholds.min_area) / certain.clamp_min(1e-3)
 
 
 def _draw(
