@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 ACCESS_TOKEN = "hf_loopback"
-LFS_SUFFIXES = (".safetensors", ".png")
+LFS_SUFFIXES = (".safetensors", ".png", ".parquet")
 
 
 @dataclass
 class Repository:
-    """One model repository: every commit is a whole tree."""
+    """One repository of a model or dataset: every commit is a whole tree."""
 
     is_private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -96,8 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str, body: bytes) -> tuple[dict[str, str], bytes]:
         is_authorised = self.headers.get("Authorization") == f"Bearer {ACCESS_TOKEN}"
+        path = path.removeprefix("/datasets").replace("/api/datasets/", "/api/models/")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._file(self.hub.find(match[1], is_authorised), match[2], match[3])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            return _json(self._info(match[1], self.hub.find(match[1], is_authorised), "main"))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
+            return _json(self._tree(self.hub.find(match[1], is_authorised), match[2], match[3] or ""))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            return _json(self._paths(self.hub.find(match[1], is_authorised), match[2], body))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
             return _json(self._info(match[1], self.hub.find(match[1], is_authorised), match[2]))
         if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
@@ -128,6 +135,25 @@ class _Handler(BaseHTTPRequestHandler):
         oid, files = self.hub.tree(repository, revision)
         siblings = [{"rfilename": file} for file in sorted(files)]
         return {"id": name, "modelId": name, "sha": oid, "private": repository.is_private, "siblings": siblings}
+
+    def _tree(self, repository: Repository, revision: str, folder: str) -> list[dict[str, Any]]:
+        """All files below a folder, and the folders in between."""
+        oid, files = self.hub.tree(repository, revision)
+        inside = {name: data for name, data in files.items() if name.startswith(f"{folder}/" if folder else "")}
+        if folder and not inside:
+            raise Failure(404, "EntryNotFound")
+        folders = {name.rpartition("/")[0] for name in inside} - {"", folder}
+        entries = [{"type": "directory", "oid": oid, "size": 0, "path": name} for name in sorted(folders)]
+        return entries + [_entry(name, data) for name, data in sorted(inside.items())]
+
+    def _paths(self, repository: Repository, revision: str, body: bytes) -> list[dict[str, Any]]:
+        """Those of the asked paths that are there."""
+        oid, files = self.hub.tree(repository, revision)
+        text = body.decode()
+        asked = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text)["paths"]
+        found = [_entry(name, files[name]) for name in asked if name in files]
+        folders = [name for name in asked if any(file.startswith(f"{name}/") for file in files)]
+        return found + [{"type": "directory", "oid": oid, "size": 0, "path": name} for name in folders]
 
     def _file(self, repository: Repository, revision: str, name: str) -> tuple[dict[str, str], bytes]:
         oid, files = self.hub.tree(repository, revision)
@@ -185,6 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         """Silent."""
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    return {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": name}
 
 
 def _json(value: Any) -> tuple[dict[str, str], bytes]:

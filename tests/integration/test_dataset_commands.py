@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -12,13 +15,14 @@ from click.testing import CliRunner, Result
 
 from dagkit.cli import command
 from dagkit.concept import load_concept
-from dagkit.dataset import load_dataset
+from dagkit.dataset import load_dataset, read_summary
 from dagkit.errors import DagkitError, DatasetError, WorkspaceError
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import export, premask, push
 from dagkit.workspace import Workspace
 from drawn_workspace import annotate, draw_workspace, premask_of
 from interruption import finish, kill_when
+from loopback_hub import ACCESS_TOKEN, running_hub
 
 datasets.disable_progress_bars()
 CONCEPT = load_concept("weapon")
@@ -122,6 +126,31 @@ def test_push_to_a_folder(workspace: Workspace, tmp_path: Path):
         str(f.relative_to(tmp_path / "published")) for f in (tmp_path / "published").rglob("*") if f.is_file()
     )
     assert names[:2] == ["README.md", "data/test-00000-of-00001.parquet"]
+
+
+def on_hub(url: str, cache: Path, *arguments: object) -> str:
+    """Runs dagkit in a process of its own, for which the Hub is at ``url``; returns what it printed."""
+    names = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ACCESS_TOKEN, "HF_HOME": str(cache)}
+    names["HF_HUB_DISABLE_XET"] = "1"
+    line = [sys.executable, "-m", "dagkit.cli", *map(str, arguments)]
+    done = subprocess.run(line, env={**os.environ, **names}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_push_to_the_hub_and_back(workspace: Workspace, tmp_path: Path):
+    folder = export.run(workspace, CONCEPT, accept_unreviewed=True).data["path"]
+    with running_hub() as hub:
+        published = on_hub(hub.url, tmp_path / "a", "dataset", "push", "hf://acme/weapon", folder, "--json")
+        assert json.loads(published)["done"] == 12
+        repository = hub.repositories["acme/weapon"]
+        assert repository.is_private
+        files = repository.commits[repository.refs["main"]]
+        assert files["README.md"] == (folder / "README.md").read_bytes()
+        assert json.loads(files["dataset.json"])["fingerprint"] == read_summary(folder)["fingerprint"]
+        checked = on_hub(hub.url, tmp_path / "b", "dataset", "check", "hf://acme/weapon")
+    assert checked == "dataset check: 12 rows: 0 errors, 0 warnings\n"
 
 
 def test_purge_deletes_what_no_dataset_uses_and_only_if_told(workspace: Workspace):

@@ -199,12 +199,14 @@ def push_dataset(dataset: DatasetDict, to: str, summary: Mapping[str, Any], *, p
     if not to.startswith("hf://"):
         write_parquet(dataset, Path(to), summary)
         return to
+    from datasets import DatasetDict
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     repository = to.removeprefix("hf://")
     try:
-        dataset.push_to_hub(repository, private=private)
+        whole = DatasetDict({split: rows for split, rows in dataset.items() if len(rows)})
+        whole.push_to_hub(repository, private=private)
         with tempfile.TemporaryDirectory() as folder:
             _describe(dataset, Path(folder), summary)
             HfApi().upload_folder(repo_id=repository, repo_type="dataset", folder_path=folder)
