@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from segment_anything import SamPredictor
+from segment_anything import SamPredictor, sam_model_registry
 
 from dagkit.concept import Concept, load_concept
 from dagkit.errors import CheckpointError, ConceptError
@@ -156,6 +156,18 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"trap\.pth"):
         load_sam("vit_b", tmp_path / "trap.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_the_published_size_are_read_as_published(tmp_path: Path):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in sam_model_registry["vit_b"]().state_dict().items()}
+    weights = {name: torch.full((), 0.25).expand(shape) for name, shape in shapes.items()}  # small on disk
+    torch.save(weights, tmp_path / "sam_vit_b_01ec64.pth")
+    concept = with_segmenter(name="sam", model_type="vit_b", checkpoint=str(tmp_path / "sam_vit_b_01ec64.pth"))
+    segmenter = build_segmenter(concept)
+    assert segmenter.version == "vit_b-1"
+    assert all((value == 0.25).all() for value in segmenter._sam.state_dict().values())
+    assert sum(value.numel() for value in segmenter._sam.state_dict().values()) > 90_000_000
 
 
 def test_unknown_option_is_named():
