@@ -152,6 +152,11 @@ def test_what_is_wrong_in_a_workspace_is_named(tmp_path: Path, concept: Concept)
     with pytest.raises(DatasetError, match=r"u000 has the state 'splendid'; expected one of accepted, changed"):
         dataset.collect(workspace, concept)
 
+    workspace = draw_workspace(tmp_path / "d", concept, 1, 0)
+    annotate(workspace, concept, "u000", "changed", masks={"knife": np.ones((64, 64), bool)})
+    with pytest.raises(DatasetError, match=r"u000 has a mask of the label 'knife'; expected one of weapon, harmless"):
+        dataset.collect(workspace, concept)
+
     workspace = draw_workspace(tmp_path / "c", concept, 2, 0)
     workspace.stage("candidates", concept.name).inside("images/u001.png").write_bytes(b"")
     with pytest.raises(WorkspaceError, match=r"u001\.png: expected an image, but it cannot be read"):

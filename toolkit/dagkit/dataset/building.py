@@ -85,7 +85,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             which nothing was found are left out all the same: nobody knows what they show.
 
     Raises:
-        DatasetError: a mask is not as large as its image, or an unknown review state.
+        DatasetError: a mask is not as large as its image or has an unknown label, or an unknown review state.
         WorkspaceError: a file is missing or unreadable; the message names it.
     """
     candidates, premasks, annotations = (
@@ -180,6 +180,12 @@ def _record(
     masks_folder: StageFolder,
     paths: Mapping[str, str],
 ) -> Record:
+    known = [*concept.labels.positive, *concept.labels.negative]
+    if unknown := [label for label in paths if label not in known]:
+        raise DatasetError(
+            f"{masks_folder.manifest}: {candidate['key']} has a mask of the label {unknown[0]!r}; expected one of "
+            f"{', '.join(known)}. Add the label to the concept file again, or run its stage again."
+        )
     image = candidates.read_image(candidate["image"])
     masks = {label: _read_mask(masks_folder, path, image.size) for label, path in paths.items()}
     mask = combine(masks, concept.labels.negative, (image.height, image.width))
