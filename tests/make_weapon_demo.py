@@ -154,6 +154,7 @@ def answer_all(
     for row in workspace.stage("labeling", "weapon").rows():
         key, decision = row["key"], decisions[row["key"]]
         open_task(page, f"{project}?task={row['task_id']}", has_prediction=bool(masks[key]))
+        settle(page)
         assert is_hidden(page), f"{key}: the image is shown before it was asked for"
         reveal(page)
         if isinstance(decision, list):
@@ -167,6 +168,15 @@ def answer_all(
         if pictures and decision != "accept":
             page.screenshot(path=pictures / f"{key}.png")
         submit(page)
+
+
+def settle(page: Page) -> None:
+    """Waits until the page has one image at two looks in a row: while it loads, it may draw its parts twice."""
+    page.wait_for_function(
+        "() => { const isOne = document.querySelectorAll('.dagkit-image .lsf-image').length === 1;"
+        "const isStill = isOne && window.wasOne === true; window.wasOne = isOne; return isStill; }",
+        polling=200,
+    )
 
 
 def repair(page: Page, areas: list[dict[str, Any]], *, is_new: bool) -> None:
