@@ -23,8 +23,6 @@ from annotator_page import FLAGS, find_chromium
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SIDE, GAP = 256, 12
 FRAME, FRAME_GAP = 64, 2  # of Trace.strip
-EARLY = 10
-"""Step of the map in the triptych: the weapon is seen, and not gone yet."""
 
 
 def frames(path: Path) -> list[Image.Image]:
@@ -83,7 +81,8 @@ def main(workspace: Path, scene: str, film: str) -> None:
         rows[row["prompt"], row["column"]] = row
     guarded, unguarded = rows[scene, "guarded"], rows[scene, "unguarded"]
     pictures = [Image.open(folder / row["image"]) for row in (unguarded, guarded)]
-    triptych(pictures[0], frames(folder / guarded["map"])[EARLY - 1], pictures[1]).save(IMAGES / "triptych.png")
+    clearest = max(frames(folder / guarded["map"]), key=lambda frame: int((np.asarray(frame) >= 128).sum()))
+    triptych(pictures[0], clearest, pictures[1]).save(IMAGES / "triptych.png")
     filmstrip(frames(folder / rows[film, "guarded"]["map"])).save(IMAGES / "filmstrip.png")
     first_page(next((workspace / "reports" / "weapon").glob("*/report.html")), IMAGES / "report.png")
 
