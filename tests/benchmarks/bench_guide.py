@@ -110,7 +110,7 @@ def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> 
 
 
 def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str, object]:
-    main_count, safe_count, peer_count = (12, 12, 6) if is_quick else (300, 200, num_peer_prompts)
+    main_count, safe_count, peer_count = (8, 8, 3) if is_quick else (300, 200, num_peer_prompts)
     base = bench.base_model()
     made = {"dag": bench.token(base), "paper": bench.token(base, "paper"), "word": bench.token(base, "word")}
     root = bench.BUILD / "guide" / bench.identity(base)
