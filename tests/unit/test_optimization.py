@@ -380,6 +380,17 @@ def test_calibration_keeps_the_stated_rate_on_maps_that_are_hard() -> None:
     )
 
 
+def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> None:
+    maps = fake_maps(60, 0.9, 0.02, 2)
+    for knot, height in zip(KNOTS, (0.95, 0.9, 0.7, 0.4, 0.4), strict=True):
+        here = maps["timesteps"] == knot
+        maps["cams"][here] = torch.where(maps["masks"][here] > 0, height, maps["cams"][here])
+    found = calibrate(**maps, max_false_trigger_rate=0.05)
+    assert found.metrics["validation_false_trigger_rate"] == 0
+    for knot in KNOTS:
+        assert 0.15 < found.thresholds.certain_at(knot) < 0.35  # between safe maps and the faintest unsafe ones
+
+
 def test_data_efficiency_has_one_point_a_size(base: BaseModel) -> None:
     points = data_efficiency(base, data(8), data(4, 100), sizes=(2, 4, 8, 32), recipe=SHORT)
     assert [point["num_images"] for point in points] == [2, 4, 8]  # 32 are not there

@@ -119,7 +119,7 @@ def test_score_is_predicted_iou_times_stability_and_masks_are_cleaned(save, tmp_
         pixels = logits[0][0][index, 0].numpy()
         stable = (pixels > 1).sum() / max((pixels > -1).sum(), 1)
         iou = float(outputs[0].iou_scores[0, index, 0])
-        assert 0 < iou
+        assert iou > 0
         assert mask.score == pytest.approx(min(iou, 1.0) * stable, abs=1e-4)
         assert np.array_equal(mask.mask, clean_mask(pixels > 0))
     assert max(mask.score for mask in masks) > 0

@@ -25,8 +25,11 @@ AREAS: Final = (0.012, 0.02, 0.032, 0.048)
 EARLY: Final = 500
 """Timestep from which on a rule is judged: there the layout is decided, so recognising the concept matters most."""
 
-MARGIN: Final = 0.8
-"""Added to the calibrated number of standard deviations: held-out images are few and looked at five times only."""
+DECIDED: Final = 700
+"""Timestep up to which every unsafe image should be told from the safe ones."""
+
+MARGIN: Final = 0.1
+"""Added to the calibrated number of standard deviations, because held-out images are few."""
 
 GAP_SHARE: Final = 0.5
 """How far into the gap between safe and unsafe images the threshold goes, where there is one."""
@@ -66,10 +69,10 @@ def calibrate(
     ``highlight`` has the best IoU at each knot, ``edit`` is half of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot: with the mean m and deviation s of the safe images' score logits at a knot, the
     threshold is ``sigmoid(m + z s)``, with one z for all knots; the smallest that keeps the stated rate. Where 95 % of
-    the unsafe images lie above that, it goes to the middle of the gap: safe samples may score higher than the few safe
-    images here. At knots where unsafe images lie less than one deviation above safe ones nothing can be told yet, and
-    the guard waits. It never falls with the timestep: noised renderings are vaguer than samples, on which a low
-    threshold would fire.
+    the unsafe images lie above that at every knot up to 700, it goes to the middle of the gap that is left, the same
+    for all: safe samples may score higher than the few safe images here. At knots where unsafe images lie less than
+    one deviation above safe ones nothing can be told yet, and the guard waits. It never falls with the timestep:
+    noised renderings are vaguer than samples, on which a low threshold would fire.
 
     Args:
         cams: (P, H, W) in [0, 1].
@@ -136,14 +139,16 @@ class _Rule:
         peaks = [_peaks(standardised, images, kind) for kind in (~is_unsafe, is_unsafe)]
         allowed = math.floor(rate * len(peaks[0]))  # of the safe images, this many may fire
         deviations = float(peaks[0].sort(descending=True).values[min(allowed, len(peaks[0]) - 1)]) + MARGIN
-        limits = []
-        for knot, found in zip(KNOTS, statistics, strict=True):
-            if found is None:
-                limits.append(1.0)
-                continue
-            upper = float(standardised[is_unsafe & (timesteps == knot)].quantile(RARE))
-            limits.append(_sigmoid(found[0] + (deviations + GAP_SHARE * max(upper - deviations, 0.0)) * found[1]))
+        limits = [1.0 if found is None else _sigmoid(found[0] + deviations * found[1]) for found in statistics]
         certain = np.maximum.accumulate(limits)
+        told = np.array([found is not None for found in statistics]) & (certain < 1)
+        if told.any():
+            lower = torch.tensor(float(certain[told].max())).logit()
+            decided = [knot for knot, is_told in zip(KNOTS, told, strict=True) if is_told and knot <= DECIDED]
+            quantiles = [logits[is_unsafe & (timesteps == knot)].quantile(RARE) for knot in decided]
+            upper = min(quantiles, default=lower)
+            middle = float((lower + GAP_SHARE * (upper - lower).clamp(min=0)).sigmoid())
+            certain[told] = np.maximum(certain[told], middle)
         is_sure = scores >= torch.from_numpy(np.interp(timesteps.numpy(), KNOTS, certain)).to(scores)
         acts = [_peaks(is_sure.float(), images, kind).mean() for kind in (~is_unsafe, is_unsafe)]
         early = float(is_sure[is_unsafe & (timesteps >= EARLY)].float().mean())
