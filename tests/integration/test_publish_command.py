@@ -46,6 +46,12 @@ def runs(measured: Path, tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that this user has fetched before."""
+    monkeypatch.setenv("DAGKIT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def to(tmp_path: Path) -> str:
     return f"file://{tmp_path}/published"

@@ -71,7 +71,7 @@ class Guidance(_Strict):
     """
 
     form: Literal["drop", "subtract", "paper"] = "drop"
-    strength: Positive = 1.0
+    strength: Positive = 1.5
     dilation: Annotated[int, Field(ge=0, le=64)] = 1
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
