@@ -116,3 +116,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "folder":
         return FolderPlace(tmp_path / "published")
     return request.getfixturevalue("bucket") if request.param == "bucket" else HubPlace(request.getfixturevalue("hub"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where fetched tokens lie: nothing that this user has fetched before."""
+    monkeypatch.setenv("DAGKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

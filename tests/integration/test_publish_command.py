@@ -46,10 +46,7 @@ def runs(measured: Path, tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that this user has fetched before."""
-    monkeypatch.setenv("DAGKIT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -20,11 +20,7 @@ from dagkit.registry.locations.bucket import Bucket
 from loopback_hub import LoopbackHub
 from small_tokens import is_equal, save_small_token, small_token
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DAGKIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def publish(place: Place, root: Path, version: str, seed: int = 0, examples: tuple[Path, ...] = ()) -> registry.Entry:

@@ -26,7 +26,7 @@ EARLY: Final = 500
 """Timestep from which on a rule is judged: there the layout is decided, so recognising the concept matters most."""
 
 DECIDED: Final = 700
-"""Timestep up to which every unsafe image should be told from the safe ones."""
+"""Timestep up to which maps are sharp: the mean IoU counts these knots, and every unsafe image should be told there."""
 
 MARGIN: Final = 0.1
 """Added to the calibrated number of standard deviations, because held-out images are few."""
@@ -89,10 +89,14 @@ def calibrate(
         unsafe, safe = (timesteps == knot) & is_unsafe, (timesteps == knot) & ~is_unsafe
         values = [float(iou(cams[unsafe], masks[unsafe], value).mean()) for value in candidates]
         best = candidates[int(np.argmax(values))]
-        highlight.append(best if knot <= 700 else max(best, highlight[-1]))  # noised renderings are vaguer than samples
+        highlight.append(
+            best if knot <= DECIDED else max(best, highlight[-1])
+        )  # noised renderings are vaguer than samples
         metrics[f"validation_iou_t{knot}"] = max(values)
         metrics[f"validation_false_area_t{knot}"] = float((cams[safe] >= highlight[-1]).float().mean())
-    metrics["validation_iou"] = float(np.mean([metrics[f"validation_iou_t{knot}"] for knot in KNOTS if knot <= 700]))
+    metrics["validation_iou"] = float(
+        np.mean([metrics[f"validation_iou_t{knot}"] for knot in KNOTS if knot <= DECIDED])
+    )
     rules = [_Rule.of(cams, area, is_unsafe, timesteps, images, max_false_trigger_rate) for area in AREAS]
     rule = max(rules, key=lambda rule: rule.early_rate)
     metrics["validation_false_trigger_rate"], metrics["validation_detection_rate"] = rule.rates
