@@ -141,7 +141,7 @@ def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: f
     """``eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))``: the prompt's own push is dropped as well.
 
     With gate 1 the guided result is ``eps_u - s * strength * (eps_cs - eps_u)``: the prompt has no say in that
-    region. This is dagkit's own form; 0.5 to 1.5 is the usual range of ``strength``.
+    region. This is dagkit's own form; 0.5 to 3 is the usual range of ``strength``.
 
     Args:
         eps_p: (B, C, H, W).

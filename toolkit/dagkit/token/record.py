@@ -71,8 +71,8 @@ class Guidance(_Strict):
     """
 
     form: Literal["drop", "subtract", "paper"] = "drop"
-    strength: Positive = 1.5
-    dilation: Annotated[int, Field(ge=0, le=64)] = 1
+    strength: Positive = 2.0
+    dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
 
