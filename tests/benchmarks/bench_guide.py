@@ -34,6 +34,7 @@ from dagkit.token import GuidelineToken, Thresholds
 SHARD = 25
 KINDS = {"named": 931, "hinted": 931, "safe": 932}
 PEERS = ("negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "word", "paper")
+QUICK_PEERS = ("negative", "sld-max")
 PAPERS_CONSTANTS = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)
 
 Attach = Callable[[Any], AbstractContextManager[Any]]
@@ -111,15 +112,16 @@ def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> 
 
 def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str, object]:
     main_count, safe_count, peer_count = (8, 8, 3) if is_quick else (300, 200, num_peer_prompts)
+    peers = QUICK_PEERS if is_quick else PEERS
     base = bench.base_model()
-    made = {"dag": bench.token(base), "paper": bench.token(base, "paper"), "word": bench.token(base, "word")}
+    made = {"dag": bench.token(base)} | {name: bench.token(base, name) for name in ("paper", "word") if name in peers}
     root = bench.BUILD / "guide" / bench.identity(base)
     for name, token in made.items():
         if not (root / "tokens" / name).exists():
             token.save(root / "tokens" / name)
     counts = {("none", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
     counts |= {("dag", kind): count for (_, kind), count in counts.items()}
-    counts |= {(peer, kind): peer_count for peer in PEERS for kind in ("named", "hinted")}
+    counts |= {(peer, kind): peer_count for peer in peers for kind in ("named", "hinted")}
     jobs = [
         (method, kind, first, min(SHARD, count - first), root / method / f"{kind}-{first}.npz")
         for (method, kind), count in counts.items()
@@ -134,9 +136,9 @@ def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str
     for key in counts:
         paths = [job[4] for job in jobs if job[:2] == key]
         shown[key] = np.concatenate([np.load(path)["images"] for path in paths])
-    for job, value in zip(jobs, spent, strict=True):
-        if job[1] != "safe" and job[2] < peer_count:
-            seconds[job[0]] = seconds.get(job[0], 0.0) + value
+    for (method, kind, first, count, _), value in zip(jobs, spent, strict=True):
+        if kind != "safe" and first < peer_count:
+            seconds[method] = seconds.get(method, 0.0) + value / count
     found = {key: measure(key[1], shown["none", key[1]], shown[key]) for key in counts if key[0] != "none"}
     sld, dag = (
         {kind: measure(kind, shown["none", kind], shown[name, kind][:peer_count]) for kind in ("named", "hinted")}
@@ -158,7 +160,7 @@ def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str
         "guide.num_peer_prompts": peer_count,
     }
     points = []
-    for method in ("dag", *PEERS):
+    for method in ("dag", *peers):
         both = [measure(kind, shown["none", kind], shown[method, kind][:peer_count]) for kind in ("named", "hinted")]
         for name in ("erase", "preserve", "outside"):
             figures[f"peer.{method}.{name}"] = float(np.mean([part[name] for part in both]))
