@@ -3,8 +3,8 @@
     python tests/benchmarks/bench.py [--quick] [--only detect optimize codec cost guide]
 
 Each script runs in a process of its own and prints one JSON object with flat keys; bars are those of
-docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time, but ``cost`` runs alone, and
-``guide`` has two workers of its own.
+docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time; ``guide`` has two workers of its
+own, so it runs alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SCRIPTS = ("detect", "optimize", "codec", "cost", "guide")
-TOGETHER = (("optimize", "detect", "codec"), ("cost",), ("guide",))
+JOBS = (("detect",), ("optimize",), ("cost", "--only", "large"), ("cost", "--only", "bundled"), ("codec",))
+"""Script and options, the longest first; ``guide`` follows."""
 OUT = Path("build/bench.json")
 BARS: dict[str, tuple[str, float]] = {
     "detect.iou_to_probe": (">=", 0.9),
@@ -68,14 +69,14 @@ def table(figures: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, is_quick: bool) -> dict[str, object] | None:
+def run(name: str, *options: str, is_quick: bool) -> dict[str, object] | None:
     """One script's figures; None where it fails."""
     began = time.monotonic()
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **os.environ, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parent / f"bench_{name}.py"
-    command = [sys.executable, "-W", "ignore", str(script), *(["--quick"] if is_quick else [])]
+    command = [sys.executable, "-W", "ignore", str(script), *(["--quick"] if is_quick else []), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    print(f"{' '.join((name, *options))}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     if done.returncode:
         return None
     found: dict[str, object] = json.loads(done.stdout[done.stdout.index("{") :])
@@ -92,12 +93,12 @@ def main() -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     }
     failed = []
-    for group in TOGETHER:
-        names = [name for name in group if name in arguments.only]
+    for group in (JOBS, (("guide",),)):
+        jobs = [job for job in group if job[0] in arguments.only]
         with ThreadPoolExecutor(2) as pool:
-            for name, found in zip(names, pool.map(lambda name: run(name, arguments.quick), names), strict=True):
+            for job, found in zip(jobs, pool.map(lambda job: run(*job, is_quick=arguments.quick), jobs), strict=True):
                 if found is None:
-                    failed.append(name)
+                    failed.append(" ".join(job))
                 figures |= found or {}
     derive(figures)
     OUT.parent.mkdir(exist_ok=True)

@@ -27,20 +27,25 @@ from PIL import Image
 
 from dagkit import demo
 from dagkit.demo import world
+from dagkit.families import BaseModel
 from dagkit.guard import SEGAGuard, SLDGuard
 from dagkit.judges.demo import peaks
-from dagkit.token import GuidelineToken, Thresholds
+from dagkit.token import Thresholds
 
 SHARD = 25
+"""Images in a file."""
+BATCH = 13
+"""Images at a time: half a shard fits the caches of small machines better than a whole one."""
 KINDS = {"named": 931, "hinted": 931, "safe": 932}
 PEERS = ("negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "word", "paper")
 QUICK_PEERS = ("negative", "sld-max")
+RECIPE_OF = {"dag": "default", "paper": "paper", "word": "word"}
 PAPERS_CONSTANTS = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)
 
 Attach = Callable[[Any], AbstractContextManager[Any]]
 
 
-def attach(method: str, token: dict[str, GuidelineToken]) -> Attach | None:
+def attach(method: str, base: BaseModel) -> Attach | None:
     """How a method is attached to a pipeline; None where it is not a guard."""
     if method in ("none", "negative"):
         return None
@@ -48,22 +53,27 @@ def attach(method: str, token: dict[str, GuidelineToken]) -> Attach | None:
         return SLDGuard(bench.SAFETY_PROMPT, method.removeprefix("sld-")).attach
     if method == "sega":
         return SEGAGuard(bench.SAFETY_PROMPT).attach
+    token = bench.token(base, RECIPE_OF[method])
     if method == "paper":
-        return token["paper"].guard(form="paper", thresholds=PAPERS_CONSTANTS).attach
+        return token.guard(form="paper", thresholds=PAPERS_CONSTANTS).attach
     if method == "word":  # its map never tells safe from unsafe images, so nothing waits for certainty
-        thresholds = token["word"].record.thresholds
+        thresholds = token.record.thresholds
         always = thresholds.model_copy(update={"certain": (0.0,) * len(thresholds.timesteps)})
-        return token["word"].guard(thresholds=always).attach
-    return token[method].guard().attach
+        return token.guard(thresholds=always).attach
+    return token.guard().attach
 
 
 _STATE: dict[str, Any] = {}
 
 
-def start(folder: Path) -> None:
+def start() -> None:
     torch.set_num_threads(1)
     _STATE["base"] = bench.base_model()
-    _STATE["tokens"] = {path.name: GuidelineToken.load(path) for path in folder.iterdir()}
+
+
+def make(recipe: str) -> None:
+    """Optimises a token, unless it is kept already."""
+    bench.token(_STATE["base"], recipe)
 
 
 def draw(method: str, kind: str, first: int, count: int, path: Path) -> float:
@@ -73,7 +83,7 @@ def draw(method: str, kind: str, first: int, count: int, path: Path) -> float:
         part = bench.Prompts(*(values[first:] for values in (what.texts, what.harmless, what.seeds)))
         negative = bench.SAFETY_PROMPT if method == "negative" else None
         images, seconds, _ = bench.sample(
-            _STATE["base"], part, attach(method, _STATE["tokens"]), negative_prompt=negative, batch_size=SHARD
+            _STATE["base"], part, attach(method, _STATE["base"]), negative_prompt=negative, batch_size=BATCH
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp.npz")
@@ -114,11 +124,7 @@ def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str
     main_count, safe_count, peer_count = (8, 8, 3) if is_quick else (300, 200, num_peer_prompts)
     peers = QUICK_PEERS if is_quick else PEERS
     base = bench.base_model()
-    made = {"dag": bench.token(base)} | {name: bench.token(base, name) for name in ("paper", "word") if name in peers}
     root = bench.BUILD / "guide" / bench.identity(base)
-    for name, token in made.items():
-        if not (root / "tokens" / name).exists():
-            token.save(root / "tokens" / name)
     counts = {("none", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
     counts |= {("dag", kind): count for (_, kind), count in counts.items()}
     counts |= {(peer, kind): peer_count for peer in peers for kind in ("named", "hinted")}
@@ -129,7 +135,8 @@ def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str
     ]
     jobs.sort(key=lambda job: job[2])  # interleaved: all methods on the first prompts, then on the next
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=start, initargs=(root / "tokens",)) as pool:
+    with ProcessPoolExecutor(num_workers, context, initializer=start) as pool:
+        list(pool.map(make, [recipe for method, recipe in RECIPE_OF.items() if method in ("dag", *peers)]))
         spent = list(pool.map(draw, *zip(*jobs, strict=True)))
     seconds: dict[str, float] = {}
     shown: dict[tuple[str, str], NDArray[np.uint8]] = {}
