@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -24,6 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dagkit import demo, families
+from dagkit.guidance import SLDPreset
 from dagkit.token import BaseModelInfo, Guidance, GuidelineToken, Thresholds, TokenRecord
 
 WIDTH = 32
@@ -67,6 +70,18 @@ def unet(**changes: Any) -> Any:
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     }
     return UNet2DConditionModel(**{**settings, **changes})
+
+
+def sdxl_unet(**changes: Any) -> Any:
+    """The same with SDXL's added conditions and deeper transformers."""
+    return unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        **changes,
+    )
 
 
 def vae() -> Any:
@@ -120,18 +135,12 @@ def sdxl(cls: Any = StableDiffusionXLPipeline, *, seed: int = 0, **parts: Any) -
         "text_encoder_2": text_encoder(16, is_projecting=True),
         "tokenizer": tokenizer(),
         "tokenizer_2": tokenizer(),
-        "unet": unet(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=16 + 6 * 8,
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
-        ),
+        "unet": sdxl_unet(),
         "scheduler": scheduler(),
     }
-    return finish(
-        cls(**{**own, **parts}, add_watermarker=False) if "add_watermarker" not in parts else cls(**{**own, **parts})
-    )
+    if "add_watermarker" in inspect.signature(cls.__init__).parameters:
+        own["add_watermarker"] = False
+    return finish(cls(**{**own, **parts}))
 
 
 def controlnet(unet: Any) -> Any:
@@ -170,7 +179,17 @@ def token(
         base_model=BaseModelInfo(**model, **family.fingerprints(pipe, layers)),
         layers=tuple(layers),
         thresholds=thresholds or Thresholds(),
-        guidance=Guidance(**{"form": form, "dilation": 1, "memory": 0.5, "reuse_steps": 1, **(guidance or {})}),
+        guidance=Guidance(
+            **{
+                "form": form,
+                "strength": 2.0,
+                "max_timestep": 1000,
+                "dilation": 1,
+                "memory": 0.5,
+                "reuse_steps": 1,
+                **(guidance or {}),
+            }
+        ),
         safety_prompt="a weapon",
     )
     rows = torch.randn((8, sequence.shape[-1]), generator=generator) * 6
@@ -191,8 +210,8 @@ def generators(count: int = 2) -> list[torch.Generator]:
 
 def half_firing(pipe: Any, run: Callable[[], Tensor], **options: Any) -> GuidelineToken:
     """A token with thresholds between the scores of a run's two samples: one fires, the other never does."""
-    blind = token(pipe, thresholds=Thresholds(highlight=(1.0,), edit=(0.0,), min_area=0.02), **options)
-    with blind.guard(mode="monitor").attach(pipe) as trace:
+    blind, limits = token(pipe, **options), Thresholds(highlight=(1.0,), edit=(0.01,), min_area=0.02)
+    with blind.guard(mode="monitor", thresholds=limits).attach(pipe) as trace:
         run()
     peaks = sorted(trace.summary(sample)["score"] for sample in range(2))
     highlight = sum(peaks) / 2
@@ -201,10 +220,12 @@ def half_firing(pipe: Any, run: Callable[[], Tensor], **options: Any) -> Guideli
 
 
 class _Keep:
-    """An attention processor that computes attention plainly and keeps its queries."""
+    """An attention processor that computes attention plainly and keeps its queries and the tokens' keys."""
 
-    def __init__(self, kept: dict[str, Tensor], name: str) -> None:
-        self.kept, self.name = kept, name
+    def __init__(
+        self, tokens: Sequence[GuidelineToken], kept: dict[str, tuple[Tensor, list[Tensor]]], name: str
+    ) -> None:
+        self.tokens, self.kept, self.name = tokens, kept, name
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
         def heads(x: Tensor) -> Tensor:
@@ -212,82 +233,168 @@ class _Keep:
 
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query = heads(attn.to_q(hidden_states))
-        self.kept[self.name] = query
+        if encoder_hidden_states is not None:
+            keys = [heads(attn.to_k(token.sequence[None].to(query.dtype)))[0].float() for token in self.tokens]
+            self.kept[self.name] = query.float(), keys
         share = (query @ heads(attn.to_k(text)).transpose(-1, -2) * attn.scale).softmax(-1)
         mixed = (share @ heads(attn.to_v(text))).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](mixed))
 
 
 @contextmanager
-def reference_guard(pipe: Any, token: GuidelineToken) -> Iterator[None]:
-    """Detect-and-Guide written a second time, plainly: whole safety forwards, explicit softmax, loops over pixels."""
-    unet, family, record = pipe.unet, families.match(pipe), token.record
-    kept: dict[str, Tensor] = {}
+def _plain_attention(unet: Any, tokens: Sequence[GuidelineToken]) -> Iterator[dict[str, tuple[Tensor, list[Tensor]]]]:
+    """Layer -> queries of the last forward pass, and keys of each token."""
+    kept: dict[str, tuple[Tensor, list[Tensor]]] = {}
     names = dict(unet.attn_processors)
-    unet.set_attn_processor({name: _Keep(kept, name.removesuffix(".processor")) for name in names})
-    safety = family.encode_prompt(pipe, [record.safety_prompt])
-    plain = unet.forward
-    state: dict[str, Any] = {}
+    unet.set_attn_processor({name: _Keep(tokens, kept, name.removesuffix(".processor")) for name in names})
+    try:
+        yield kept
+    finally:
+        unet.set_attn_processor(names)
+
+
+@contextmanager
+def reference_guard(
+    pipe: Any,
+    *tokens: GuidelineToken,
+    mask: str | None = None,
+    strength: float = 1.0,
+    sld: tuple[str, SLDPreset] | None = None,
+) -> Iterator[None]:
+    """Detect-and-Guide written a second time, plainly: whole safety forwards, explicit softmax, loops over pixels.
+
+    Several tokens at once, and SLD with a safety prompt and its constants beside them.
+    """
+    unet, family = pipe.unet, families.match(pipe)
+    replaced, plain = vars(unet).get("forward"), unet.forward
+    prompts = [token.record.safety_prompt for token in tokens] + ([sld[0]] if sld else [])
+    safety = [family.encode_prompt(pipe, [prompt]) for prompt in prompts]
+    states: list[dict[Any, Any]] = [{} for _ in prompts]
 
     def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **others: Any) -> Any:
         def call(hidden: Tensor, **changed: Any) -> Tensor:
             own = {k: list(v) if isinstance(v, list) else v for k, v in {**others, **changed}.items()}
-            return plain(sample, timestep, encoder_hidden_states=hidden, **{**own, "return_dict": False})[0]
+            return plain(sample, timestep, encoder_hidden_states=hidden, **{**own, "return_dict": False})[0].float()
+
+        def under(condition: families.Condition) -> Tensor:
+            added = {}
+            if condition.added:
+                pooled = condition.added["text_embeds"].expand(len(sample), -1)
+                added = {"added_cond_kwargs": {**others["added_cond_kwargs"], "text_embeds": pooled}}
+            return call(condition.hidden_states.expand(len(sample), -1, -1), **added).chunk(2)[1]
 
         eps_u, eps_p = call(encoder_hidden_states).chunk(2)
-        cam = _cam(token, family.cross_attention(pipe, record.layers), kept, sample)
-        hidden = safety.hidden_states.expand(len(sample), -1, -1)
-        added = {}
-        if safety.added:
-            pooled = safety.added["text_embeds"].expand(len(sample), -1)
-            added = {"added_cond_kwargs": {**others["added_cond_kwargs"], "text_embeds": pooled}}
-        eps_cs = call(hidden, **added).chunk(2)[1]
-        guided = torch.stack(
-            [_guide(token, state, i, *row) for i, row in enumerate(zip(cam, eps_u, eps_p, eps_cs, strict=True))]
-        )
-        return (torch.cat([eps_u, guided]),)
+        queries = {name: (query.chunk(2)[1], keys) for name, (query, keys) in kept.items()}
+        cams = [_cam(pipe, token, k, queries, sample.shape[-2:]) for k, token in enumerate(tokens)]
+        predictions = [under(condition) for condition in safety]
+        guided = []
+        for i in range(len(eps_p)):
+            gates, pushes = [torch.zeros_like(eps_p[i])], [torch.zeros_like(eps_p[i])]
+            for k, token in enumerate(tokens):
+                gate, push = _guide(
+                    token, states[k], i, cams[k][i], eps_u[i], eps_p[i], predictions[k][i], mask, strength
+                )
+                gates.append(gate.expand_as(eps_p[i]))
+                pushes.append(push)
+            if sld:
+                pushes.append(_sld(sld[1], states[-1], i, eps_u[i], eps_p[i], predictions[-1][i]))
+            guided.append(eps_p[i] - torch.stack(gates).amax(0) * (eps_p[i] - eps_u[i]) - torch.stack(pushes).sum(0))
+        return (torch.cat([eps_u, torch.stack(guided)]).to(sample.dtype),)
 
-    unet.forward = forward
-    try:
-        yield
-    finally:
-        del unet.forward
-        unet.set_attn_processor(names)
+    with _plain_attention(unet, tokens) as kept:
+        unet.forward = forward
+        try:
+            yield
+        finally:
+            del unet.forward
+            if replaced is not None:
+                unet.forward = replaced
 
 
-def _cam(token: GuidelineToken, layers: dict[str, Any], kept: dict[str, Tensor], sample: Tensor) -> Tensor:
-    size = tuple(sample.shape[-2:])
+def reference_ddim(pipe: Any, token: GuidelineToken, guidance_scale: float, num_steps: int = STEPS) -> Tensor:
+    """(2, 4, 16, 16) guarded latents of ``PROMPTS`` by a DDIM loop of our own: no pipeline, no scheduler, no hook."""
+    ids = [
+        pipe.tokenizer(text, padding="max_length", max_length=16).input_ids for text in ["", "", *PROMPTS, "a weapon"]
+    ]
+    hidden = pipe.text_encoder(torch.tensor(ids)).last_hidden_state
+    alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
+    latents = torch.cat([torch.randn((1, 4, 16, 16), generator=one) for one in generators()])
+    stride, state = 1000 // num_steps, {}
+    with _plain_attention(pipe.unet, [token]) as kept:
+        for t in [1 + stride * k for k in reversed(range(num_steps))]:
+            eps_u = pipe.unet(latents, t, hidden[:2]).sample
+            eps_cs = pipe.unet(latents, t, hidden[4:].expand(2, -1, -1)).sample
+            eps_p = pipe.unet(latents, t, hidden[2:4]).sample
+            cams, eps = _cam(pipe, token, 0, kept, latents.shape[-2:]), []
+            for i in range(2):
+                gate, push = _guide(token, state, i, cams[i], eps_u[i], eps_p[i], eps_cs[i])
+                eps.append(eps_u[i] + guidance_scale * ((1 - gate) * (eps_p[i] - eps_u[i]) - push))
+            now, then = alphas[t], alphas[max(t - stride, 0)]
+            image = (latents - (1 - now).sqrt() * torch.stack(eps)) / now.sqrt()
+            latents = then.sqrt() * image + (1 - then).sqrt() * torch.stack(eps)
+    return latents
+
+
+def _cam(
+    pipe: Any, token: GuidelineToken, k: int, kept: dict[str, tuple[Tensor, list[Tensor]]], size: Sequence[int]
+) -> Tensor:
+    layers = families.match(pipe).cross_attention(pipe, token.record.layers)
     maps, first = [], 0
     for name, layer in layers.items():
-        query = kept[name].chunk(2)[1]
-        key = layer.to_k(token.sequence).view(len(token.sequence), layer.heads, -1).permute(1, 2, 0)
+        query, key = kept[name][0], kept[name][1][k].transpose(-1, -2)
         share = (query @ key * layer.scale).softmax(-1)[..., -token.num_tokens :].sum(-1)
         side = math.isqrt(share.shape[-1])
         share = share.view(len(share), layer.heads, side, side)
         weights = token.head_weights[first : first + layer.heads] if token.head_weights is not None else None
         first += layer.heads
         pooled = share.mean(1) / len(layers) if weights is None else torch.einsum("bhyx,h->byx", share, weights)
-        maps.append(F.interpolate(pooled[:, None], size, mode="bilinear")[:, 0])
+        maps.append(F.interpolate(pooled[:, None], tuple(size), mode="bilinear")[:, 0])
     return torch.stack(maps).sum(0)
 
 
+def _sld(preset: SLDPreset, state: dict[Any, Any], i: int, eps_u: Tensor, eps_p: Tensor, eps_cs: Tensor) -> Tensor:
+    """SLD's push; the momentum and the step live in the state."""
+    scale = ((eps_p - eps_cs).abs() * preset.guidance_scale).clamp(max=1) * (eps_p - eps_cs < preset.threshold)
+    step, momentum = state.get(i, (0, torch.zeros_like(eps_p)))
+    push = scale * (eps_cs - eps_u) + preset.momentum_scale * momentum
+    state[i] = step + 1, preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push
+    return push if step >= preset.warmup_steps else torch.zeros_like(push)
+
+
 def _guide(
-    token: GuidelineToken, state: dict[str, Any], i: int, cam: Tensor, eps_u: Tensor, eps_p: Tensor, eps_cs: Tensor
-) -> Tensor:
+    token: GuidelineToken,
+    state: dict[Any, Any],
+    i: int,
+    cam: Tensor,
+    eps_u: Tensor,
+    eps_p: Tensor,
+    eps_cs: Tensor,
+    mask: str | None = None,
+    strength: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One sample's gate of the prompt's own push, (1, H, W), and push away from the safety condition, (C, H, W)."""
     limits, own = token.record.thresholds, token.record.guidance
     high, low = limits.highlight[0], limits.edit[0]
     height, width = cam.shape
+    chosen = torch.ones_like(eps_p)
+    if mask == "sld":
+        chosen = ((eps_p - eps_cs).abs() * 2000).clamp(max=1) * (eps_p - eps_cs < 0.025)
+    elif mask == "sega":
+        sizes = (eps_cs - eps_u).abs()
+        chosen = torch.stack([(size >= float(np.quantile(size.numpy(), 0.9))).float() for size in sizes])
+    push = own.strength * strength * chosen * (eps_cs - eps_u)
+    shut = torch.zeros_like(cam)
     if own.form == "paper":
-        gate = (cam >= low).float() if (cam >= low).float().mean() <= limits.max_area else torch.zeros_like(cam)
+        gate = (cam >= low).float() if (cam >= low).float().mean() <= limits.max_area else shut
         labels, count = ndimage.label((cam >= high).numpy())
         area = torch.full_like(cam, 5 / cam.numel())
         for k in range(1, count + 1):
             component = torch.from_numpy(labels == k)
             area[component] = max(5 * float(component.sum()) / cam.numel(), 5 / cam.numel())
-        return eps_p - own.strength * gate * area * (cam / low).clamp(max=5) * (eps_cs - eps_u)
+        return shut[None], gate * area * (cam / low).clamp(max=5) * push
     if int((cam >= high).sum()) >= math.ceil(limits.min_area * cam.numel()):
         state["sure", i] = True
-    gate = torch.zeros_like(cam)
+    gate = shut.clone()
     if state.get(("sure", i)):
         for y in range(height):
             for x in range(width):
@@ -295,7 +402,6 @@ def _guide(
                     max(y - own.dilation, 0) : y + own.dilation + 1, max(x - own.dilation, 0) : x + own.dilation + 1
                 ]
                 gate[y, x] = ((near.max() - low) / (high - low)).clamp(0, 1)
-    gate = torch.maximum(gate, own.memory * state.get(("gate", i), torch.zeros_like(cam)))
+    gate = torch.maximum(gate, own.memory * state.get(("gate", i), shut))
     state["gate", i] = gate
-    push = own.strength * (eps_cs - eps_u)
-    return eps_p - gate * (eps_p - eps_u + push if own.form == "drop" else push)
+    return (gate * min(strength, 1) if own.form == "drop" else shut)[None], gate * push

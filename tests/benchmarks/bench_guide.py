@@ -1,18 +1,20 @@
 """Guidance: erase and preservation of the default and of every peer, untouched safe prompts, change outside the weapon.
 
-    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--peer-prompts 25]
+    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--peer-prompts 25] [--reuse-steps 1 3 5]
 
 The same prompts and noise for every method. Images are kept under build/bench/guide, so a run that was stopped goes
 on. The judge decides whether a weapon is there and which of the prompted harmless objects are. ``outside``: mean
 absolute change outside a box of 38 px around each weapon that the judge finds in the unguarded image (an object
-measures at most 30 px; 4 px are its dilation).
+measures at most 30 px; 4 px are its dilation). It is compared with SLD max on more prompts than the other peers get,
+because it differs much from image to image. ``--reuse-steps`` draws the peers' prompts again with safety predictions
+kept for so many denoiser calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,7 +32,6 @@ from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.guard import SEGAGuard, SLDGuard
 from dagkit.judges.demo import peaks
-from dagkit.token import Thresholds
 
 SHARD = 25
 """Images in a file."""
@@ -39,8 +40,9 @@ BATCH = 13
 KINDS = {"named": 931, "hinted": 931, "safe": 932}
 PEERS = ("negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "word", "paper")
 QUICK_PEERS = ("negative", "sld-max")
+STRONGEST = "sld-max"
+"""The peer that erases as well, so the one that the change outside is compared with."""
 RECIPE_OF = {"dag": "default", "paper": "paper", "word": "word"}
-PAPERS_CONSTANTS = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)
 
 Attach = Callable[[Any], AbstractContextManager[Any]]
 
@@ -53,14 +55,12 @@ def attach(method: str, base: BaseModel) -> Attach | None:
         return SLDGuard(bench.SAFETY_PROMPT, method.removeprefix("sld-")).attach
     if method == "sega":
         return SEGAGuard(bench.SAFETY_PROMPT).attach
-    token = bench.token(base, RECIPE_OF[method])
-    if method == "paper":
-        return token.guard(form="paper", thresholds=PAPERS_CONSTANTS).attach
+    token = bench.token(base, RECIPE_OF.get(method, "default"))
     if method == "word":  # its map never tells safe from unsafe images, so nothing waits for certainty
         thresholds = token.record.thresholds
         always = thresholds.model_copy(update={"certain": (0.0,) * len(thresholds.timesteps)})
         return token.guard(thresholds=always).attach
-    return token.guard().attach
+    return token.guard(reuse_steps=int(method.removeprefix("reuse-")) if method.startswith("reuse-") else None).attach
 
 
 _STATE: dict[str, Any] = {}
@@ -120,14 +120,21 @@ def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> 
     return figures
 
 
-def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str, object]:
-    main_count, safe_count, peer_count = (8, 8, 3) if is_quick else (300, 200, num_peer_prompts)
-    peers = QUICK_PEERS if is_quick else PEERS
+def main(
+    *, is_quick: bool, num_workers: int, num_peer_prompts: int, reuse_steps: Sequence[int] = ()
+) -> dict[str, object]:
+    main_count, safe_count, peer_count, outside_count = (8, 8, 3, 8) if is_quick else (300, 200, num_peer_prompts, 100)
+    outside_count = max(outside_count, peer_count)
+    peers = (*(QUICK_PEERS if is_quick else PEERS), *(f"reuse-{steps}" for steps in reuse_steps))
     base = bench.base_model()
     root = bench.BUILD / "guide" / bench.identity(base)
     counts = {("none", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
     counts |= {("dag", kind): count for (_, kind), count in counts.items()}
-    counts |= {(peer, kind): peer_count for peer in peers for kind in ("named", "hinted")}
+    counts |= {
+        (peer, kind): outside_count if peer == STRONGEST else peer_count
+        for peer in peers
+        for kind in ("named", "hinted")
+    }
     jobs = [
         (method, kind, first, min(SHARD, count - first), root / method / f"{kind}-{first}.npz")
         for (method, kind), count in counts.items()
@@ -147,10 +154,12 @@ def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str
         if kind != "safe" and first < peer_count:
             seconds[method] = seconds.get(method, 0.0) + value / count
     found = {key: measure(key[1], shown["none", key[1]], shown[key]) for key in counts if key[0] != "none"}
-    sld, dag = (
-        {kind: measure(kind, shown["none", kind], shown[name, kind][:peer_count]) for kind in ("named", "hinted")}
-        for name in ("sld-max", "dag")
-    )
+
+    def both(method: str, count: int) -> dict[str, float]:
+        """Figures of a method on the first prompts, mean over named and hinted ones."""
+        parts = [measure(kind, shown["none", kind], shown[method, kind][:count]) for kind in ("named", "hinted")]
+        return {name: float(np.mean([part[name] for part in parts])) for name in ("erase", "preserve", "outside")}
+
     figures: dict[str, object] = {
         "guide.unguarded": found["dag", "named"]["unguarded"],
         "guide.unguarded_hinted": found["dag", "hinted"]["unguarded"],
@@ -160,27 +169,27 @@ def main(*, is_quick: bool, num_workers: int, num_peer_prompts: int) -> dict[str
         "guide.preserve_hinted": found["dag", "hinted"]["preserve"],
         "guide.untouched": found["dag", "safe"]["untouched"],
         "guide.preserve_safe": found["dag", "safe"]["preserve"],
-        "guide.outside": np.mean([dag[kind]["outside"] for kind in dag])
-        / np.mean([sld[kind]["outside"] for kind in sld]),
+        "guide.outside": both("dag", outside_count)["outside"] / both(STRONGEST, outside_count)["outside"],
         "guide.num_prompts": main_count,
         "guide.num_safe": safe_count,
         "guide.num_peer_prompts": peer_count,
+        "guide.num_outside_prompts": outside_count,
     }
     points = []
     for method in ("dag", *peers):
-        both = [measure(kind, shown["none", kind], shown[method, kind][:peer_count]) for kind in ("named", "hinted")]
-        for name in ("erase", "preserve", "outside"):
-            figures[f"peer.{method}.{name}"] = float(np.mean([part[name] for part in both]))
+        values = both(method, peer_count)
+        figures |= {f"peer.{method}.{name}": value for name, value in values.items()}
         figures[f"peer.{method}.cost"] = seconds[method] / seconds["none"]
-        points.append((method, *(figures[f"peer.{method}.{name}"] for name in ("erase", "preserve", "outside"))))
+        points.append((method, values["erase"], values["preserve"], values["outside"]))
     bench.BUILD.mkdir(parents=True, exist_ok=True)
     (bench.BUILD / "plane.svg").write_text(scatter([(n, e, p) for n, e, p, _ in points], "erase rate", "preservation"))
     (bench.BUILD / "locality.svg").write_text(
         scatter([(n, o, e) for n, e, _, o in points], "change outside", "erase rate")
     )
-    figures["peers.none_better"] = not any(
-        erase > points[0][1] and kept > points[0][2] for _, erase, kept, _ in points[1:]
-    )
+    _, erase, kept, outside = points[0]
+    rivals = [point for point in points[1:] if not point[0].startswith("reuse-")]
+    figures["peers.none_better"] = not any(e > erase and k > kept for _, e, k, _ in rivals)
+    figures["peers.none_more_local"] = not any(e > erase and o < outside for _, e, _, o in rivals)
     return {key: float(value) if isinstance(value, np.floating) else value for key, value in figures.items()}
 
 
@@ -189,5 +198,13 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer-prompts", type=int, default=25, help="of each kind")
+    parser.add_argument("--reuse-steps", type=int, nargs="*", default=())
     arguments = parser.parse_args()
-    bench.emit(main(is_quick=arguments.quick, num_workers=arguments.workers, num_peer_prompts=arguments.peer_prompts))
+    bench.emit(
+        main(
+            is_quick=arguments.quick,
+            num_workers=arguments.workers,
+            num_peer_prompts=arguments.peer_prompts,
+            reuse_steps=arguments.reuse_steps,
+        )
+    )

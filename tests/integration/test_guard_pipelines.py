@@ -6,6 +6,8 @@ dagkit; the sample that does not fire stays bit-equal; nothing is left on the mo
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,8 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny_pipelines as tiny
+from dagkit import families
 from dagkit.errors import GuardError
 from dagkit.guard import ConceptFound, SEGAGuard, SLDGuard, Trace
+from dagkit.guidance import SLD_PRESETS
 from dagkit.token import GuidelineToken, Thresholds
 
 IMAGE = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
@@ -31,28 +35,46 @@ def draw(pipe: Any, **changes: Any) -> Tensor:
     return latents
 
 
-def hooks(pipe: Any) -> int:
-    """Hooks on the denoiser and all below it."""
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.unet.modules())
+def leftovers(pipe: Any) -> int:
+    """Hooks on the denoiser and all below it, and methods put on the scheduler."""
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.unet.modules())
+    return hooks + ("step" in vars(pipe.scheduler))
 
 
-def check(pipe: Any, run: Callable[[], Tensor], *, tolerance: float = 1e-4, **options: Any) -> Trace:
-    """All that must hold for a pipeline, with one firing and one silent sample."""
-    token = tiny.half_firing(pipe, run, **options)
+def check(
+    pipe: Any,
+    run: Callable[[], Tensor],
+    *,
+    token: GuidelineToken | None = None,
+    expected: Tensor | None = None,
+    tolerance: float = 1e-4,
+    guard: dict[str, Any] | None = None,
+    **options: Any,
+) -> Trace:
+    """All that must hold for a pipeline, with one firing and one silent sample.
+
+    Args:
+        token: one of ``half_firing`` with ``options`` where not given.
+        expected: guided latents; those of ``reference_guard`` where not given.
+        guard: options of the guard, as the reference knows them.
+    """
+    token = token or tiny.half_firing(pipe, run, **options)
     plain = run()
     with token.guard(strength=0).attach(pipe):
         assert torch.equal(run(), plain)
-    with token.guard().attach(pipe) as trace:
+    with token.guard(**(guard or {})).attach(pipe) as trace:
         guarded = run()
-    with tiny.reference_guard(pipe, token):
-        expected = run()
+    assert guarded.dtype == plain.dtype
+    if expected is None:
+        with tiny.reference_guard(pipe, token, **(guard or {})):
+            expected = run()
     firing = [trace.summary(sample)["is_firing"] for sample in range(2)]
     assert sorted(firing) == [False, True]
     acted, silent = firing.index(True), firing.index(False)
     assert torch.equal(guarded[silent], plain[silent])
     assert (guarded[acted] - plain[acted]).abs().max() > 1e-3
     assert (guarded - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
-    assert hooks(pipe) == 0
+    assert leftovers(pipe) == 0
     assert torch.equal(run(), plain)
     return trace
 
@@ -67,6 +89,42 @@ def pipe() -> Any:
 def test_equals_the_plain_form(pipe: Any, form: str, is_learned: bool) -> None:
     trace = check(pipe, lambda: draw(pipe), form=form, is_learned=is_learned)
     assert [record.step for record in trace.of(0)] == list(range(tiny.STEPS))
+
+
+@pytest.mark.parametrize("guidance_scale", [3.0, 7.5])
+def test_equals_a_ddim_loop_of_our_own(pipe: Any, guidance_scale: float) -> None:
+    run = lambda: draw(pipe, guidance_scale=guidance_scale)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
+    check(pipe, run, token=token, expected=tiny.reference_ddim(pipe, token, guidance_scale))
+
+
+@pytest.mark.parametrize("mask", ["sld", "sega"])
+def test_equals_the_plain_form_with_a_peers_mask(pipe: Any, mask: str) -> None:
+    run = lambda: draw(pipe)  # noqa: E731
+    token = tiny.half_firing(pipe, run, form="subtract")
+    check(pipe, run, token=token, guard={"mask": mask})
+    with token.guard().attach(pipe):
+        unmasked = run()
+    with token.guard(mask=mask).attach(pipe) as trace:
+        assert not torch.equal(run(), unmasked)
+    acted = [trace.summary(i)["is_firing"] for i in range(2)].index(True)
+    assert 0 < trace.summary(acted)["strength"] <= 2
+
+
+@pytest.mark.parametrize("form", ["drop", "subtract"])
+@pytest.mark.parametrize("strength", [0.3, 1.7])
+def test_equals_the_plain_form_at_any_strength(pipe: Any, form: str, strength: float) -> None:
+    trace = check(pipe, lambda: draw(pipe), form=form, guard={"strength": strength})
+    acted = [trace.summary(i)["is_firing"] for i in range(2)].index(True)
+    assert trace.summary(acted)["strength"] == pytest.approx(2 * strength)  # the token's own is 2, and its gate is open
+
+
+def test_a_strength_close_to_0_is_close_to_unguarded(pipe: Any) -> None:
+    token, plain = tiny.half_firing(pipe, lambda: draw(pipe)), draw(pipe)
+    with token.guard(strength=1e-6).attach(pipe) as trace:
+        guarded = draw(pipe)
+    assert any(trace.summary(sample)["is_firing"] for sample in range(2))
+    assert 0 < (guarded - plain).abs().max() < 1e-3
 
 
 def test_equals_the_papers_form(pipe: Any) -> None:
@@ -105,6 +163,37 @@ def test_schedulers_and_prediction_types(pipe: Any, name: str) -> None:
     assert len(trace.of(0)) >= tiny.STEPS
 
 
+def test_stable_diffusion_2() -> None:
+    unet = tiny.unet(attention_head_dim=(4, 8), use_linear_projection=True)
+    pipe = tiny.sd(unet=unet, scheduler=tiny.scheduler(prediction_type="v_prediction"))
+    check(pipe, lambda: draw(pipe))
+
+
+def test_a_scheduler_that_counts_noise_otherwise_is_refused(pipe: Any) -> None:
+    parts = {key: pipe.components[key] for key in ("vae", "text_encoder", "tokenizer", "unet")}
+    other = tiny.sd(**parts, scheduler=diffusers.EDMEulerScheduler())
+    draw(other)  # unguarded it runs
+    with (
+        pytest.raises(GuardError, match=r"EDMEulerScheduler calls its denoiser at timestep -\d.*expected \[0, 1000\)"),
+        tiny.token(pipe).guard().attach(other),
+    ):
+        draw(other)
+    for timestep in (-0.5, 1000.0, float("nan")):
+        with tiny.token(pipe).guard().attach(pipe), pytest.raises(GuardError, match="calls its denoiser at timestep"):
+            pipe.unet(torch.zeros(2, 4, 16, 16), timestep, torch.zeros(2, 16, tiny.WIDTH))
+
+
+def test_a_callback_that_only_looks(pipe: Any) -> None:
+    seen = []
+
+    def look(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return values
+
+    check(pipe, lambda: draw(pipe, callback_on_step_end=look))
+    assert seen[: tiny.STEPS] == list(range(tiny.STEPS))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -137,13 +226,18 @@ def test_several_images_per_prompt(pipe: Any) -> None:
     check(pipe, run)
 
 
+def redraw(pipe: Any, **changes: Any) -> Tensor:
+    """As ``draw``, for pipelines that take their size from an image."""
+    settings = {key: value for key, value in tiny.SETTINGS.items() if key not in ("height", "width")}
+    latents: Tensor = pipe(
+        tiny.PROMPTS, image=[IMAGE] * 2, strength=0.8, generator=tiny.generators(), **settings, **changes
+    ).images
+    return latents
+
+
 def test_image_to_image() -> None:
     pipe = tiny.sd(diffusers.StableDiffusionImg2ImgPipeline)
-    settings = {key: value for key, value in tiny.SETTINGS.items() if key not in ("height", "width")}
-    check(
-        pipe,
-        lambda: pipe(tiny.PROMPTS, image=[IMAGE] * 2, strength=0.8, generator=tiny.generators(), **settings).images,
-    )
+    check(pipe, lambda: redraw(pipe))
 
 
 @pytest.mark.parametrize("channels", [4, 9])
@@ -159,6 +253,18 @@ def test_controlnet(is_guessing: bool) -> None:
     check(pipe, lambda: draw(pipe, image=[IMAGE] * 2, guess_mode=is_guessing))
 
 
+def test_controlnet_image_to_image() -> None:
+    unet = tiny.unet()
+    pipe = tiny.sd(diffusers.StableDiffusionControlNetImg2ImgPipeline, unet=unet, controlnet=tiny.controlnet(unet))
+    check(pipe, lambda: redraw(pipe, control_image=[IMAGE] * 2))
+
+
+def test_controlnet_inpainting() -> None:
+    unet = tiny.unet()
+    pipe = tiny.sd(diffusers.StableDiffusionControlNetInpaintPipeline, unet=unet, controlnet=tiny.controlnet(unet))
+    check(pipe, lambda: draw(pipe, image=[IMAGE] * 2, mask_image=[MASK] * 2, control_image=[IMAGE] * 2))
+
+
 def test_t2i_adapter() -> None:
     pipe = tiny.sd(diffusers.StableDiffusionAdapterPipeline, adapter=tiny.adapter())
     check(pipe, lambda: draw(pipe, image=[IMAGE] * 2))
@@ -171,87 +277,136 @@ def test_sdxl() -> None:
 
 def test_sdxl_image_to_image() -> None:
     pipe = tiny.sdxl(diffusers.StableDiffusionXLImg2ImgPipeline)
-    settings = {key: value for key, value in tiny.SETTINGS.items() if key not in ("height", "width")}
-    check(
-        pipe,
-        lambda: pipe(tiny.PROMPTS, image=[IMAGE] * 2, strength=0.8, generator=tiny.generators(), **settings).images,
-    )
+    check(pipe, lambda: redraw(pipe))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_reduced_precision(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("channels", [4, 9])
+def test_sdxl_inpainting(channels: int) -> None:
+    pipe = tiny.sdxl(diffusers.StableDiffusionXLInpaintPipeline, unet=tiny.sdxl_unet(in_channels=channels))
+    check(pipe, lambda: draw(pipe, image=[IMAGE] * 2, mask_image=[MASK] * 2, strength=1.0))
+
+
+def test_sdxl_controlnet() -> None:
+    unet = tiny.sdxl_unet()
+    pipe = tiny.sdxl(diffusers.StableDiffusionXLControlNetPipeline, unet=unet, controlnet=tiny.controlnet(unet))
+    check(pipe, lambda: draw(pipe, image=[IMAGE] * 2))
+
+
+def test_sdxl_controlnet_image_to_image() -> None:
+    unet = tiny.sdxl_unet()
+    pipe = tiny.sdxl(diffusers.StableDiffusionXLControlNetImg2ImgPipeline, unet=unet, controlnet=tiny.controlnet(unet))
+    check(pipe, lambda: redraw(pipe, control_image=[IMAGE] * 2))
+
+
+def test_sdxl_controlnet_inpainting() -> None:
+    unet = tiny.sdxl_unet()
+    pipe = tiny.sdxl(diffusers.StableDiffusionXLControlNetInpaintPipeline, unet=unet, controlnet=tiny.controlnet(unet))
+    check(pipe, lambda: draw(pipe, image=[IMAGE] * 2, mask_image=[MASK] * 2, control_image=[IMAGE] * 2, strength=1.0))
+
+
+def test_sdxl_t2i_adapter() -> None:
+    pipe = tiny.sdxl(diffusers.StableDiffusionXLAdapterPipeline, adapter=tiny.adapter())
+    check(pipe, lambda: draw(pipe, image=[IMAGE] * 2))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.08)])
+def test_reduced_precision(dtype: torch.dtype, tolerance: float) -> None:
     pipe = tiny.sd()
-    token = tiny.half_firing(pipe, lambda: draw(pipe, num_inference_steps=2))
-    pipe.to(dtype)
-    plain = draw(pipe, num_inference_steps=2)
-    with token.guard(strength=0).attach(pipe):  # the token's fingerprints hold in every precision
-        assert torch.equal(draw(pipe, num_inference_steps=2), plain)
-    with token.guard().attach(pipe) as trace:
-        guarded = draw(pipe, num_inference_steps=2)
-    assert guarded.dtype == dtype
-    assert torch.isfinite(guarded).all()
-    for sample in range(2):
-        assert torch.equal(guarded[sample], plain[sample]) is not trace.summary(sample)["is_firing"]
+    run = lambda: draw(pipe, num_inference_steps=2)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
+    pipe.to(dtype)  # the token's fingerprints hold in every precision
+    check(pipe, run, token=token, tolerance=tolerance)
 
 
 def test_attention_slicing_and_fused_projections() -> None:
     pipe = tiny.sd()
-    token = tiny.half_firing(pipe, lambda: draw(pipe))
+    run = lambda: draw(pipe)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
     with token.guard().attach(pipe):
-        expected = draw(pipe)
+        expected = run()
     pipe.enable_attention_slicing(1)
-    with token.guard().attach(pipe):
-        assert (draw(pipe) - expected).abs().max() < 1e-4 * expected.abs().max()
+    check(pipe, run, token=token, expected=expected)
     pipe.disable_attention_slicing()
     pipe.fuse_qkv_projections()
-    with token.guard().attach(pipe):
-        assert (draw(pipe) - expected).abs().max() < 1e-4 * expected.abs().max()
+    check(pipe, run, token=token, expected=expected)
+
+
+def lora_pipeline() -> Any:
+    peft = pytest.importorskip("peft")
+    pipe = tiny.sd()
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    pipe.unet.requires_grad_(False)
+    return pipe
+
+
+def first_map(pipe: Any, token: GuidelineToken, **changes: Any) -> Tensor:
+    with token.guard(keep_maps=True, strength=0).attach(pipe) as trace:
+        draw(pipe, **changes)
+    return trace.maps[0, 0]
 
 
 def test_lora_layers_are_read_and_do_not_change_the_fingerprint() -> None:
-    peft = pytest.importorskip("peft")
-    pipe = tiny.sd()
-    token = tiny.token(pipe)
-    with token.guard(keep_maps=True, strength=0).attach(pipe) as before:
-        draw(pipe)
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
-    pipe.unet.requires_grad_(False)
-    run = lambda: draw(pipe)  # noqa: E731
-    with token.guard(keep_maps=True, strength=0).attach(pipe) as after:
-        draw(pipe)
-    assert (before.maps[0, 0] - after.maps[0, 0]).abs().max() > 1e-4
-    check(pipe, run)
+    plain, pipe = tiny.sd(), lora_pipeline()
+    token = tiny.token(plain)
+    assert (first_map(plain, token) - first_map(pipe, token)).abs().max() > 1e-4
+    check(pipe, lambda: draw(pipe))
+
+
+def test_keys_have_the_scale_that_the_pipeline_gives_its_lora_layers() -> None:
+    plain, pipe = tiny.sd(), lora_pipeline()
+    token, scaling = tiny.token(plain), dict(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.scaling)
+    maps = [first_map(pipe, token, cross_attention_kwargs={"scale": scale}) for scale in (1e-6, 0.3, 1.0)]
+    torch.testing.assert_close(maps[0], first_map(plain, token), atol=1e-5, rtol=0)
+    assert (maps[1] - maps[2]).abs().max() > 1e-4
+    check(pipe, lambda: draw(pipe, cross_attention_kwargs={"scale": 0.3}))
+    assert pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.scaling == pytest.approx(scaling)
 
 
 def test_model_offload() -> None:
     accelerate = pytest.importorskip("accelerate")
     pipe = tiny.sd()
-    token = tiny.half_firing(pipe, lambda: draw(pipe))
+    run = lambda: draw(pipe)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
     with token.guard().attach(pipe):
-        expected = draw(pipe)
+        expected = run()
     for part in (pipe.text_encoder, pipe.unet):
         accelerate.cpu_offload_with_hook(part, torch.device("cpu"))
+    check(pipe, run, token=token, expected=expected, tolerance=0)
+    check(pipe, run, token=token)
     with token.guard().attach(pipe) as trace:
         for _ in range(2):  # the second image is guarded like the first
-            assert torch.equal(draw(pipe), expected)
+            assert torch.equal(run(), expected)
     assert {record.run for record in trace.steps} == {0, 1}
 
 
 @pytest.mark.slow
 def test_compiled_denoiser() -> None:
     pipe = tiny.sd()
-    token = tiny.half_firing(pipe, lambda: draw(pipe, num_inference_steps=2))
+    run = lambda: draw(pipe, num_inference_steps=2)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
     with token.guard().attach(pipe):
-        expected = draw(pipe, num_inference_steps=2)
+        expected = run()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with token.guard().attach(pipe):
-        assert (draw(pipe, num_inference_steps=2) - expected).abs().max() < 1e-4 * expected.abs().max()
-    draw(pipe, num_inference_steps=2)  # compiled anew without hooks, or still with idle ones
+        assert (run() - expected).abs().max() < 1e-4 * expected.abs().max()
+    run()  # compiled anew without hooks, or still with idle ones
     try:
         with token.guard().attach(pipe):  # either it is guarded, or it is refused: never silently unguarded
-            assert (draw(pipe, num_inference_steps=2) - expected).abs().max() < 1e-4 * expected.abs().max()
+            assert (run() - expected).abs().max() < 1e-4 * expected.abs().max()
     except GuardError as error:
         assert "torch._dynamo.reset()" in str(error)  # noqa: PT017
+    torch._dynamo.reset()
+    with token.guard(strength=0).attach(pipe):
+        watched = run()
+    torch._dynamo.reset()
+    with token.guard().attach(pipe) as trace:
+        guarded = run()
+    torch._dynamo.reset()
+    plain = run()
+    assert torch.equal(watched, plain)
+    silent = [trace.summary(sample)["is_firing"] for sample in range(2)].index(False)
+    assert torch.equal(guarded[silent], plain[silent])
+    assert leftovers(pipe) == 0
     torch._dynamo.reset()
 
 
@@ -267,7 +422,7 @@ def test_without_classifier_free_guidance_nothing_is_generated(pipe: Any) -> Non
     token = tiny.token(pipe)
     with pytest.raises(GuardError, match="without classifier-free guidance"), token.guard().attach(pipe):
         draw(pipe, guidance_scale=1.0)
-    assert hooks(pipe) == 0
+    assert leftovers(pipe) == 0
 
 
 def test_a_callback_that_turns_guidance_off_stops_the_run(pipe: Any) -> None:
@@ -320,16 +475,70 @@ def test_an_unknown_attention_class_is_refused(pipe: Any) -> None:
         pass
 
 
-def test_a_replaced_denoiser_is_noticed() -> None:
+def test_a_replaced_denoiser_is_noticed_before_an_image_is_made() -> None:
     pipe = tiny.sd()
+    token, own, other = tiny.half_firing(pipe, lambda: draw(pipe)), pipe.unet, tiny.unet().eval().requires_grad_(False)
+    with token.guard().attach(pipe):
+        expected = draw(pipe)
 
-    def swap_and_draw() -> None:
-        with tiny.token(pipe).guard().attach(pipe):
-            pipe.unet = tiny.unet().eval().requires_grad_(False)
-            draw(pipe)
+    def swap(pipe: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+        pipe.unet = other
+        return values
 
-    with pytest.raises(GuardError, match="its denoiser was never seen"):
-        swap_and_draw()
+    for changes in ({}, {"callback_on_step_end": swap}):  # from the first step on, or from the second
+        with token.guard().attach(pipe) as trace:
+            pipe.unet = own if changes else other
+            with pytest.raises(GuardError, match="took a step, but its denoiser was never seen"):
+                draw(pipe, **changes)
+            pipe.unet = own
+            assert torch.equal(draw(pipe), expected)
+        assert trace.steps
+    assert leftovers(pipe) == 0
+
+
+def test_a_replaced_scheduler_is_refused() -> None:
+    pipe = tiny.sd()
+    guard, own = tiny.token(pipe).guard(), pipe.scheduler
+
+    def replace_and_draw(is_drawing: bool) -> None:
+        with guard.attach(pipe):
+            pipe.scheduler = tiny.scheduler()
+            if is_drawing:
+                draw(pipe)
+
+    for is_drawing in (True, False):
+        with pytest.raises(GuardError, match="got another scheduler while a guard was attached"):
+            replace_and_draw(is_drawing)
+        assert "step" not in vars(own)
+        pipe.scheduler = own
+
+
+def test_a_copied_scheduler_steps_itself_and_is_let_go_of() -> None:
+    pipe = tiny.sd()
+    plain = draw(pipe)
+    with tiny.token(pipe).guard(strength=0).attach(pipe):
+        copied = copy.deepcopy(pipe.scheduler)
+        copied.set_timesteps(2)
+        with pytest.raises(GuardError, match="took a step"):
+            copied.step(torch.zeros(1), copied.timesteps[0], torch.zeros(1))
+    pipe.scheduler = copied
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_a_schedulers_own_patch_is_kept() -> None:
+    pipe = tiny.sd()
+    taken: list[int] = []
+    step = pipe.scheduler.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = counted
+    with tiny.token(pipe).guard(strength=0).attach(pipe):
+        draw(pipe)
+    assert len(taken) == tiny.STEPS
+    assert pipe.scheduler.step is counted
 
 
 def test_the_wrong_base_model_is_refused_and_both_are_named(pipe: Any) -> None:
@@ -391,6 +600,54 @@ def test_options_out_of_range_are_refused(pipe: Any) -> None:
         SLDGuard("a weapon", "huge")
 
 
+@pytest.mark.parametrize("mask", ["sld", "sega"])
+def test_a_mask_that_does_not_fit_is_refused(pipe: Any, mask: str) -> None:
+    with pytest.raises(GuardError, match=f"mask '{mask}' fits no form 'drop'.*Use form='subtract' or 'paper'"):
+        tiny.token(pipe).guard(mask=mask)
+    with pytest.raises(GuardError, match="mask must be one of sld, sega or None, but got 'sdl'"):
+        tiny.token(pipe).guard(mask="sdl", form="subtract")
+
+
+def test_a_token_that_can_never_be_sure_is_refused(pipe: Any) -> None:
+    thresholds = Thresholds(timesteps=(0, 500), highlight=(0.5, 0.5), edit=(0.1, 0.1), certain=(1.0, 1.0))
+    token = tiny.token(pipe, thresholds=thresholds)
+    for form in ("drop", "subtract"):
+        with (
+            pytest.raises(GuardError, match=r"weapon@1.0.0 can never be sure: its certainty threshold is 1"),
+            token.guard(form=form).attach(pipe),
+        ):
+            pass
+    sure_late = thresholds.model_copy(update={"certain": (0.5, 1.0)})
+    for guard in (
+        token.guard(thresholds=thresholds),
+        token.guard(form="paper"),
+        tiny.token(pipe, thresholds=sure_late).guard(),
+    ):
+        with guard.attach(pipe):
+            pass
+
+
+def test_the_papers_form_needs_an_edit_threshold(pipe: Any) -> None:
+    token = tiny.token(pipe, thresholds=Thresholds(highlight=(0.5,), edit=(0.0,)))
+    with pytest.raises(GuardError, match="'paper' divides by the edit threshold, which must be above 0"):
+        token.guard(form="paper")
+    token.guard(form="drop")
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_head_weights_that_fit_no_heads_are_refused(pipe: Any, change: int) -> None:
+    token = tiny.token(pipe)
+    weights = token.head_weights
+    assert weights is not None
+    count = len(weights) + change
+    wrong = replace(token, head_weights=torch.full((count,), 1 / count))
+    with (
+        pytest.raises(GuardError, match=rf"has {count} head weights, but its 7 layers have {len(weights)} heads"),
+        wrong.guard().attach(pipe),
+    ):
+        pass
+
+
 def test_monitor_only_watches(pipe: Any) -> None:
     token = tiny.half_firing(pipe, lambda: draw(pipe))
     plain = draw(pipe)
@@ -412,7 +669,84 @@ def test_stop_ends_the_run(pipe: Any) -> None:
     ):
         draw(pipe)
     assert any(record.is_firing for record in caught.value.trace.steps)
-    assert hooks(pipe) == 0
+    assert leftovers(pipe) == 0
+
+
+@pytest.mark.parametrize("form", ["drop", "subtract"])
+def test_certainty_alone_decides_what_fires(pipe: Any, form: str) -> None:
+    """Sure below the edit threshold: the concept is found, though the gate has nothing to open for."""
+    token = tiny.token(pipe, form=form)
+    sure = Thresholds(highlight=(1.0,), edit=(1.0,), certain=(0.01,))
+    plain = draw(pipe)
+    with token.guard(thresholds=sure).attach(pipe) as trace:
+        assert torch.equal(draw(pipe), plain)
+    assert {(record.is_firing, record.reason, record.strength) for record in trace.steps} == {
+        (True, "concept found", 0.0)
+    }
+    with pytest.raises(ConceptFound), token.guard(mode="stop", thresholds=sure).attach(pipe):
+        draw(pipe)
+    unsure = Thresholds(highlight=(0.2,), edit=(0.01,), certain=(1.0,))
+    with token.guard(mode="stop", thresholds=unsure).attach(pipe) as trace:
+        assert torch.equal(draw(pipe), plain)
+    assert {(record.is_firing, record.reason) for record in trace.steps} == {(False, "below threshold")}
+
+
+def test_the_papers_form_acts_on_less_than_it_stops_for(pipe: Any) -> None:
+    token, plain = tiny.token(pipe, form="paper"), draw(pipe)
+    with token.guard(mode="monitor", keep_maps=True).attach(pipe) as trace:
+        draw(pipe)
+    least, most = (float(f(trace.maps[0, 0])) for f in (torch.min, torch.max))
+    limits = {"max_area": 1.0, "edit": ((least + most) / 2,)}
+    with token.guard(mode="stop", thresholds=Thresholds(highlight=(1.0,), **limits)).attach(pipe):
+        assert torch.equal(draw(pipe), plain)
+    with token.guard(thresholds=Thresholds(highlight=(1.0,), **limits)).attach(pipe) as trace:
+        assert not torch.equal(draw(pipe), plain)
+    edited = [record for record in trace.steps if record.strength > 0]
+    assert edited
+    assert {(record.is_firing, record.reason) for record in edited} == {(False, "edited, but nothing highlighted")}
+    with (
+        pytest.raises(ConceptFound),
+        token.guard(mode="stop", thresholds=Thresholds(highlight=(most,), **limits)).attach(pipe),
+    ):
+        draw(pipe)
+    wide = Thresholds(highlight=(least,), edit=(least,), max_area=0.5)
+    with token.guard(thresholds=wide).attach(pipe) as trace:
+        draw(pipe)
+    assert trace.steps[0].is_firing
+    assert trace.steps[0].strength == 0
+    assert trace.steps[0].reason == "gate covers 100%, above 50%"
+
+
+def test_a_trace_can_be_cleared_between_images(pipe: Any) -> None:
+    with tiny.token(pipe).guard(mode="monitor", keep_maps=True).attach(pipe) as trace:
+        for run in range(3):
+            draw(pipe)
+            assert len(trace.steps) == 2 * tiny.STEPS
+            assert trace.summary(1, run)["num_steps"] == tiny.STEPS
+            trace.clear()
+            assert (trace.steps, trace.maps) == ([], {})
+
+
+def test_queries_are_let_go_of_before_the_safety_forward(pipe: Any) -> None:
+    token = tiny.half_firing(pipe, lambda: draw(pipe))
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    alive: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        alive.append(weakref.ref(output))
+
+    def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) != 4:  # a safety forward
+            held.append(sum(ref() is not None for ref in alive))
+
+    handles = [layer.to_q.register_forward_hook(keep), pipe.unet.conv_in.register_forward_pre_hook(count)]
+    with token.guard().attach(pipe), SLDGuard("a weapon").attach(pipe):
+        draw(pipe)
+    for handle in handles:
+        handle.remove()
+    assert held
+    assert set(held) == {0}
 
 
 def count_rows(pipe: Any, run: Callable[[], Tensor], guard: Any) -> int:
@@ -443,25 +777,88 @@ def test_the_safety_forward_runs_for_firing_samples_only_and_is_reused(pipe: Any
     assert count_rows(pipe, run, token.guard(mode="monitor")) == 6 * 4
 
 
-def test_two_guards_act_one_after_the_other(pipe: Any) -> None:
-    first = tiny.token(
-        pipe, form="subtract", thresholds=Thresholds(highlight=(0.45,), edit=(0.3,)), guidance={"memory": 0.0}
-    )
-    second = tiny.token(pipe, form="subtract", thresholds=Thresholds(highlight=(0.45,), edit=(0.3,)), seed=9)
-    second = replace(second, record=second.record.model_copy(update={"safety_prompt": "a knife", "concept": "knife"}))
-    latents, hidden = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1), torch.randn(2, 16, tiny.WIDTH)
+def second_token(pipe: Any, **options: Any) -> GuidelineToken:
+    """Another concept, with another safety prompt, found in every sample."""
+    token = tiny.token(pipe, seed=9, thresholds=Thresholds(highlight=(0.45,), edit=(0.3,), certain=(0.3,)), **options)
+    return replace(token, record=token.record.model_copy(update={"safety_prompt": "a knife", "concept": "knife"}))
 
-    def push(token: GuidelineToken) -> Tensor:
-        with torch.no_grad(), token.guard().attach(pipe):
-            return pipe.unet(latents, 10, hidden).sample - pipe.unet.forward(latents, 10, hidden).sample
 
-    with torch.no_grad(), first.guard().attach(pipe) as one, second.guard().attach(pipe) as two:
-        both = pipe.unet(latents, 10, hidden).sample - pipe.unet.forward(latents, 10, hidden).sample
-    assert one.steps[0].concept == "weapon@1.0.0"
-    assert two.steps[0].concept == "knife@1.0.0"
-    assert one.steps[0].is_firing
-    assert two.steps[0].is_firing
-    torch.testing.assert_close(both, push(first) + push(second), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("forms", [("drop", "drop"), ("drop", "subtract"), ("subtract", "subtract")], ids="+".join)
+def test_several_guards_add_up_in_any_order(pipe: Any, forms: tuple[str, str]) -> None:
+    first, second = tiny.half_firing(pipe, lambda: draw(pipe), form=forms[0]), second_token(pipe, form=forms[1])
+    with tiny.reference_guard(pipe, first, second):
+        expected = draw(pipe)
+    drawn = []
+    for one, other in ((first, second), (second, first)):
+        with one.guard().attach(pipe) as trace, other.guard().attach(pipe) as trace_other:
+            drawn.append(draw(pipe))
+        for token, its in ((one, trace), (other, trace_other)):
+            assert {record.concept for record in its.steps} == {token.name}
+            assert len(its.steps) == 2 * tiny.STEPS
+    assert torch.equal(*drawn)
+    assert (drawn[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+    with second.guard().attach(pipe):
+        assert not torch.equal(draw(pipe), drawn[0])
+
+
+def test_a_guard_beside_one_that_is_silent_changes_what_it_changes_alone(pipe: Any) -> None:
+    first = tiny.half_firing(pipe, lambda: draw(pipe))
+    silent = tiny.token(pipe, seed=9)
+    never = Thresholds(highlight=(1.0,), edit=(0.5,))
+    with first.guard().attach(pipe):
+        alone = draw(pipe)
+    with first.guard().attach(pipe), silent.guard(thresholds=never).attach(pipe):
+        assert torch.equal(draw(pipe), alone)
+
+
+@pytest.mark.parametrize(("preset", "num_steps"), [("weak", 17), ("strong", 9)])  # "max" amplifies rounding by 5000
+def test_dag_and_sld_add_up_in_any_order(pipe: Any, preset: str, num_steps: int) -> None:
+    token, run = tiny.half_firing(pipe, lambda: draw(pipe)), lambda: draw(pipe, num_inference_steps=num_steps)
+    with tiny.reference_guard(pipe, token, sld=("a knife", SLD_PRESETS[preset])):
+        expected = run()
+    guards = (token.guard(), SLDGuard("a knife", preset))
+    for one, other in (guards, guards[::-1]):
+        with one.attach(pipe), other.attach(pipe):
+            assert (run() - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_each_guard_has_its_own_safety_condition_and_rows(pipe: Any) -> None:
+    first, second = tiny.half_firing(pipe, lambda: draw(pipe)), second_token(pipe)
+    prompts = [token.record.safety_prompt for token in (first, second)]
+    conditions = families.match(pipe).encode_prompt(pipe, prompts).hidden_states
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[1:] == conditions.shape[1:] and len(args[0]) != 4:  # a safety forward
+            seen.append(args[0])
+
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    handle = layer.to_k.register_forward_pre_hook(keep)
+    with first.guard().attach(pipe) as one, second.guard().attach(pipe) as two:
+        draw(pipe)
+    handle.remove()
+    for condition, trace in zip(conditions, (one, two), strict=True):
+        rows = [sum(record.strength > 0 for record in trace.steps if record.step == step) for step in range(tiny.STEPS)]
+        own = [len(hidden) for hidden in seen if torch.equal(hidden, condition.expand_as(hidden))]
+        assert own == [count for count in rows if count]
+    assert {record.sample for record in one.steps if record.strength > 0} < {0, 1}
+
+
+@pytest.mark.parametrize("is_first_first", [True, False])
+def test_guards_are_detached_in_any_order(pipe: Any, is_first_first: bool) -> None:
+    token, plain = tiny.half_firing(pipe, lambda: draw(pipe)), draw(pipe)
+    guards = [token.guard(), SLDGuard("a knife", "max")]
+    open_guards = [guard.attach(pipe) for guard in guards]
+    for context in open_guards:
+        context.__enter__()
+    gone = 0 if is_first_first else 1
+    open_guards[gone].__exit__(None, None, None)
+    left = draw(pipe)
+    open_guards[1 - gone].__exit__(None, None, None)
+    assert leftovers(pipe) == 0
+    assert torch.equal(draw(pipe), plain)
+    with guards[1 - gone].attach(pipe):
+        assert torch.equal(draw(pipe), left)
 
 
 def test_a_run_ends_where_the_next_begins(pipe: Any) -> None:
@@ -516,11 +913,23 @@ def test_sega_equals_diffusers_own_pipeline() -> None:
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_dag_and_sld_combine(pipe: Any) -> None:
-    token = tiny.half_firing(pipe, lambda: draw(pipe))
-    with SLDGuard("a weapon", "max").attach(pipe):
-        sld = draw(pipe)
-    with token.guard().attach(pipe) as trace, SLDGuard("a weapon", "max").attach(pipe):
-        both = draw(pipe)
-    acted = [trace.summary(i)["is_firing"] for i in range(2)].index(True)
-    assert (both[acted] - sld[acted]).abs().max() > 0.01
+def test_nothing_is_changed_before_the_tokens_first_timestep(pipe: Any) -> None:
+    thresholds = Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0)
+    token = tiny.token(pipe, thresholds=thresholds, guidance={"max_timestep": 400})
+    with token.guard().attach(pipe) as trace:
+        draw(pipe)
+    decided = [(record.timestep, record.reason, record.is_firing, record.strength > 0) for record in trace.of(0)]
+    assert decided == [
+        (667.0, "concept found, too early to act", False, False),
+        (334.0, "concept found", True, True),
+        (1.0, "concept found", True, True),
+    ]
+
+
+def test_a_run_that_ends_before_the_guard_acts_is_refused(pipe: Any) -> None:
+    token = tiny.token(pipe, guidance={"max_timestep": 0})
+    with (
+        pytest.raises(GuardError, match=r"acts from timestep 0 down, but DDIMScheduler ends at 1"),
+        token.guard().attach(pipe),
+    ):
+        draw(pipe)

@@ -6,6 +6,7 @@ writes pictures of the page.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from annotator_page import FLAGS, find_chromium
 from dagkit import report
-from scene_columns import scene_columns, scene_examples, scene_figures, scene_run
+from scene_columns import NUM_STEPS, scene_columns, scene_examples, scene_figures, scene_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -53,7 +54,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = scene_columns()
     folder = tmp_path_factory.mktemp("report")
     run = scene_run(folder / "run", NUM, columns)
-    html = report.render(scene_figures(run, columns), scene_examples(run, columns, 2))
+    figures = scene_figures(run, columns)
+    rates = [(0.4, 1.0), (0.1, 0.975), (0.025, 0.95), (0.0, 0.7)]
+    figures["token"]["calibration_curve"] = [
+        {"false_trigger_rate": false, "detection_rate": found, "is_chosen": false == 0.025} for false, found in rates
+    ]
+    html = report.render(figures, scene_examples(run, columns, 2))
     (folder / "report.html").write_text(html, encoding="utf-8")
     return folder / "report.html"
 
@@ -115,6 +121,23 @@ def test_pictures_are_hidden_until_asked_for(page: Page) -> None:
         page.screenshot(path=Path(os.environ["DAGKIT_SCREENSHOTS"]) / "report-open.png", full_page=True)
     page.get_by_label("Show all pictures").uncheck()
     assert visible(page) == 1
+
+
+def test_film_strips_are_as_wide_as_their_pictures(page: Page) -> None:
+    strips = page.locator(".strip")
+    assert strips.count() == 3 * 2
+    frames = strips.first.locator("img")
+    assert frames.count() == NUM_STEPS
+    boxes = [frame.bounding_box() for frame in frames.all()]
+    assert all(left["x"] + left["width"] < right["x"] for left, right in itertools.pairwise(boxes))
+    assert min(box["width"] for box in boxes) > 20
+
+
+def test_the_chosen_point_of_the_calibration_can_be_read(page: Page) -> None:
+    note, chart = page.locator("#data .note").bounding_box(), page.locator("#data svg").bounding_box()
+    assert note["x"] >= chart["x"]
+    assert note["x"] + note["width"] <= chart["x"] + chart["width"]
+    assert page.locator("#data .note").inner_html() == "2.5% false-trigger rate, 95.0% detection rate"
 
 
 def test_hidden_pictures_stay_hidden_in_print(page: Page) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from dagkit import dataset, demo
 from dagkit.cli import command
-from dagkit.concept import load_concept
+from dagkit.concept import Concept, load_concept
 from dagkit.errors import PublishError
+from dagkit.optimization import RECIPES, Example, optimize
 from dagkit.resources import shipped_folder
+from dagkit.token import DatasetInfo
+from dagkit.workspace import Workspace
 from drawn_workspace import draw_workspace, premask_of, write_masks
 from interruption import finish
 
 NUM = 12
 STEPS = 12
+NUM_OPTIMIZER_STEPS = 60
 USE = """\
 import sys
 import dagkit
@@ -78,11 +84,35 @@ def measured(concept: Path, prompts: Path, tmp_path_factory: pytest.TempPathFact
                 moved = np.roll(premask_of(workspace, loaded, key), (32, 32), (0, 1))
                 write_masks(folder, key, {"weapon": moved})
         finish("export", *where, "--unreviewed")
-        finish("optimize", *where, "--num-steps", 60, "--quiet")
+        line = ["optimize", *where, "--num-steps", NUM_OPTIMIZER_STEPS, "--quiet"]
+        if version == "1.0.0":
+            finish(*line)
+        else:
+            refused = CliRunner().invoke(command, [str(one) for one in line]).exception
+            assert "weapon@1.1.0 was not written: from 12 unsafe and 12 safe images, no threshold" in str(refused)
+            write_anyway(workspace, loaded, version)
         more = ["--dataset", root / "dataset" / "weapon", "--column", "none", "--num-examples", 2, "--quiet"]
         given = ["--prompts", prompts, "--num-prompts", NUM + 2]
         finish("evaluate", "--token", f"weapon@{version}", *where, *given, *more)
     return root
+
+
+def write_anyway(workspace: Workspace, concept: Concept, version: str) -> None:
+    """What ``dagkit optimize`` refuses to write: a token that is never sure, from the Python API."""
+    folder = workspace.stage("dataset", "weapon").path
+    splits = {name: dataset.examples(rows) for name, rows in dataset.load_dataset(folder).items()}
+    examples = {
+        name: [Example(row.image, row.mask, row.prompt, row.is_unsafe) for row in rows] for name, rows in splits.items()
+    }
+    base = demo.load_model()
+    recipe = replace(RECIPES["default"], initial_phrase=concept.initial_phrase, num_steps=NUM_OPTIMIZER_STEPS)
+    result = optimize(base, examples["train"], recipe=recipe, validation=examples["validation"])
+    assert result.metrics["validation_detection_rate"] == 0
+    info = DatasetInfo(fingerprint=dataset.read_summary(folder)["fingerprint"], num_unsafe=12, num_safe=12)
+    token = result.token(
+        base, concept="weapon", version=version, safety_prompt=concept.safety_prompt, model_id="demo", dataset=info
+    )
+    token.save(workspace.stage("tokens", "weapon").path / version)
 
 
 def figures(root: Path, version: str) -> dict[str, Any]:

@@ -69,6 +69,33 @@ def test_the_map_is_the_mean_over_heads_then_layers() -> None:
     torch.testing.assert_close(cam, (maps[0] + maps[1]) / 2)
 
 
+def test_a_detection_map_by_hand() -> None:
+    """One head of one channel, keys 0 (SOT) and 1 (guideline), so a CAM is ``sigmoid(q / 2)``; means of two layers."""
+    layers = {"fine": Layer(), "coarse": Layer()}
+    cams = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    queries = {"fine": torch.zeros(1, 16, 1), "coarse": 2 * cams.logit().view(1, 4, 1)}
+    keys = {name: torch.tensor([[[0.0], [1.0]]]) for name in layers}
+    cam = cross_attention_map(layers, queries, keys, 1, size=(4, 4))
+    # (0.5 + bilinear of [[0.2, 0.4], [0.6, 0.8]]) / 2
+    expected = [
+        [0.350, 0.375, 0.425, 0.450],
+        [0.400, 0.425, 0.475, 0.500],
+        [0.500, 0.525, 0.575, 0.600],
+        [0.550, 0.575, 0.625, 0.650],
+    ]
+    torch.testing.assert_close(cam, torch.tensor([expected]))
+
+
+def test_the_bilinear_resize_by_hand() -> None:
+    # cell centres of the result lie at -0.25, 0.25, 0.75, 1.25 of the source; beyond its centres values are held
+    expected = [[0.0, 0.25, 0.75, 1.0], [0.5, 0.75, 1.25, 1.5], [1.5, 1.75, 2.25, 2.5], [2.0, 2.25, 2.75, 3.0]]
+    torch.testing.assert_close(resize(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]), (4, 4)), torch.tensor([expected]))
+    # downwards: the mean of the two nearest in each direction
+    torch.testing.assert_close(
+        resize(torch.arange(16.0).view(1, 4, 4), (2, 2)), torch.tensor([[[2.5, 4.5], [10.5, 12.5]]])
+    )
+
+
 def test_head_weights_choose_heads() -> None:
     layers = {"a": Layer(2), "b": Layer(1)}
     queries = {"a": torch.randn(1, 4, 4), "b": torch.randn(1, 4, 4)}

@@ -40,6 +40,11 @@ def test_a_summary_of_what_was_not_seen_is_an_error(trace: Trace) -> None:
         trace.summary(7)
 
 
+def test_a_cleared_trace_is_empty(trace: Trace) -> None:
+    trace.clear()
+    assert (trace.steps, trace.maps) == ([], {})
+
+
 def test_json_holds_every_record(trace: Trace) -> None:
     value = json.loads(trace.to_json())
     assert value["schema_version"] == 1

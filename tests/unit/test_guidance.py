@@ -99,6 +99,58 @@ def test_weights_are_affine_and_sum_to_one(form: str, strength: float, gate: flo
     torch.testing.assert_close(one, run(eps(3), eps(1), eps(2), scale, *options) + 7, atol=1e-4, rtol=1e-5)
 
 
+def test_a_guided_step_by_hand() -> None:
+    """The whole equation: eps_u + s_g * ((eps_p - eps_u) - S * M * (eps_cs - eps_u)) with s_g = 7.5."""
+    eps_p, eps_u, eps_cs = eps(3), eps(1), eps(2)
+    # S * M is 6.25 (area 5/4, magnitude 5), 2.5 (area 5/4, magnitude 2), 0, 0
+    scale = guidance.paper_scale(field([0.6, 0.02], [0.005, 0.0]))
+    guided = eps_u + 7.5 * (guidance.subtract(eps_p, eps_u, eps_cs, scale) - eps_u)
+    torch.testing.assert_close(guided, torch.tensor([[[[-30.875, -2.75], [16.0, 16.0]]]]))
+    # drop: eps_u + s_g * ((1 - gate) * (eps_p - eps_u) - gate * 1.5 * (eps_cs - eps_u)) at gates 1, 0.5, 0
+    dropped = guidance.drop(eps_p, eps_u, eps_cs, field([1.0, 0.5], [0.0, 0.0]), 1.5)
+    torch.testing.assert_close(eps_u + 7.5 * (dropped - eps_u), torch.tensor([[[[-10.25, 2.875], [16.0, 16.0]]]]))
+
+
+def test_a_masked_push_by_hand() -> None:
+    mask = torch.tensor([[[[1.0, 0.5], [0.0, 1.0]]]])
+    scale = field([2.0, 2.0], [2.0, 0.0])[:, None] * mask
+    # 3 - scale * (2 - 1)
+    torch.testing.assert_close(
+        guidance.subtract(eps(3), eps(1), eps(2), scale), torch.tensor([[[[1.0, 2.0], [3.0, 3.0]]]])
+    )
+
+
+def test_several_guards_by_hand() -> None:
+    gates = field([1.0, 0.5], [0.0, 0.0]), field([0.5, 1.0], [0.0, 0.5])
+    first = guidance.drop(eps(3), eps(1), eps(2), gates[0], 1.5)  # push 1.5 * gate
+    second = guidance.drop(eps(3), eps(1), eps(5), gates[1], 0.25)  # push 1 * gate
+    third = guidance.subtract(eps(3), eps(1), eps(1.5), torch.full((1, 2, 2), 0.2))  # push 0.1
+    # 3 - max gate * (3 - 1) - pushes (2, 1.75, 0, 0.5) - 0.1
+    expected = torch.tensor([[[[-1.1, -0.85], [2.9, 1.4]]]])
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        guided, own = [(first, second, third)[i] for i in order], [(*gates, None)[i] for i in order]
+        torch.testing.assert_close(guidance.combine(eps(3), eps(1), guided, own), expected)
+    torch.testing.assert_close(guidance.combine(eps(3), eps(1), [first], [gates[0]]), first)
+    torch.testing.assert_close(guidance.combine(eps(3), eps(1), [third, third], [None, None]), eps(2.8))
+    one = guidance.combine(eps(3)[0], eps(1)[0], [first[0], second[0]], [gates[0][0], gates[1][0]])
+    torch.testing.assert_close(one, expected[0] + 0.1)
+
+
+def test_slds_mask_by_hand() -> None:
+    eps_cs = torch.tensor([[[[2.3, 1.6], [1.5, 7.0]]]])
+    # 2 - eps_cs = -0.3, 0.4, 0.5, -5: twice the size, at most 1, and 0 from the threshold 0.5 on
+    torch.testing.assert_close(guidance.sld_mask(eps(2), eps_cs, 2.0, 0.5), torch.tensor([[[[0.6, 0.8], [0.0, 1.0]]]]))
+
+
+def test_segas_mask_by_hand() -> None:
+    push = torch.tensor([[[[1.0, -2.0], [3.0, -4.0]], [[0.0, 0.0], [0.1, 9.0]]]])
+    # the median size is 2.5 in the first channel and 0.05 in the second
+    assert torch.equal(
+        guidance.sega_mask(push, 0.5), torch.tensor([[[[False, False], [True, True]], [[False, False], [True, True]]]])
+    )
+    assert guidance.sega_mask(push, 0.9).sum((0, 2, 3)).tolist() == [1, 1]
+
+
 def test_half_precision_stays_half_precision() -> None:
     gate = torch.ones(1, 2, 2)
     assert guidance.drop(eps(3).half(), eps(1).half(), eps(2).half(), gate).dtype == torch.float16

@@ -9,14 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tiny_pipelines as tiny
 from dagkit import families
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.families import BaseModel
+from dagkit.guidance import score
 from dagkit.optimization import (
     KNOTS,
+    PAPERS_CONSTANTS,
+    PAPERS_GUIDANCE,
     RECIPES,
     Example,
     QueryCache,
@@ -37,6 +41,7 @@ from dagkit.optimization import (
     pixel_cross_entropy,
     split,
 )
+from dagkit.token import GuidelineToken, Thresholds
 
 SHORT = replace(RECIPES["default"], num_steps=12, validate_every=4, batch_size=8, num_draws=2, num_background=3)
 
@@ -185,6 +190,67 @@ def test_a_cache_on_disk_holds_the_same(base: BaseModel, dtype: torch.dtype) -> 
         assert torch.equal(value, taken[1].queries[name])
 
 
+PAIR_BYTES = 4 * sum((16 * 16 * 32, 16 * 16 * 32, 16 * 16 * 32) + (8 * 8 * 64,) * 4)
+"""Of one pair's queries in float32: the tiny model has 3 layers of 16x16 and 4 of 8x8 cells."""
+
+
+def test_gradients_of_micro_batches_sum_to_the_whole_batchs(base: BaseModel) -> None:
+    draws = draw_timesteps(SHORT, 8, torch.Generator().manual_seed(0))
+    recipe = replace(
+        SHORT, optimizer="sgd", learning_rate=1.0, decay=1.0, num_steps=1, batch_size=0, leakage_weight=0.5
+    )
+    found, histories = [], []
+    for memory_bytes, micro_batch_size in ((1 << 30, None), (8 * 3 * PAIR_BYTES, 3)):
+        with cache_queries(base, data(8), draws, seed=1, memory_bytes=memory_bytes) as cache:
+            index = torch.cat([cache.is_unsafe.nonzero()[:, 0], (~cache.is_unsafe).nonzero()[:5, 0]])
+            parts = cache.parts(index)  # 8 unsafe and 5 safe pairs: the first parts are of one kind, the third of both
+            assert [len(part) for part in parts] == ([13] if micro_batch_size is None else [3, 3, 3, 3, 1])
+            start = initial_parameters(base, data(8), recipe, base.layers, torch.Generator().manual_seed(0))
+            before = [tensor.clone() for tensor in start.learned()]
+            after, history = fit(base.layers, cache, start, recipe, torch.Generator(), index=index)
+        found.append([old - new for old, new in zip(before, after.learned(), strict=True)])
+        histories.append(history)
+    assert histories[0][0]["loss"] == pytest.approx(histories[1][0]["loss"], rel=1e-6)
+    for whole, summed in zip(*found, strict=True):
+        assert whole.abs().max() > 1e-4
+        torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_are_made_in_parts_that_fit_into_memory(base: BaseModel, cache: QueryCache) -> None:
+    start = initial_parameters(base, data(8), SHORT, base.layers, torch.Generator().manual_seed(0))
+    draws = draw_timesteps(SHORT, 8, torch.Generator().manual_seed(0))
+    with cache_queries(base, data(8), draws, seed=1, memory_bytes=8 * 5 * PAIR_BYTES) as small:
+        assert [len(batch.masks) for batch in small.batches(32)] == [5, 5, 5, 1]
+        torch.testing.assert_close(start.cams(base.layers, small), start.cams(base.layers, cache))
+
+
+def test_caches_that_are_open_together_share_one_budget(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[QueryCache] = []
+    taken: list[int] = []
+    real, take = QueryCache.__init__, QueryCache.take
+
+    def note_cache(self: QueryCache, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
+        made.append(self)
+
+    def note_size(self: QueryCache, index: Tensor) -> Any:
+        batch = take(self, index)
+        taken.append(sum(value.nbytes for value in batch.queries.values()))
+        return batch
+
+    monkeypatch.setattr(QueryCache, "__init__", note_cache)
+    monkeypatch.setattr(QueryCache, "take", note_size)
+    budget = 100 * PAIR_BYTES  # 50 may be kept: of 16 training, 20 validation and 20 safe training pairs two caches
+    small = optimize(base, data(8), validation=data(4, 100), recipe=replace(SHORT, memory_bytes=budget), seed=3)
+    assert [(len(cache), cache.is_on_disk) for cache in made] == [(16, False), (20, False), (20, True)]
+    assert sum(cache.num_bytes for cache in made) == 36 * PAIR_BYTES <= budget / 2
+    assert PAIR_BYTES < max(taken) <= budget / 8
+
+    large = optimize(base, data(8), validation=data(4, 100), recipe=SHORT, seed=3)
+    assert all(not cache.is_on_disk for cache in made[3:])
+    torch.testing.assert_close(small.guideline, large.guideline, rtol=1e-3, atol=1e-4)
+
+
 def test_a_full_disk_is_named(base: BaseModel, full_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(full_disk))
     draws = torch.zeros((40, 8), dtype=torch.int64)
@@ -229,6 +295,59 @@ def test_the_loss_falls(base: BaseModel, cache: QueryCache, recipe: Recipe) -> N
     assert loss(found) < 0.97 * before
 
 
+def test_the_papers_recipe_is_the_published_one(base: BaseModel, cache: QueryCache) -> None:
+    """SGD, lr 200, x0.7 every 20 steps, 100 steps x n tokens, plain means: over a real run, step by step."""
+    rates: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        assert type(optimizer) is torch.optim.SGD
+        (group,) = optimizer.param_groups
+        assert len(group["params"]) == 1  # the guideline rows alone
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0, 0, False)
+        rates.append(group["lr"])
+
+    recipe = replace(RECIPES["paper"], num_tokens=2, initial_phrase="a bomb")
+    start = initial_parameters(base, data(8), recipe, base.layers, torch.Generator())
+    assert (start.background, start.head_weights) == (None, None)
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        found, _ = fit(base.layers, cache, start, recipe, torch.Generator())
+    finally:
+        handle.remove()
+    assert rates == pytest.approx([200 * 0.7 ** (step // 20) for step in range(200)])
+    assert (found.background, found.head_weights) == (None, None)
+    assert RECIPES["paper"].num_tokens == 1
+    assert RECIPES["paper"].total_steps == 100
+
+
+def test_a_token_of_the_papers_recipe_guides_in_the_papers_form(base: BaseModel, tmp_path: Path) -> None:
+    result = optimize(base, data(8), recipe=replace(RECIPES["paper"], num_steps=2, num_draws=2))
+    token = result.token(base, concept="weapon", version="1.0.0", safety_prompt="a weapon")
+    own, limits = token.record.guidance, token.record.thresholds
+    assert (own.form, own.strength, own.reuse_steps) == ("paper", 1.0, 1)
+    assert (limits.highlight, limits.edit, limits.max_area, limits.min_area) == ((0.5,), (0.01,), 0.8, 0.0)
+    assert (own, limits) == (PAPERS_GUIDANCE, PAPERS_CONSTANTS)
+    loaded = GuidelineToken.load(token.save(tmp_path / "1.0.0"))
+    kept = Thresholds(**loaded.record.metrics["calibrated_thresholds"])
+    assert kept == result.thresholds
+    assert len(kept.timesteps) == len(KNOTS) + 1
+    guard = loaded.guard()
+    assert (guard.form, guard.reuse_steps, guard.thresholds) == ("paper", 1, PAPERS_CONSTANTS)
+
+    default = optimize(base, data(8), recipe=SHORT)
+    assert (
+        default.token(base, concept="weapon", version="1.0.0", safety_prompt="a weapon").record.guidance.form == "drop"
+    )
+    other = result.token(
+        base,
+        concept="weapon",
+        version="1.0.0",
+        safety_prompt="a weapon",
+        guidance=own.model_copy(update={"form": "drop"}),
+    )
+    assert other.record.thresholds == result.thresholds
+
+
 def test_starting_values(base: BaseModel) -> None:
     recipe = replace(SHORT, num_tokens=1, initial_phrase="a bomb")
     start = initial_parameters(base, data(4), recipe, base.layers, torch.Generator())
@@ -269,6 +388,44 @@ def test_a_killed_optimisation_goes_on_with_the_same_result(base: BaseModel, tmp
     assert torch.equal(resumed.guideline, undisturbed.guideline)
     assert torch.equal(resumed.head_weights, undisturbed.head_weights)
     assert resumed.history == undisturbed.history
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"seed": 1}, "data, seed"),  # which also draws other timesteps
+        ({"examples": data(8, 31)}, "data"),
+        ({"examples": [replace(one, is_unsafe=not one.is_unsafe, mask=~one.mask) for one in data(8)]}, "data"),
+    ],
+    ids=["seed", "masks", "kinds"],
+)
+def test_a_checkpoint_of_another_seed_or_data_is_refused(
+    base: BaseModel, tmp_path: Path, changed: dict[str, Any], name: str
+) -> None:
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    optimize(base, data(8), recipe=SHORT, checkpoint=checkpoint, validation=data(4, 100))
+    before = checkpoint.read_bytes()
+    options = {"examples": data(8), "recipe": SHORT, "checkpoint": checkpoint, "validation": data(4, 100), **changed}
+    with pytest.raises(WorkspaceError, match=f"made with another {name}. Delete it to start anew"):
+        optimize(base, options.pop("examples"), **options)
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_checkpoint_of_a_fit_on_other_timesteps_is_refused(
+    base: BaseModel, cache: QueryCache, tmp_path: Path
+) -> None:
+    def run(cache: QueryCache) -> None:
+        generator = torch.Generator().manual_seed(0)
+        start = initial_parameters(base, data(8), SHORT, base.layers, generator)
+        fit(base.layers, cache, start, SHORT, generator, checkpoint=tmp_path / "checkpoint.safetensors")
+
+    run(cache)
+    run(cache)
+    with (
+        cache_queries(base, data(8), cache.timesteps.unflatten(0, (2, 8)) + 1, seed=1) as other,
+        pytest.raises(WorkspaceError, match="made with another data"),
+    ):
+        run(other)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(base: BaseModel, tmp_path: Path) -> None:
@@ -374,10 +531,43 @@ def test_calibration_keeps_the_stated_rate_on_maps_that_are_hard() -> None:
     for found, rate in zip(rates, (0.0, 0.05, 0.3), strict=True):
         assert found.metrics["validation_false_trigger_rate"] <= rate
     assert rates[0].metrics["validation_detection_rate"] <= rates[2].metrics["validation_detection_rate"]
-    curve = rates[0].curve
-    assert [point["false_trigger_rate"] for point in curve] == sorted(
-        (p["false_trigger_rate"] for p in curve), reverse=True
-    )
+    for found in rates:
+        curve = found.curve
+        for name in ("false_trigger_rate", "detection_rate"):
+            assert [point[name] for point in curve] == sorted((point[name] for point in curve), reverse=True)
+        assert curve[0]["false_trigger_rate"] > 0.9
+        assert curve[-1]["detection_rate"] < 0.1
+        (chosen,) = (point for point in curve if point["is_chosen"])
+        assert chosen["logit_shift"] == 0
+        assert tuple(chosen["certain"]) == found.thresholds.certain[:-1]
+        assert chosen["false_trigger_rate"] == found.metrics["validation_false_trigger_rate"]
+        assert chosen["detection_rate"] == found.metrics["validation_detection_rate"]
+
+
+def test_a_point_of_the_calibration_curve_is_what_its_thresholds_do() -> None:
+    maps = fake_maps(60, 0.3, 0.15, 3)
+    found = calibrate(**maps, max_false_trigger_rate=0.05)
+    area = found.thresholds.min_area
+    for point in found.curve[::4]:
+        limits = found.thresholds.model_copy(update={"certain": (*point["certain"], 1.0)})
+        acts = torch.zeros(2, 60, dtype=torch.bool)
+        for cam, t, image, kind in zip(
+            maps["cams"], maps["timesteps"].tolist(), maps["images"].tolist(), maps["is_unsafe"].tolist(), strict=True
+        ):
+            acts[int(kind), image] |= score(cam[None], area).item() >= limits.certain_at(t)
+        assert point["false_trigger_rate"] == pytest.approx(acts[0, 0::2].float().mean().item())
+        assert point["detection_rate"] == pytest.approx(acts[1, 1::2].float().mean().item())
+        for limit, own in zip(point["certain"], found.thresholds.certain, strict=False):
+            shift = math.log(limit / (1 - limit)) - math.log(own / (1 - own)) if own < 1 else point["logit_shift"]
+            assert shift == pytest.approx(point["logit_shift"])
+
+
+def test_maps_that_tell_nothing_give_a_rule_that_never_acts() -> None:
+    found = calibrate(**fake_maps(40, 0.05, 0.02, 4), max_false_trigger_rate=0.05)
+    assert found.thresholds.certain == (1.0,) * (len(KNOTS) + 1)
+    assert found.metrics["validation_detection_rate"] == 0
+    assert [point["is_chosen"] for point in found.curve].count(True) == 1
+    assert all(point["detection_rate"] == 0 for point in found.curve)
 
 
 def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> None:

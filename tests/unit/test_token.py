@@ -117,6 +117,22 @@ def test_the_card_says_when_nobody_reviewed_the_masks(token: GuidelineToken, tmp
     assert "Not measured yet" in text
 
 
+def test_the_card_says_what_rates_the_token_was_calibrated_to(token: GuidelineToken, tmp_path: Path) -> None:
+    def text(name: str, **metrics: Any) -> str:
+        changed = replace(token, record=token.record.model_copy(update={"metrics": metrics}))
+        return (changed.save(tmp_path / name) / "README.md").read_text()
+
+    points = [{"false_trigger_rate": 0.5, "detection_rate": 1}, {"false_trigger_rate": 0.021, "detection_rate": 0.97}]
+    chosen = [points[0], {**points[1], "is_chosen": True}]
+    line = "\nCalibrated to a false-trigger rate of 2.1% and a detection rate of 97.0% (validation images).\n"
+    assert line in text("chosen", calibration_curve=chosen)
+    assert "| calibration_curve" not in text("table", calibration_curve=chosen)
+    older = text("older")
+    assert "Calibrated to" not in older
+    for number, curve in enumerate((points, [], None, "none", [{"is_chosen": True}, 3])):
+        assert text(f"none{number}", calibration_curve=curve) == older
+
+
 def test_a_version_is_never_overwritten(token: GuidelineToken, folder: Path) -> None:
     with pytest.raises(TokenError, match=r"1\.0\.0 exists; a version is never overwritten. Use the next one"):
         token.save(folder)

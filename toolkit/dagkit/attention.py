@@ -8,7 +8,8 @@ share of attention that falls on the guideline rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -140,20 +141,37 @@ def grid(num_queries: int, height: int, width: int) -> tuple[int, int]:
         h, w = math.ceil(h / 2), math.ceil(w / 2)
 
 
-def project_keys(layers: Mapping[str, Any], sequence: Tensor) -> dict[str, Tensor]:
+def project_keys(layers: Mapping[str, Any], sequence: Tensor, lora_scale: float = 1.0) -> dict[str, Tensor]:
     """Keys of a sequence at each layer: name -> (heads, L, d_head), by calling ``to_k`` (LoRA, offload included).
 
     Args:
         layers: name -> attention module.
         sequence: (L, d) rows in the space of ``encoder_hidden_states``; differentiable.
+        lora_scale: factor of LoRA layers, as of ``cross_attention_kwargs={"scale": ...}``. A denoiser sets it during
+            its forward pass only, so queries and keys would differ without it.
     """
     keys = {}
     for name, layer in layers.items():
         rows = sequence[None].to(_dtype(layer.to_k, sequence.dtype))
         if getattr(layer, "norm_cross", None) is not None:
             rows = layer.norm_encoder_hidden_states(rows)
-        keys[name] = split_heads(layer.to_k(rows), layer.heads)[0]
+        with _scaled_lora(layer.to_k, lora_scale):
+            keys[name] = split_heads(layer.to_k(rows), layer.heads)[0]
     return keys
+
+
+@contextmanager
+def _scaled_lora(module: nn.Module, scale: float) -> Iterator[None]:
+    """Multiplies LoRA layers at and below a module by a scale, as diffusers does, and restores them exactly."""
+    layers: list[Any] = [part for part in module.modules() if scale != 1.0 and hasattr(part, "scale_layer")]
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(scale)
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
 
 
 def split_heads(projected: Tensor, heads: int) -> Tensor:

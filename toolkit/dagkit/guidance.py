@@ -5,13 +5,13 @@ hands it ``eps_p'`` in place of ``eps_p``. The weights of every form are affine 
 epsilon, v and sample prediction alike, and for any scheduler.
 
 Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under the safety prompt, all (B, C, H, W);
-    maps are
-(B, H, W) and are broadcast over channels.
+maps are (B, H, W) and are broadcast over channels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 FORMS: Final = ("drop", "paper", "subtract")
+MASKS: Final = ("sld", "sega")
 AREA_GAIN: Final = 5.0
 MAGNITUDE_CAP: Final = 5.0
 
@@ -132,9 +133,10 @@ def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Ten
         eps_p: (B, C, H, W).
         eps_u: (B, C, H, W).
         eps_cs: (B, C, H, W).
-        scale: (B, H, W) >= 0; the paper's values stay below 25.
+        scale: (B, H, W), or (B, C, H, W) with a mask of SLD or SEGA, >= 0; the paper's values stay below 25.
     """
-    return eps_p - scale[:, None].to(eps_p.dtype) * (eps_cs - eps_u)
+    scale = scale if scale.dim() == eps_p.dim() else scale[:, None]
+    return eps_p - scale.to(eps_p.dtype) * (eps_cs - eps_u)
 
 
 def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: float = 1.0) -> Tensor:
@@ -152,6 +154,30 @@ def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: f
     """
     gate = gate[:, None].to(eps_p.dtype)
     return eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))
+
+
+def combine(eps_p: Tensor, eps_u: Tensor, guided: Sequence[Tensor], gates: Sequence[Tensor | None]) -> Tensor:
+    """Several guards at once: ``eps_p - max_i gate_i * (eps_p - eps_u) - sum_i push_i``.
+
+    The prompt's own push is dropped once, by the largest gate, and the pushes away from the safety conditions,
+    ``push_i = eps_p - gate_i * (eps_p - eps_u) - guided_i``, add up. So the order of guards does not matter, and one
+    alone gives ``guided_0``.
+
+    Args:
+        eps_p: (B, C, H, W), or (C, H, W) of one sample.
+        eps_u: as ``eps_p``.
+        guided: what each guard alone makes of ``eps_p``, as ``eps_p``.
+        gates: each guard's gate, (B, H, W) or (H, W) in [0, 1], as of ``drop``; None where it drops nothing.
+
+    Returns:
+        As ``eps_p``, in float32 or the predictions' own dtype if that is wider.
+    """
+    dtype = torch.promote_types(eps_p.dtype, torch.float32)
+    eps_p, eps_u = eps_p.to(dtype), eps_u.to(dtype)
+    open_gates = [gate.to(dtype) for gate in gates if gate is not None]
+    dropped = torch.stack(open_gates).amax(0) - torch.stack(open_gates).sum(0) if open_gates else None
+    total = eps_p + torch.stack([one.to(dtype) - eps_p for one in guided]).sum(0)
+    return total if dropped is None else total - dropped.unsqueeze(-3) * (eps_p - eps_u)
 
 
 class SLDPreset(NamedTuple):
@@ -173,10 +199,39 @@ SLD_PRESETS: Final = {
 """Constants of Schramowski et al. (CVPR 2023, arXiv 2211.05105), as diffusers ships them."""
 
 
+def sld_mask(eps_p: Tensor, eps_cs: Tensor, guidance_scale: float, threshold: float) -> Tensor:
+    """SLD's element-wise scale (arXiv 2211.05105, section 3).
+
+    ``min(|eps_p - eps_cs| * guidance_scale, 1)`` where ``eps_p - eps_cs < threshold``, 0 elsewhere: there the prompt
+    leads away from the concept already.
+
+    Args:
+        eps_p: (B, C, H, W).
+        eps_cs: (B, C, H, W).
+        guidance_scale: >= 0; 20 to 5000 in ``SLD_PRESETS``.
+        threshold: 0 to 1 in ``SLD_PRESETS``.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    difference = eps_p - eps_cs
+    scale = torch.clamp(difference.abs() * guidance_scale, max=1.0)
+    return torch.where(difference >= threshold, torch.zeros_like(scale), scale)
+
+
 def sld(
     eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SLDPreset, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Safe Latent Diffusion (arXiv 2211.05105, equations 3 to 8): a global push away, with momentum.
+    """Safe Latent Diffusion (arXiv 2211.05105, section 3): a global push away, with momentum.
+
+    With ``mask`` of ``sld_mask``, from ``warmup_steps`` on::
+
+        push      = mask * (eps_cs - eps_u) + momentum_scale * momentum
+        eps_p'    = eps_p - push
+        momentum' = momentum_beta * momentum + (1 - momentum_beta) * push
+
+    Before, ``eps_p`` stays, while momentum builds up. Usual ranges, as in ``SLD_PRESETS``: ``guidance_scale`` 20 to
+    5000, ``warmup_steps`` 0 to 15, ``threshold`` 0 to 1, ``momentum_scale`` 0 to 0.5, ``momentum_beta`` 0 to 0.7.
 
     Args:
         eps_p: (B, C, H, W).
@@ -189,10 +244,8 @@ def sld(
     Returns:
         The changed ``eps_p`` and the next momentum.
     """
-    difference = eps_p - eps_cs
-    scale = torch.clamp(difference.abs() * preset.guidance_scale, max=1.0)
-    scale = torch.where(difference >= preset.threshold, torch.zeros_like(scale), scale)
-    push = (eps_cs - eps_u) * scale + preset.momentum_scale * momentum
+    mask = sld_mask(eps_p, eps_cs, preset.guidance_scale, preset.threshold)
+    push = (eps_cs - eps_u) * mask + preset.momentum_scale * momentum
     momentum = preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push
     return (eps_p - push if step >= preset.warmup_steps else eps_p), momentum
 
@@ -207,13 +260,37 @@ class SEGAPreset(NamedTuple):
     momentum_beta: float = 0.4
 
 
+def sega_mask(push: Tensor, threshold: float) -> Tensor:
+    """SEGA's mask: 1 on the largest ``1 - threshold`` share of a push's sizes, per sample and channel, else 0.
+
+    ``|push| >= quantile(|push|, threshold)`` (arXiv 2301.12247, section 3).
+
+    Args:
+        push: (B, C, H, W); a factor on it changes nothing.
+        threshold: in [0, 1]; 0.9 to 0.99 is usual.
+
+    Returns:
+        (B, C, H, W) bool.
+    """
+    size = push.abs()
+    cut = torch.quantile(size.flatten(2).float(), threshold, dim=2).to(push.dtype)
+    return size >= cut[..., None, None]
+
+
 def sega(
     eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SEGAPreset, step: int, guidance_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Semantic Guidance away from one concept (Brack et al., NeurIPS 2023, arXiv 2301.12247).
+    """Semantic Guidance away from one concept (Brack et al., NeurIPS 2023, arXiv 2301.12247, section 3).
 
-    The push is kept only in the largest ``1 - threshold`` share of its values per channel. SEGA adds it beside
-    classifier-free guidance, hence the division by the pipeline's ``guidance_scale``.
+    With ``mask`` of ``sega_mask``, after ``warmup_steps``::
+
+        push      = mask * edit_guidance_scale * (eps_u - eps_cs) + momentum_scale * momentum
+        eps_p'    = eps_p + push / guidance_scale
+        momentum' = momentum_beta * momentum + (1 - momentum_beta) * push
+
+    Before, ``eps_p`` stays, while momentum builds up, as in diffusers. SEGA adds its push beside classifier-free
+    guidance, hence the division. Usual ranges: ``edit_guidance_scale`` 3 to 20, ``warmup_steps`` 0 to 20,
+    ``threshold`` 0.9 to 0.99, ``momentum_scale`` 0 to 1, ``momentum_beta`` 0 to 0.9.
 
     Args:
         eps_p: (B, C, H, W).
@@ -221,16 +298,14 @@ def sega(
         eps_cs: (B, C, H, W).
         momentum: (B, C, H, W), zeros at the first step.
         preset: constants.
-        step: denoiser call of this run, from 0; as in diffusers, momentum builds up during warm-up, guidance starts
-            after it.
+        step: denoiser call of this run, from 0; guidance starts at ``preset.warmup_steps``.
         guidance_scale: the pipeline's, > 1.
 
     Returns:
         The changed ``eps_p`` and the next momentum.
     """
     push = preset.edit_guidance_scale * (eps_u - eps_cs)
-    cut = torch.quantile(push.abs().flatten(2).float(), preset.threshold, dim=2).to(push.dtype)
-    push = torch.where(push.abs() >= cut[..., None, None], push, torch.zeros_like(push))
+    push = torch.where(sega_mask(push, preset.threshold), push, torch.zeros_like(push))
     push = push + preset.momentum_scale * momentum
     momentum = preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push
     return (eps_p + push / guidance_scale if step >= preset.warmup_steps else eps_p), momentum

@@ -25,6 +25,16 @@ def test_line_chart_spans_its_axes_and_describes_itself() -> None:
     assert ">25<" in svg
 
 
+def test_line_chart_marks_a_point_with_words_towards_its_middle() -> None:
+    def svg(x: float) -> str:
+        series = charts.Series("s", "c-guard", [(0, 0.0), (1, 1.0)], mark=(x, 0.9, "5% & 90%"))
+        return charts.line_chart([series], label="l", x_title="x", y_title="y")
+
+    assert '<circle class="dot c-guard" cx="108.4" cy="34.6" r="6"/>' in svg(0.1)
+    assert '<text class="note" x="120.4" y="54.6" text-anchor="start">5% &amp; 90%</text>' in svg(0.1)
+    assert 'x="483.6" y="54.6" text-anchor="end"' in svg(0.9)
+
+
 def test_plane_leaves_out_what_has_no_value() -> None:
     points = [
         charts.Point("a", "circle", "c-guard", ESTIMATE, ESTIMATE),

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from dagkit import evaluation, report
-from scene_columns import scene_columns, scene_examples, scene_figures, scene_run
+from dagkit.report import pictures
+from scene_columns import NUM_STEPS, scene_columns, scene_examples, scene_figures, scene_run
 
 NUM = 3
 
@@ -183,6 +185,58 @@ def test_data_efficiency_is_plotted_where_it_was_measured(figures_and_examples: 
     text = report.render({**figures, "token": {**figures["token"], "data_efficiency": curve}}, examples)
     assert "Validation IoU by annotated images: 0.20 with 2, 0.50 with 8, 0.61 with 32" in text
     assert "How much data it needs" not in html
+
+
+CURVE = [
+    {"deviations": 0.0, "false_trigger_rate": 0.5, "detection_rate": 1.0},
+    {"deviations": 1.5, "false_trigger_rate": 0.125, "detection_rate": 0.96875, "is_chosen": True},
+    {"deviations": 3.0, "false_trigger_rate": 0.0, "detection_rate": 0.75},
+]
+
+
+def with_curve(figures_and_examples: tuple[dict, list], curve: list[dict] | None) -> str:
+    figures, examples = figures_and_examples
+    return report.render({**figures, "token": {**figures["token"], "calibration_curve": curve}}, examples)
+
+
+def test_calibration_curve_is_drawn_with_what_was_chosen(figures_and_examples: tuple[dict, list], html: str) -> None:
+    text = with_curve(figures_and_examples, CURVE)
+    words = "12.5% false-trigger rate, 96.9% detection rate"
+    assert f'aria-label="Detection rate by false-trigger rate; chosen: {words}"' in text
+    section = text[text.index('<section id="data"') :]
+    section = section[: section.index("</section>")]
+    assert 'points="544.0,14.0 181.0,20.4 60.0,65.5"' in section
+    assert '<circle class="dot c-guard" cx="181.0" cy="20.4" r="6"/>' in section
+    assert f'text-anchor="start">{words}</text>' in section
+    assert f"The dot is what the token was calibrated to: {words}." in section
+    assert "How much data it needs" not in text
+    assert "deviations" not in text  # the curve is drawn, not written into the settings
+    assert _Page(text).open == []
+    assert "When it counts as sure" not in html
+
+
+def test_a_curve_without_a_chosen_point_is_drawn_without_a_mark(figures_and_examples: tuple[dict, list]) -> None:
+    text = with_curve(figures_and_examples, [{**point, "is_chosen": False} for point in CURVE])
+    assert 'aria-label="Detection rate by false-trigger rate"' in text
+    assert "The dot is what" not in text
+    assert "When it counts as sure" not in with_curve(figures_and_examples, None)
+
+
+def test_film_strip_shows_each_step_and_whether_the_guard_acted(
+    figures_and_examples: tuple[dict, list], html: str, page: _Page
+) -> None:
+    figures, examples = figures_and_examples
+    strips = [one["aria-label"] for one in page.all("div") if one.get("class") == "strip"]
+    assert strips == [f"Detection map by step, {one.key}" for one in examples]
+    frames = [image for image in page.all("img") if image["alt"].startswith("Detection map at step")]
+    assert [image["alt"] for image in frames[:NUM_STEPS]] == [
+        f"Detection map at step {step}" for step in range(1, NUM_STEPS + 1)
+    ]
+    wanted = [pictures.data_uri(pictures.heat(frame)) for one in examples for frame in one.maps]
+    assert [image["src"] for image in frames] == wanted
+    assert html.count('<figcaption class="acts">') == sum(sum(one.firing) for one in examples) > 0
+    assert 'class="acts"' not in report.render(figures, [replace(one, firing=[]) for one in examples])
+    assert 'class="strip"' not in report.render(figures, [replace(one, maps=None) for one in examples])
 
 
 def test_small_pictures_are_scaled_without_smoothing(html: str) -> None:

@@ -73,6 +73,14 @@ def test_show_says_what_it_was_made_from(workspace: Path):
         assert part in shown
 
 
+def test_show_says_what_rates_it_was_calibrated_to(workspace: Path):
+    curve = [{"false_trigger_rate": 0.021, "detection_rate": 0.97, "is_chosen": True}]
+    small_token("1.2.0", metrics={"calibration_curve": curve}).save("runs/tokens/weapon/1.2.0")
+    rates = "a false-trigger rate of 2.1% and a detection rate of 97.0% (validation images)"
+    assert f"calibrated to: {rates}\n" in run("show", "weapon@1.2.0").output
+    assert "calibrated to: not recorded\n" in run("show", "weapon@1.1.0").output
+
+
 def test_diff_names_settings_and_tensors(workspace: Path):
     changed = run("diff", "weapon@1.0.0", "weapon@1.1.0")
     names = [line.split(":")[0] for line in changed.output.splitlines()]

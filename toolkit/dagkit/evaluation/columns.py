@@ -106,9 +106,12 @@ class PipelineColumn:
 
 @contextmanager
 def _counted_rows(denoiser: Any) -> Iterator[list[int]]:
-    """Lists the batch size of every forward pass, those of a guard included, which call ``forward`` past all hooks."""
+    """Lists the batch size of every forward pass, those of a guard included, which call ``forward`` past all hooks.
+
+    What an offloading or compiling library has put on the module itself is there again afterwards.
+    """
     rows: list[int] = []
-    original = denoiser.forward
+    original, is_patched = denoiser.forward, "forward" in vars(denoiser)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         rows.append(len(args[0] if args else kwargs["sample"]))
@@ -118,7 +121,11 @@ def _counted_rows(denoiser: Any) -> Iterator[list[int]]:
     try:
         yield rows
     finally:
-        del denoiser.forward
+        if vars(denoiser).get("forward") is forward:  # else offloading has renewed its own patch meanwhile
+            if is_patched:
+                denoiser.forward = original
+            else:
+                del denoiser.forward
 
 
 def _drawn(image: Image, trace: Any, index: int, denoiser_rows: float) -> Drawn:

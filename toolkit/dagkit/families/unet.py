@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -60,12 +61,31 @@ class UNetFamily:
         return {name: layers[name] for name in chosen}
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 4, h, w): mode of the VAE's posterior times its scaling factor."""
+        """(B, 4, h, w): mode of the VAE's posterior times its scaling factor, in the VAE's dtype.
+
+        A VAE with ``force_upcast`` (SDXL's overflows in float16) encodes in float32, as in diffusers' img2img.
+
+        Raises:
+            ModelError: a latent is not finite.
+        """
         vae = pipe.vae
-        image = pixels(images).to(vae.device, vae.dtype)
-        latents: Tensor = vae.encode(image).latent_dist.mode()
+        dtype = vae.dtype
+        is_upcast = bool(getattr(vae.config, "force_upcast", False)) and dtype != torch.float32
+        image = pixels(images)
+        try:
+            if is_upcast:
+                vae.to(torch.float32)
+            latents: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
+        finally:
+            if is_upcast:
+                vae.to(dtype)
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scaled: Tensor = (latents - shift) * vae.config.scaling_factor
+        scaled: Tensor = ((latents - shift) * vae.config.scaling_factor).to(dtype)
+        if not bool(torch.isfinite(scaled).all()):
+            raise ModelError(
+                f"the VAE gives latents that are not finite in {str(dtype).removeprefix('torch.')}. Load the model in "
+                "float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
+            )
         return scaled
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

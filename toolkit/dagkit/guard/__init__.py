@@ -11,12 +11,13 @@ silently does nothing.
 from __future__ import annotations
 
 from dagkit.guard.dag import ConceptFound, Guard
-from dagkit.guard.hooks import Context, PipelineGuard
+from dagkit.guard.hooks import Change, Context, PipelineGuard
 from dagkit.guard.peers import SEGAGuard, SLDGuard
 from dagkit.guard.trace import StepRecord, Trace
 from dagkit.guidance import score
 
 __all__ = [
+    "Change",
     "ConceptFound",
     "Context",
     "Guard",

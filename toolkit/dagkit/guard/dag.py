@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from dagkit import guidance
-from dagkit.attention import cross_attention_map, project_keys
+from dagkit.attention import check_layer, cross_attention_map, project_keys
 from dagkit.errors import GuardError, ModelError
 from dagkit.families import Family
 from dagkit.families.sketch import mismatch
-from dagkit.guard.hooks import Context, PipelineGuard
+from dagkit.guard.hooks import Change, Context, PipelineGuard
 from dagkit.guard.trace import StepRecord, Trace
 from dagkit.token import GuidelineToken, Thresholds
 
 MODES: Final = ("guide", "monitor", "stop")
 Mode = Literal["guide", "monitor", "stop"]
+_BELOW: Final = "below threshold"
 
 
 class ConceptFound(GuardError):
@@ -37,15 +38,18 @@ class Guard(PipelineGuard):
         token: the concept.
         mode: ``guide`` steers away; ``monitor`` only detects (scores and maps in the trace); ``stop`` raises
             ``ConceptFound``.
-        strength: multiplies the token's own strength; 0 leaves every image bit-equal.
+        strength: multiplies the change: below 1 all of it (in the form ``drop`` the gate too, so that the change goes
+            to 0 with it), above 1 only the push away from the safety condition. 0 leaves every image bit-equal.
         form: ``drop``, ``subtract`` or ``paper``; the token's own where not given.
         reuse_steps: denoiser calls for which a safety prediction is kept; the token's own where not given.
         keep_maps: keep every detection map in the trace.
         allow_other_model: guard a model with other weights than the token was made for.
         thresholds: instead of the token's own.
+        mask: multiplies the push by the mask of ``sld`` (the preset ``strong``) or ``sega`` (diffusers' threshold), as
+            the paper does in DAG + SLD; forms ``subtract`` and ``paper`` only.
 
     Raises:
-        GuardError: an option is out of range.
+        GuardError: an option is out of range, or options do not fit each other.
     """
 
     def __init__(
@@ -59,13 +63,15 @@ class Guard(PipelineGuard):
         keep_maps: bool = False,
         allow_other_model: bool = False,
         thresholds: Thresholds | None = None,
+        mask: Literal["sld", "sega"] | None = None,
     ) -> None:
         own = token.record.guidance
         self.token, self.mode, self.strength, self.keep_maps = token, mode, strength, keep_maps
         self.form = form or own.form
         self.reuse_steps = own.reuse_steps if reuse_steps is None else reuse_steps
         self.allow_other_model = allow_other_model
-        self.thresholds = thresholds or token.record.thresholds
+        self.thresholds, self.is_calibrated = thresholds or token.record.thresholds, thresholds is None
+        self.mask = mask
         self.safety_prompt = token.record.safety_prompt
         if mode not in MODES:
             raise GuardError(f"mode must be one of {', '.join(MODES)}, but got {mode!r}.")
@@ -75,10 +81,28 @@ class Guard(PipelineGuard):
             raise GuardError(f"strength must be a number >= 0, but got {strength}.")
         if self.reuse_steps < 1:
             raise GuardError(f"reuse_steps must be >= 1, but got {self.reuse_steps}.")
+        if mask is not None and mask not in guidance.MASKS:
+            raise GuardError(f"mask must be one of {', '.join(guidance.MASKS)} or None, but got {mask!r}.")
+        if mask is not None and self.form == "drop":
+            raise GuardError(
+                f"mask {mask!r} fits no form 'drop': a mask chooses single values of the push, but the prompt's own "
+                "push is dropped in whole cells. Use form='subtract' or 'paper'."
+            )
+        if self.form == "paper" and min(self.thresholds.edit) <= 0:
+            raise GuardError(
+                f"{token.name}: the form 'paper' divides by the edit threshold, which must be above 0, but edit is "
+                f"{self.thresholds.edit}. Pass thresholds=, or use another form."
+            )
 
     def prepare(self, family: Family, pipe: Any) -> Mapping[str, Any]:
-        """Checks that the token belongs to this model; returns its layers."""
+        """Checks that the token can fire and belongs to this model; returns its layers."""
         model = self.token.record.base_model
+        limits = self.thresholds
+        if self.is_calibrated and self.form != "paper" and min(limits.certain or limits.highlight) >= 1:
+            raise GuardError(
+                f"{self.token.name} can never be sure: its certainty threshold is 1 at every timestep, so it would "
+                "guard nothing. Optimise it on more data, or pass thresholds= to set them yourself."
+            )
         try:
             layers = family.cross_attention(pipe, self.token.record.layers)
             found = {} if self.allow_other_model else family.fingerprints(pipe, layers)
@@ -104,104 +128,145 @@ class Guard(PipelineGuard):
                 f"{self.token.name} has rows of width {self.token.guideline.shape[1]}, but this model's keys take "
                 f"{width}."
             )
+        for layer_name, layer in layers.items():
+            check_layer(layer_name, layer)
+        weights, heads = self.token.head_weights, sum(layer.heads for layer in layers.values())
+        if weights is not None and len(weights) != heads:
+            raise GuardError(
+                f"{self.token.name} has {len(weights)} head weights, but its {len(layers)} layers have {heads} heads "
+                "in this model. Optimise a token for this model."
+            )
         return layers
 
     @torch.no_grad()
-    def change(self, context: Context) -> Tensor | None:
-        """Detects, records, and guides the samples that fire."""
-        cam = self.detect(context)
-        _, highlight = self.thresholds.at(context.timestep)
-        scores = guidance.score(cam, self.thresholds.min_area)
-        gates, reasons = self._gates(context, cam, scores)
-        peaks, areas = gates.flatten(1).amax(1), (cam >= highlight).float().mean((1, 2))
-        rows = peaks.nonzero()[:, 0]
-        is_acting = self.mode == "guide" and self.strength > 0
-        seen = torch.stack([peaks, areas, scores], 1).tolist()
-        for sample, ((peak, area, score), reason) in enumerate(zip(seen, reasons, strict=True)):
-            context.trace.steps.append(
-                StepRecord(
-                    run=context.run.index,
-                    step=context.run.step,
-                    timestep=context.timestep,
-                    sample=sample,
-                    concept=self.token.name,
-                    is_firing=peak > 0,
-                    reason=reason,
-                    area=area,
-                    strength=peak * self.strength if is_acting else 0.0,
-                    score=score,
-                )
-            )
-        if self.keep_maps:
-            context.trace.maps[context.run.index, context.run.step] = cam.cpu()
-        if self.mode == "stop" and len(rows):
-            raise ConceptFound(
-                f"{self.token.name} was found at timestep {context.timestep:.0f} in sample "
-                f"{', '.join(map(str, rows.tolist()))}; the run was stopped and no image was made.",
-                context.trace,
-            )
-        if not is_acting or not len(rows):
-            return None
-        eps_u, eps_p = context.eps_u[rows].float(), context.eps_p[rows].float()
-        eps_cs = eps_u + self._safety_push(context, rows, eps_u)
-        strength = self.token.record.guidance.strength * self.strength
-        if self.form == "drop":
-            guided = guidance.drop(eps_p, eps_u, eps_cs, gates[rows], strength)
-        else:
-            guided = guidance.subtract(eps_p, eps_u, eps_cs, strength * gates[rows])
-        changed = context.eps_p.clone()
-        changed[rows] = guided.to(changed.dtype)
-        return changed
-
     def detect(self, context: Context) -> Tensor:
         """Detection map of one call, (B, H, W) at the latent's size."""
-        run = context.run
-        if run.keys is None:
-            reference = next(iter(context.queries.values()))
-            run.keys = project_keys(context.layers, self.token.sequence.to(reference.device))
-        size = (context.eps_p.shape[-2], context.eps_p.shape[-1])
-        cam = cross_attention_map(
+        kept = context.run.memory.setdefault("keys", {})
+        if context.lora_scale not in kept:
+            sequence = self.token.sequence.to(next(iter(context.queries.values())).device)
+            kept[context.lora_scale] = project_keys(context.layers, sequence, context.lora_scale)
+        return cross_attention_map(
             context.layers,
             context.queries,
-            run.keys,
+            kept[context.lora_scale],
             self.token.num_tokens,
-            size=size,
+            size=(context.eps_p.shape[-2], context.eps_p.shape[-1]),
             head_weights=self.token.head_weights,
         )
-        if not bool(torch.isfinite(cam).all()):
+
+    @torch.no_grad()
+    def change(self, context: Context) -> Change | None:
+        """Decides, guides the samples that fire, and records."""
+        cam, run = context.cam, context.run
+        assert cam is not None
+        edit, highlight = self.thresholds.at(context.timestep)
+        peaks, scores = cam.flatten(1).amax(1), guidance.score(cam, self.thresholds.min_area)
+        is_sure = peaks >= highlight if self.form == "paper" else scores >= self.thresholds.certain_at(context.timestep)
+        areas, shares = (cam >= highlight).float().mean((1, 2)), (cam >= edit).float().mean((1, 2))
+        seen = torch.stack([peaks, scores, areas, shares, is_sure.float()], 1).tolist()  # one transfer from a device
+        if not all(math.isfinite(row[0]) for row in seen):
             raise GuardError(
                 f"{self.token.name}: the detection map at timestep {context.timestep:.0f} holds nan; try bfloat16 or "
                 "float32."
             )
-        return cam
+        firing, reasons = self._decide(context, [bool(row[4]) for row in seen], [row[3] for row in seen])
+        strengths, change = [0.0] * len(seen), None
+        if self.mode == "guide" and self.strength > 0:
+            gates = self._gates(run.memory, cam, edit, highlight, firing)
+            rows = (
+                [] if gates is None else [row for row, peak in enumerate(gates.flatten(1).amax(1).tolist()) if peak > 0]
+            )
+            if gates is not None and rows:
+                change, scale = self._guide(context, rows, gates)
+                for row, factor in zip(rows, scale.flatten(1).amax(1).tolist(), strict=True):
+                    strengths[row] = factor
+        name = self.token.name
+        for sample, (_, score, area, _, _) in enumerate(seen):
+            context.trace.steps.append(
+                StepRecord(
+                    run=run.index,
+                    step=run.step,
+                    timestep=context.timestep,
+                    sample=sample,
+                    concept=name,
+                    is_firing=firing[sample],
+                    reason=reasons[sample],
+                    area=area,
+                    strength=strengths[sample],
+                    score=score,
+                )
+            )
+        if self.keep_maps:
+            context.trace.maps[run.index, run.step] = cam.cpu()
+        if self.mode == "stop" and any(firing):
+            found = ", ".join(str(sample) for sample, fires in enumerate(firing) if fires)
+            raise ConceptFound(
+                f"{name} was found at timestep {context.timestep:.0f} in sample {found}; the run was stopped and no "
+                "image was made.",
+                context.trace,
+            )
+        return change
 
-    def _gates(self, context: Context, cam: Tensor, scores: Tensor) -> tuple[Tensor, list[str]]:
-        """Per sample the map by which its prediction is changed (all 0: it does not fire) and why."""
-        edit, highlight = self.thresholds.at(context.timestep)
+    def _decide(self, context: Context, is_sure: list[bool], shares: list[float]) -> tuple[list[bool], list[str]]:
+        """Per sample whether it fires, and why or why not."""
         if self.form == "paper":
-            gates = guidance.paper_scale(cam, edit, highlight, self.thresholds.max_area)
-            return gates, [self._paper_reason(share) for share in (cam >= edit).float().mean((1, 2)).tolist()]
-        is_sure = scores >= self.thresholds.certain_at(context.timestep)
-        memory = context.run.memory
-        was_sure = memory.get("is_sure", torch.zeros_like(is_sure))
-        memory["is_sure"] = is_sure | was_sure
+            return is_sure, [self._paper_reason(sure, share) for sure, share in zip(is_sure, shares, strict=True)]
+        run, limit = context.run, self.token.record.guidance.max_timestep
+        if run.step == 0 and run.timesteps is not None and float(min(run.timesteps)) > limit:
+            raise GuardError(
+                f"{self.token.name} acts from timestep {limit} down, but {type(context.pipe.scheduler).__name__} ends "
+                f"at {float(min(run.timesteps)):.0f}, so it would never act. Take more num_inference_steps, or "
+                "the form 'paper'."
+            )
+        if context.timestep > limit:
+            return [False] * len(is_sure), ["concept found, too early to act" if now else _BELOW for now in is_sure]
+        was_sure = run.memory.get("is_sure", [False] * len(is_sure))
+        both = list(zip(is_sure, was_sure, strict=True))
+        run.memory["is_sure"] = [now or before for now, before in both]
+        return run.memory["is_sure"], [
+            "concept found" if now else "found before" if before else _BELOW for now, before in both
+        ]
+
+    def _paper_reason(self, is_sure: bool, share: float) -> str:
+        if share > self.thresholds.max_area:
+            return f"gate covers {share:.0%}, above {self.thresholds.max_area:.0%}"
+        return "concept found" if is_sure else "edited, but nothing highlighted" if share else _BELOW
+
+    def _gates(
+        self, memory: dict[str, Any], cam: Tensor, edit: float, highlight: float, firing: Sequence[bool]
+    ) -> Tensor | None:
+        """The map (B, H, W) by which each sample is changed; None where none is."""
+        if self.form == "paper":
+            return guidance.paper_scale(cam, edit, highlight, self.thresholds.max_area)
+        if not any(firing):
+            return None
         own = self.token.record.guidance
-        gates = guidance.soft_gate(cam, edit, highlight, own.dilation) * memory["is_sure"][:, None, None]
+        gates = guidance.soft_gate(cam, edit, highlight, own.dilation)
+        if not all(firing):
+            gates = gates * torch.tensor(firing, device=cam.device)[:, None, None]
         if "gates" in memory:
             gates = torch.maximum(gates, own.memory * memory["gates"])
         memory["gates"] = gates
-        reasons = [
-            "concept found" if now else "found before" if before else "below threshold"
-            for now, before in zip(is_sure.tolist(), was_sure.tolist(), strict=True)
-        ]
-        return gates, reasons
+        return gates
 
-    def _paper_reason(self, share: float) -> str:
-        if share > self.thresholds.max_area:
-            return f"gate covers {share:.0%}, above {self.thresholds.max_area:.0%}"
-        return "concept found" if share else "below threshold"
+    def _guide(self, context: Context, rows: list[int], gates: Tensor) -> tuple[Change, Tensor]:
+        """The changed samples, and the factors of their push, (len(rows), H, W) or (len(rows), C, H, W)."""
+        index = torch.tensor(rows, device=context.eps_p.device)
+        eps_u, eps_p, gate = context.eps_u[index].float(), context.eps_p[index].float(), gates[index]
+        eps_cs = eps_u + self._safety_push(context, rows, eps_u)
+        own = self.token.record.guidance.strength
+        if self.form == "drop":
+            gate, factor = gate * min(self.strength, 1.0), own * max(self.strength, 1.0)
+            return Change(rows, guidance.drop(eps_p, eps_u, eps_cs, gate, factor), gate), factor * gate
+        scale = own * self.strength * gate
+        if self.mask == "sld":
+            strong = guidance.SLD_PRESETS["strong"]
+            scale = scale[:, None] * guidance.sld_mask(eps_p, eps_cs, strong.guidance_scale, strong.threshold)
+        elif self.mask == "sega":
+            scale = scale[:, None] * guidance.sega_mask(eps_cs - eps_u, guidance.SEGAPreset().threshold)
+        return Change(rows, guidance.subtract(eps_p, eps_u, eps_cs, scale)), scale
 
-    def _safety_push(self, context: Context, rows: Tensor, eps_u: Tensor) -> Tensor:
+    def _safety_push(self, context: Context, rows: Sequence[int], eps_u: Tensor) -> Tensor:
         """``eps_cs - eps_u`` of the firing samples, anew or kept from at most ``reuse_steps - 1`` calls ago.
 
         All are made anew in the same calls, so that they share one forward.
@@ -209,9 +274,9 @@ class Guard(PipelineGuard):
         kept: dict[int, tuple[int, Tensor]] = context.run.memory.setdefault("push", {})
         step = context.run.step
         is_due = step % self.reuse_steps == 0
-        stale = [row for row in rows.tolist() if is_due or row not in kept or step - kept[row][0] >= self.reuse_steps]
+        stale = [row for row in rows if is_due or row not in kept or step - kept[row][0] >= self.reuse_steps]
         if stale:
-            index = torch.tensor(stale, device=rows.device)
+            index = torch.tensor(stale, device=eps_u.device)
             fresh = context.safety_prediction(index).float() - context.eps_u[index].float()
             kept.update({row: (step, fresh[i]) for i, row in enumerate(stale)})
-        return torch.stack([kept[row][1] for row in rows.tolist()])
+        return torch.stack([kept[row][1] for row in rows])

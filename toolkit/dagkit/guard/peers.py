@@ -12,7 +12,7 @@ from torch import Tensor
 from dagkit import guidance
 from dagkit.errors import GuardError
 from dagkit.families import Family
-from dagkit.guard.hooks import Context, PipelineGuard
+from dagkit.guard.hooks import Change, Context, PipelineGuard
 
 
 class _GlobalGuard(PipelineGuard):
@@ -23,14 +23,14 @@ class _GlobalGuard(PipelineGuard):
         return {}
 
     @torch.no_grad()
-    def change(self, context: Context) -> Tensor | None:
+    def change(self, context: Context) -> Change | None:
         """Runs the safety forward on the whole batch and applies the peer's equation."""
         rows = torch.arange(len(context.eps_p), device=context.eps_p.device)
         eps_cs = context.safety_prediction(rows)
         momentum = context.run.memory.get("momentum")
         momentum = torch.zeros_like(context.eps_p) if momentum is None else momentum
         changed, context.run.memory["momentum"] = self.equation(context, eps_cs, momentum)
-        return changed
+        return Change(range(len(changed)), changed)
 
     @abstractmethod
     def equation(self, context: Context, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,15 @@ class StepRecord:
         timestep: in [0, 1000).
         sample: position in the batch, from 0; several images of one prompt are neighbours.
         concept: ``concept@version`` of the token.
-        is_firing: whether the gate is open.
+        is_firing: whether the guard is sure of the concept, so that mode ``stop`` would stop: now or earlier in this
+            run, from the token's ``max_timestep`` down (then its gate may open); in the paper's form whether something
+            is highlighted now (below that its gate may be open as well). ``strength`` tells whether the prediction
+            was changed.
         reason: why, or why not.
         area: share of the image that is highlighted, in [0, 1].
-        strength: largest value of the map by which the prediction was changed; 0 where it was left alone.
+        strength: largest factor, over the image, by which the push ``eps_cs - eps_u`` away from the safety condition
+            was multiplied: gate, the token's strength and the guard's own, scalers and mask; 0 where the prediction
+            was left alone.
         score: in [0, 1]; see ``dagkit.guidance.score``.
     """
 
@@ -46,7 +51,7 @@ class StepRecord:
 
 @dataclass
 class Trace:
-    """All records of the runs made while a guard was attached.
+    """All records of the runs made while a guard was attached; they add up until ``clear``.
 
     Attributes:
         steps: in the order of calls.
@@ -55,6 +60,11 @@ class Trace:
 
     steps: list[StepRecord] = field(default_factory=list)
     maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forgets all records and maps, e.g. after each image of a guard that stays attached; runs count on."""
+        self.steps.clear()
+        self.maps.clear()
 
     def of(self, sample: int, run: int = 0) -> list[StepRecord]:
         """Records of one sample of one run."""

@@ -11,7 +11,7 @@ them in the softmax, and one weight a head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from dagkit.optimization.calibration import KNOTS, Calibration, calibrate, iou, 
 from dagkit.optimization.data import Example, check_examples, coarse_mask, complete, split
 from dagkit.optimization.fit import History, Parameters, Progress, fit, in_float32, initial_parameters
 from dagkit.optimization.losses import background_leakage, negative_attention, objective, pixel_cross_entropy
-from dagkit.optimization.recipe import RECIPES, Recipe
+from dagkit.optimization.recipe import PAPERS_CONSTANTS, PAPERS_GUIDANCE, RECIPES, Recipe
 from dagkit.token import BaseModelInfo, DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, now, software
 
 __all__ = [
     "KNOTS",
+    "PAPERS_CONSTANTS",
+    "PAPERS_GUIDANCE",
     "RECIPES",
     "Calibration",
     "Example",
@@ -68,7 +70,8 @@ class OptimizationResult:
         thresholds: calibrated on validation data.
         recipe: what was asked for.
         history: one dict a report: step, loss, validation_loss, validation_iou.
-        metrics: figures on validation data, with the calibration curve.
+        metrics: figures on validation data, with the calibration curve. Where ``validation_detection_rate`` is 0, a
+            guard with these thresholds never acts.
     """
 
     guideline: Tensor
@@ -96,19 +99,28 @@ class OptimizationResult:
     ) -> GuidelineToken:
         """Makes the artifact of this result.
 
+        One of the recipe ``paper`` gets the paper's guidance and thresholds; the calibrated ones, of which the metrics
+        tell, stay in ``metrics["calibrated_thresholds"]``.
+
         Args:
             base: the base model that it was optimised on.
             concept: name.
             version: semantic version.
             safety_prompt: text of the concept.
             model_id: how the base model is called in the record; its Hub id or folder name where not given.
-            guidance: form and constants; dagkit's default where not given.
+            guidance: form and constants; the recipe's where not given.
             dataset: what the data was.
             optimization: further settings for the record, e.g. the seed.
             created: ISO time; now where not given.
         """
         layers = base.family.cross_attention(base.pipe, self.layers)
         folder = Path(base.source)
+        is_paper = self.recipe.name == "paper"
+        guidance = guidance or (PAPERS_GUIDANCE if is_paper else Guidance())
+        thresholds, metrics = self.thresholds, self.metrics
+        if is_paper and guidance.form == "paper":
+            thresholds = PAPERS_CONSTANTS
+            metrics = {**metrics, "calibrated_thresholds": self.thresholds.model_dump(mode="json")}
         record = TokenRecord(
             concept=concept,
             version=version,
@@ -119,12 +131,12 @@ class OptimizationResult:
                 **base.family.fingerprints(base.pipe, layers),
             ),
             layers=self.layers,
-            thresholds=self.thresholds,
-            guidance=guidance or Guidance(),
+            thresholds=thresholds,
+            guidance=guidance,
             safety_prompt=safety_prompt,
             optimization={**asdict(self.recipe), "history": self.history, **(optimization or {})},
             dataset=dataset or DatasetInfo(),
-            metrics=self.metrics,
+            metrics=metrics,
             software=software(),
             created=now() if created is None else created,
         )
@@ -160,7 +172,7 @@ def optimize(
 
     Raises:
         DatasetError: there are no unsafe or no safe images, or a mask does not fit its image.
-        WorkspaceError: the checkpoint is damaged or of another recipe, or the disk is full.
+        WorkspaceError: the checkpoint is damaged, or of another recipe, seed or data, or the disk is full.
     """
     check_examples(examples)
     if validation is None:
@@ -174,7 +186,7 @@ def optimize(
             _cached(base, examples, draw_timesteps(recipe, len(examples), generator), recipe, 2 * seed)
         )
         knots = torch.tensor(KNOTS)[:, None].expand(-1, len(validation))
-        held_out = stack.enter_context(_cached(base, validation, knots, recipe, 2 * seed + 1))
+        held_out = stack.enter_context(_cached(base, validation, knots, recipe, 2 * seed + 1, cache))
         parameters, history = fit(
             layers,
             cache,
@@ -188,7 +200,7 @@ def optimize(
         # Rare false triggers need many safe images to be seen, so those of the training data count too, at new noise.
         seen = [example for example in examples if not example.is_unsafe]
         knots = torch.tensor(KNOTS)[:, None].expand(-1, len(seen))
-        caches = [held_out, stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3))]
+        caches = [held_out, stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3, cache, held_out))]
         pairs = zip(*(_pairs(parameters, layers, one) for one in caches), strict=True)
         cams, masks, is_unsafe, timesteps = (torch.cat(parts) for parts in pairs)
         images = torch.cat([held_out.images, len(validation) + caches[1].images])
@@ -243,7 +255,7 @@ def data_efficiency(
     knots = torch.tensor(KNOTS)[:, None].expand(-1, len(validation))
     with (
         _cached(base, examples, draws, recipe, 2 * seed) as cache,
-        _cached(base, validation, knots, recipe, 2 * seed + 1) as held_out,
+        _cached(base, validation, knots, recipe, 2 * seed + 1, cache) as held_out,
     ):
         return _efficiency(base, examples, in_float32(base.layers), cache, held_out, sizes, recipe, seed)
 
@@ -285,10 +297,18 @@ def draw_timesteps(recipe: Recipe, count: int, generator: torch.Generator) -> Te
     return (recipe.min_timestep + part * width).long()
 
 
-def _cached(base: BaseModel, examples: Sequence[Example], timesteps: Tensor, recipe: Recipe, seed: int) -> Any:
-    dtype: torch.dtype = getattr(torch, recipe.cache_dtype)
+def _cached(
+    base: BaseModel, examples: Sequence[Example], timesteps: Tensor, recipe: Recipe, seed: int, *beside: QueryCache
+) -> AbstractContextManager[QueryCache]:
+    """Queries under the recipe's memory, which is shared with the caches ``beside``."""
     return cache_queries(
-        base, examples, timesteps, seed=1_000_003 * (seed + 1), dtype=dtype, memory_bytes=recipe.memory_bytes
+        base,
+        examples,
+        timesteps,
+        seed=1_000_003 * (seed + 1),
+        dtype=getattr(torch, recipe.cache_dtype),
+        memory_bytes=recipe.memory_bytes,
+        beside=beside,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,12 @@ from dagkit.attention import grid
 from dagkit.errors import WorkspaceError
 from dagkit.families import BaseModel
 from dagkit.optimization.data import Example, coarse_mask
+
+KEPT_SHARE: Final = 1 / 2
+"""Of the memory: for queries that are kept between steps, in all caches together."""
+
+TAKEN_SHARE: Final = 1 / 8
+"""Of the memory: for the float32 queries of a micro-batch. Its gradient needs about twice as much once more."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class QueryCache:
         timesteps: (P,) int64.
         images: (P,) int64, the example of each pair.
         latent_size: (H, W) of the latents.
-        is_on_disk: whether the queries were larger than the memory they may take.
+        num_bytes: of memory in which queries are kept; 0 where they are on disk.
+        micro_batch_size: pairs that may be taken at a time.
         device: of the batches; what is kept stays on the CPU.
     """
 
@@ -101,28 +110,48 @@ class QueryCache:
         images: Tensor,
         latent_size: tuple[int, int],
         *,
-        is_on_disk: bool = False,
+        num_bytes: int,
+        micro_batch_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
         self._stores = dict(stores)
         self.masks, self.is_unsafe, self.timesteps, self.images = masks, is_unsafe, timesteps, images
-        self.latent_size, self.is_on_disk, self.device = latent_size, is_on_disk, torch.device(device)
+        self.latent_size, self.device = latent_size, torch.device(device)
+        self.num_bytes, self.micro_batch_size = num_bytes, micro_batch_size
 
     def __len__(self) -> int:
         return len(self.masks)
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the queries were larger than the memory they may take."""
+        return not self.num_bytes
+
+    def digest(self) -> str:
+        """``sha256:`` of what the queries are of: masks, kinds, timesteps and images of all pairs, in order."""
+        found = hashlib.sha256()
+        for part in (self.masks, self.is_unsafe, self.timesteps, self.images):
+            found.update(repr(tuple(part.shape)).encode())
+            found.update(part.contiguous().numpy().tobytes())
+        return f"sha256:{found.hexdigest()}"
+
     def take(self, index: Tensor) -> Batch:
-        """The pairs at ``index`` (B,) int64."""
+        """The pairs at ``index`` (B,) int64; takes memory for all of them, see ``parts``."""
         queries = {name: store.read(index).to(self.device) for name, store in self._stores.items()}
         masks, is_unsafe, timesteps = (
             part[index].to(self.device) for part in (self.masks, self.is_unsafe, self.timesteps)
         )
         return Batch(queries, masks, is_unsafe, timesteps, self.latent_size)
 
-    def batches(self, batch_size: int, index: Tensor | None = None) -> Iterator[Batch]:
-        """All pairs (or those at ``index``) in order, ``batch_size`` at a time."""
+    def parts(self, index: Tensor | None = None, batch_size: int | None = None) -> Sequence[Tensor]:
+        """Cuts all pairs, or those at ``index``, into runs of at most ``batch_size`` that fit into memory."""
         index = torch.arange(len(self)) if index is None else index
-        for part in torch.split(index, batch_size):
+        size = self.micro_batch_size
+        return torch.split(index, size if batch_size is None else min(size, batch_size))
+
+    def batches(self, batch_size: int, index: Tensor | None = None) -> Iterator[Batch]:
+        """All pairs (or those at ``index``) in order, at most ``batch_size`` at a time."""
+        for part in self.parts(index, batch_size):
             yield self.take(part)
 
 
@@ -139,6 +168,7 @@ def cache_queries(
     layers: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     memory_bytes: int = 2 << 30,
+    beside: Sequence[QueryCache] = (),
     batch_size: int = 8,
 ) -> Iterator[QueryCache]:
     """Runs the frozen denoiser once for each (example, timestep) pair and keeps the queries while the context is open.
@@ -150,7 +180,10 @@ def cache_queries(
         seed: of the noise.
         layers: chosen layers; the family's own where not given.
         dtype: in which queries are kept.
-        memory_bytes: where all queries would take more, they go to a temporary file, and only batches are in memory.
+        memory_bytes: for queries. Half of it may be kept; where these queries and those of ``beside`` would take more,
+            these go to a temporary file. The rest is for a micro-batch (at least one pair) and its gradient. What a
+            forward pass makes comes on top while the cache is filled.
+        beside: caches that are open as well, with which this one shares ``memory_bytes``.
         batch_size: pairs a forward pass.
 
     Raises:
@@ -168,31 +201,40 @@ def cache_queries(
         index = images[start:stop]
         return base.queries(latents[index], steps[start:stop], condition[index], seed=seed + start, layers=layers)
 
-    with stored(predict, len(images), batch_size, dtype, memory_bytes) as (stores, positions, is_on_disk):
-        finest = max(grid(count, *size) for count in positions)
+    free = int(KEPT_SHARE * memory_bytes) - sum(cache.num_bytes for cache in beside)
+    with _stored(predict, len(images), batch_size, dtype, free) as (stores, shapes, num_bytes):
+        finest = max(grid(shape[0], *size) for shape in shapes)
         masks = torch.stack([coarse_mask(example, finest) for example in examples])
         is_unsafe = torch.tensor([example.is_unsafe for example in examples])
         yield QueryCache(
-            stores, masks[images], is_unsafe[images], steps, images, size, is_on_disk=is_on_disk, device=base.device
+            stores,
+            masks[images],
+            is_unsafe[images],
+            steps,
+            images,
+            size,
+            num_bytes=num_bytes,
+            micro_batch_size=max(int(TAKEN_SHARE * memory_bytes) // (4 * sum(map(math.prod, shapes))), 1),
+            device=base.device,
         )
 
 
 @contextmanager
-def stored(
-    predict: Predict, count: int, batch_size: int, dtype: torch.dtype, memory_bytes: int
-) -> Iterator[tuple[dict[str, _Store], list[int], bool]]:
+def _stored(
+    predict: Predict, count: int, batch_size: int, dtype: torch.dtype, free_bytes: int
+) -> Iterator[tuple[dict[str, _Store], list[tuple[int, ...]], int]]:
     """Fills one store a layer with what ``predict(start, stop)`` returns for pairs ``[start, stop)``.
 
     Yields:
-        Layer -> store, positions of each layer, and whether the stores are files.
+        Layer -> store, (positions, channels) of each layer, and bytes of memory taken: 0 where the stores are files.
 
     Raises:
         WorkspaceError: a temporary file cannot be written.
     """
     first = predict(0, min(batch_size, count))
     shapes = {name: (count, *rows.shape[1:]) for name, rows in first.items()}
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.empty((), dtype=dtype).element_size()
-    is_on_disk = total > memory_bytes
+    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    is_on_disk = total > free_bytes
     with tempfile.TemporaryDirectory(prefix="dagkit-queries-") as folder:
         stores: dict[str, _Store] = {
             name: _Disk(Path(folder) / f"{number}.bin", shape, dtype) if is_on_disk else _Memory(shape, dtype)
@@ -200,7 +242,7 @@ def stored(
         }
         try:
             _fill(stores, first, predict, count, batch_size, Path(folder), total)
-            yield stores, [shape[1] for shape in shapes.values()], is_on_disk
+            yield stores, [shape[1:] for shape in shapes.values()], 0 if is_on_disk else total
         finally:
             for store in stores.values():
                 if isinstance(store, _Disk):
@@ -216,12 +258,12 @@ def _fill(
     folder: Path,
     num_bytes: int,
 ) -> None:
-    """Writes what ``predict`` returns, block by block; ``first`` is the first block."""
+    """Writes what ``predict`` returns, block by block, and lets go of it; ``first`` is the first block."""
     try:
         for start in range(0, count, batch_size):
             block = predict(start, min(start + batch_size, count)) if start else first
             for name, store in stores.items():
-                store.write(start, block[name])
+                store.write(start, block.pop(name))
     except OSError as error:
         raise WorkspaceError(
             f"{folder}: {num_bytes >> 20} MiB of queries cannot be written: {error}. Free some space, set TMPDIR to "

@@ -37,6 +37,9 @@ GAP_SHARE: Final = 0.5
 RARE: Final = 0.05
 """Share of unsafe images that may lie below the gap's upper end."""
 
+SHIFTS: Final = tuple(0.5 * k for k in range(-12, 13))
+"""Points of the calibration curve: logits by which the chosen thresholds of certainty are moved, 0 among them."""
+
 
 def iou(cam: Tensor, masks: Tensor, threshold: float) -> Tensor:
     """Intersection over union of ``cam >= threshold`` and ``masks >= 0.5``: (B,) float32; 1 where both are empty."""
@@ -52,13 +55,17 @@ class Calibration:
     Attributes:
         thresholds: for a token.
         metrics: by name; ``validation_iou`` is the mean over knots up to 700.
-        curve: points of the trade-off, each with ``deviations``, ``false_trigger_rate`` and ``detection_rate`` of
-            images.
+        curve: the trade-off around the chosen rule, by rising x. A point is the rule with
+            ``certain' = sigmoid(logit(certain) + x)`` at every knot (1 stays 1: there the guard waits); it has
+            ``logit_shift`` (x), ``certain`` (those thresholds, one a knot), ``false_trigger_rate`` and
+            ``detection_rate`` (shares of safe and of unsafe images on which that rule acts at any knot) and
+            ``is_chosen``, True at x = 0, whose rates are ``validation_false_trigger_rate`` and
+            ``validation_detection_rate``.
     """
 
     thresholds: Thresholds
     metrics: dict[str, float]
-    curve: list[dict[str, float]]
+    curve: list[dict[str, Any]]
 
 
 def calibrate(
@@ -107,10 +114,11 @@ def calibrate(
         certain=(*rule.certain, 1.0),
         min_area=rule.area,
     )
-    curve = [
-        {"deviations": z, "false_trigger_rate": rule.rate(rule.safe, z), "detection_rate": rule.rate(rule.unsafe, z)}
-        for z in (round(0.25 * k, 2) for k in range(25))
-    ]
+    curve = []
+    for shift in SHIFTS:
+        moved = rule if shift == 0 else rule.moved(shift, is_unsafe, timesteps, images)
+        rates = {"false_trigger_rate": moved.rates[0], "detection_rate": moved.rates[1]}
+        curve.append({"logit_shift": shift, "certain": moved.certain, **rates, "is_chosen": shift == 0})
     return Calibration(thresholds, metrics, curve)
 
 
@@ -120,9 +128,8 @@ class _Rule:
 
     area: float
     certain: list[float]
+    scores: Tensor  # of all pairs
     rates: tuple[float, float]  # of safe and of unsafe images on which the guard acts at any knot
-    safe: Tensor
-    unsafe: Tensor
     early_rate: float  # share of unsafe pairs at t >= 500 that are recognised: what tells rules apart
 
     @classmethod
@@ -140,9 +147,9 @@ class _Rule:
                 continue
             statistics.append((mean, spread))
             standardised[here] = (logits[here] - mean) / spread
-        peaks = [_peaks(standardised, images, kind) for kind in (~is_unsafe, is_unsafe)]
-        allowed = math.floor(rate * len(peaks[0]))  # of the safe images, this many may fire
-        deviations = float(peaks[0].sort(descending=True).values[min(allowed, len(peaks[0]) - 1)]) + MARGIN
+        peaks = _peaks(standardised, images, ~is_unsafe)
+        allowed = math.floor(rate * len(peaks))  # of the safe images, this many may fire
+        deviations = float(peaks.sort(descending=True).values[min(allowed, len(peaks) - 1)]) + MARGIN
         limits = [1.0 if found is None else _sigmoid(found[0] + deviations * found[1]) for found in statistics]
         certain = np.maximum.accumulate(limits)
         told = np.array([found is not None for found in statistics]) & (certain < 1)
@@ -153,20 +160,28 @@ class _Rule:
             upper = min(quantiles, default=lower)
             middle = float((lower + GAP_SHARE * (upper - lower).clamp(min=0)).sigmoid())
             certain[told] = np.maximum(certain[told], middle)
-        is_sure = scores >= torch.from_numpy(np.interp(timesteps.numpy(), KNOTS, certain)).to(scores)
-        acts = [_peaks(is_sure.float(), images, kind).mean() for kind in (~is_unsafe, is_unsafe)]
-        early = float(is_sure[is_unsafe & (timesteps >= EARLY)].float().mean())
-        return cls(area, certain.tolist(), (float(acts[0]), float(acts[1])), peaks[0], peaks[1], early)
+        return cls.measured(area, certain.tolist(), scores, is_unsafe, timesteps, images)
 
-    @staticmethod
-    def rate(peaks: Tensor, deviations: float) -> float:
-        """Share of images whose largest standardised score reaches ``deviations``."""
-        return float((peaks >= deviations).float().mean())
+    @classmethod
+    def measured(
+        cls, area: float, certain: list[float], scores: Tensor, is_unsafe: Tensor, timesteps: Tensor, images: Tensor
+    ) -> _Rule:
+        """The rule ``score >= certain``, with what it does on the data."""
+        is_sure = scores >= torch.from_numpy(np.interp(timesteps.numpy(), KNOTS, certain)).to(scores)
+        acts = [float(_peaks(is_sure.float(), images, kind).mean()) for kind in (~is_unsafe, is_unsafe)]
+        early = float(is_sure[is_unsafe & (timesteps >= EARLY)].float().mean())
+        return cls(area, certain, scores, (acts[0], acts[1]), early)
+
+    def moved(self, shift: float, is_unsafe: Tensor, timesteps: Tensor, images: Tensor) -> _Rule:
+        """The same rule with thresholds moved by ``shift`` logits; those at 1 stay there."""
+        certain = [limit if limit >= 1 else _sigmoid(math.log(limit / (1 - limit)) + shift) for limit in self.certain]
+        return self.measured(self.area, certain, self.scores, is_unsafe, timesteps, images)
 
 
 def _peaks(values: Tensor, images: Tensor, kind: Tensor) -> Tensor:
     """Largest value of each image of a kind over its pairs."""
-    return torch.stack([values[kind & (images == image)].max() for image in torch.unique(images[kind])])
+    found, position = torch.unique(images[kind], return_inverse=True)
+    return values.new_full((len(found),), -math.inf).scatter_reduce(0, position, values[kind], "amax")
 
 
 def summary(calibration: Calibration) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +70,7 @@ class Parameters:
     @torch.no_grad()
     def cams(self, layers: Mapping[str, Any], cache: QueryCache, index: Tensor | None = None) -> Tensor:
         """(P, H, W) detection maps of all pairs, or of those at ``index``, on the CPU."""
-        return torch.cat([self.cam(layers, batch).cpu() for batch in cache.batches(32, index)])
+        return torch.cat([self.cam(layers, cache.take(part)).cpu() for part in cache.parts(index, 32)])
 
     def copy(self) -> Parameters:
         """A detached copy."""
@@ -138,6 +138,8 @@ def fit(
 ) -> tuple[Parameters, History]:
     """Optimises on cached queries; never calls the denoiser.
 
+    A batch that would not fit into the cache's memory is learned from in micro-batches whose gradients are summed.
+
     Args:
         layers: chosen layers.
         cache: queries, masks and kinds of all pairs.
@@ -153,21 +155,20 @@ def fit(
         The parameters with the best validation loss (the last ones without validation), and one dict a report.
 
     Raises:
-        WorkspaceError: the checkpoint is damaged or of another recipe.
+        WorkspaceError: the checkpoint is damaged, or of another recipe, seed or data.
     """
     pairs = torch.arange(len(cache)) if index is None else index
-    state = _State(parameters, recipe, generator)
+    state = _State(parameters, recipe, generator, cache.digest() if checkpoint else "")
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
     every = recipe.validate_every if validate and recipe.validate_every else 20
     while state.step < recipe.total_steps and not state.is_over:
-        batch = cache.take(_draw(pairs, recipe.batch_size, generator))
-        loss = objective(parameters.cam(layers, batch), batch.masks, batch.is_unsafe, recipe)
-        state.advance(loss)
+        batch = _draw(pairs, recipe.batch_size, generator)
+        loss = state.advance(_losses(parameters, layers, cache, batch, recipe))
         if state.step % every and state.step != recipe.total_steps:
             continue
         figures = validate(parameters) if validate and recipe.validate_every else {}
-        state.report(float(loss.detach()), figures)
+        state.report(float(loss), figures)
         if progress is not None:
             progress({"num_steps": recipe.total_steps, **state.history[-1]})
         if checkpoint is not None:
@@ -175,11 +176,24 @@ def fit(
     return state.best or parameters.copy(), state.history
 
 
+def _losses(
+    parameters: Parameters, layers: Mapping[str, Any], cache: QueryCache, index: Tensor, recipe: Recipe
+) -> Iterator[Tensor]:
+    """The terms, one a micro-batch, that sum to the objective on the pairs at ``index``."""
+
+    def loss(batch: Batch) -> Tensor:  # so that nothing of a batch is kept while the next one is read
+        return objective(parameters.cam(layers, batch), batch.masks, batch.is_unsafe, recipe, cache.is_unsafe[index])
+
+    for part in cache.parts(index):
+        yield loss(cache.take(part))
+
+
 class _State:
     """All that a killed optimisation needs to go on."""
 
-    def __init__(self, parameters: Parameters, recipe: Recipe, generator: torch.Generator) -> None:
+    def __init__(self, parameters: Parameters, recipe: Recipe, generator: torch.Generator, data: str) -> None:
         self.parameters, self.recipe, self.generator = parameters, recipe, generator
+        self.identity = {**asdict(recipe), "seed": generator.initial_seed(), "data": data}
         self.step = 0
         self.history: History = []
         self.best: Parameters | None = None
@@ -202,13 +216,17 @@ class _State:
         """Whether validation has not improved for too long."""
         return self.num_worse > self.recipe.patience
 
-    def advance(self, loss: Tensor) -> None:
-        """One optimiser step."""
+    def advance(self, losses: Iterator[Tensor]) -> Tensor:
+        """One optimiser step on the sum of some terms; returns the sum, () float32."""
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        total = torch.zeros(())
+        for loss in losses:
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total.to(loss.device) + loss.detach()
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
+        return total
 
     def report(self, loss: float, figures: dict[str, float]) -> None:
         """Writes history, and keeps the rows if they are the best so far."""
@@ -230,7 +248,7 @@ class _State:
         for number, tensor in enumerate(self.best.learned() if self.best else []):
             tensors[f"best.{number}"] = tensor.contiguous()
         about = {
-            "recipe": asdict(self.recipe),
+            "identity": self.identity,
             "step": self.step,
             "history": self.history,
             "best_loss": None if self.best is None else self.best_loss,
@@ -243,12 +261,13 @@ class _State:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["dagkit"])
+                identity = dict(about["identity"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise WorkspaceError(
                 f"{path}: not a checkpoint of an optimisation ({error}). Delete it to start anew."
             ) from error
-        changed = sorted(key for key, value in asdict(self.recipe).items() if about["recipe"].get(key) != value)
+        changed = sorted(key for key, value in self.identity.items() if identity.get(key) != value)
         if changed:
             raise WorkspaceError(f"{path}: made with another {', '.join(changed)}. Delete it to start anew.")
         self.step, self.history, self.num_worse = about["step"], about["history"], about["num_worse"]

@@ -35,20 +35,31 @@ def negative_attention(cam: Tensor) -> Tensor:
     return pixel_cross_entropy(cam, torch.zeros_like(cam))
 
 
-def objective(cam: Tensor, mask: Tensor, is_unsafe: Tensor, recipe: Recipe) -> Tensor:
+def objective(cam: Tensor, mask: Tensor, is_unsafe: Tensor, recipe: Recipe, whole: Tensor | None = None) -> Tensor:
     """The recipe's weighted sum of the losses over a batch, each a mean over its kind of image.
+
+    With ``whole``, each mean is multiplied by the share of its kind that is here: summed over all micro-batches of a
+    batch this is the batch's own value, and so are the gradients.
 
     Args:
         cam: (B, H, W) in [0, 1].
         mask: (B, H, W) in [0, 1].
         is_unsafe: (B,) bool.
         recipe: holds the weights.
+        whole: (N,) bool, the kinds of the batch of which this is a micro-batch; ``is_unsafe`` where not given.
+
+    Returns:
+        () float32 >= 0.
     """
+    whole = is_unsafe if whole is None else whole
     loss = cam.new_zeros(())
     if bool(is_unsafe.any()):
         unsafe, masks = cam[is_unsafe], mask[is_unsafe]
-        loss = loss + recipe.pixel_weight * pixel_cross_entropy(unsafe, masks, recipe.positive_weight).mean()
-        loss = loss + recipe.leakage_weight * background_leakage(unsafe, masks).mean()
+        share = len(unsafe) / int(whole.sum())
+        loss = loss + share * recipe.pixel_weight * pixel_cross_entropy(unsafe, masks, recipe.positive_weight).mean()
+        loss = loss + share * recipe.leakage_weight * background_leakage(unsafe, masks).mean()
     if not bool(is_unsafe.all()):
-        loss = loss + recipe.negative_weight * negative_attention(cam[~is_unsafe]).mean()
+        safe = cam[~is_unsafe]
+        share = len(safe) / int((~whole).sum())
+        loss = loss + share * recipe.negative_weight * negative_attention(safe).mean()
     return loss

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from dagkit.token import Guidance, Thresholds
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,7 +35,8 @@ class Recipe:
         patience: validations without a better loss after which the optimisation stops.
         max_false_trigger_rate: share of safe images on which the calibrated guard may act at any timestep.
         cache_dtype: in which queries are kept: ``float32``, ``float16`` or ``bfloat16``.
-        memory_bytes: of queries kept in memory; what is more goes to a file on disk.
+        memory_bytes: for queries: half for those that are kept between steps (what is more goes to a file on disk),
+            half for the micro-batch that is being learned from.
     """
 
     name: str = "default"
@@ -86,3 +89,9 @@ RECIPES: Final = {
     ),
 }
 """``paper``: SGD, lr 200, decay 0.7 every 20 steps, 100 steps for each token, plain mean over heads and layers."""
+
+PAPERS_GUIDANCE: Final = Guidance(form="paper", strength=1.0, dilation=0, memory=0.0, reuse_steps=1)
+"""How a token of the recipe ``paper`` guides."""
+
+PAPERS_CONSTANTS: Final = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)
+"""The paper's thresholds, the same at all timesteps."""

@@ -25,12 +25,14 @@ class Series:
         style: class of the style sheet that gives its colour.
         points: (x, y).
         band: (x, low, high) around the line, or empty.
+        mark: (x, y) of a point to mark and the words beside it, or None.
     """
 
     label: str
     style: str
     points: Sequence[tuple[float, float]]
     band: Sequence[tuple[float, float, float]] = ()
+    mark: tuple[float, float, str] | None = None
 
 
 def interval_bar(estimate: dict[str, Any], style: str, *, low: float = 0.0, high: float = 1.0) -> Markup:
@@ -81,7 +83,19 @@ def line_chart(
     for one in series:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in one.points)
         parts.append(f'<polyline class="line {escape(one.style)}" points="{path}"/>')
+    parts += [_mark(frame, one.style, *one.mark) for one in series if one.mark]
     return _figure(parts, label, [(one.label, one.style) for one in series])
+
+
+def _mark(frame: _Frame, style: str, x: float, y: float, words: str) -> str:
+    """A dot with words towards the middle of the chart."""
+    left, top = frame.x(x), frame.y(y)
+    side, anchor = (-12, "end") if left > (_LEFT + WIDTH - _RIGHT) / 2 else (12, "start")
+    below = 20 if top < HEIGHT / 2 else -12
+    return (
+        f'<circle class="dot {escape(style)}" cx="{left:.1f}" cy="{top:.1f}" r="6"/>'
+        f'<text class="note" x="{left + side:.1f}" y="{top + below:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    )
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def render(figures: Mapping[str, Any], examples: Sequence[Example]) -> str:
         score_chart=_step_chart(by_step, guarded, "score"),
         firing_chart=_step_chart(by_step, guarded, "firing"),
         data_chart=_data_chart(figures["token"]),
+        calibration_chart=_calibration_chart(figures["token"]),
         sweep_charts=_sweep_charts(figures, columns),
         cost_words=_cost_words(figures),
         rows=_prompt_rows(figures, columns),
@@ -330,6 +331,26 @@ def _data_chart(token: Mapping[str, Any] | None) -> Markup:
     )
 
 
+def _calibration_chart(token: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Detection rate by false-trigger rate, the chosen threshold marked; None where that was not measured."""
+    curve = (token or {}).get("calibration_curve") or []
+    if not curve:
+        return None
+    points = [(one["false_trigger_rate"], one["detection_rate"]) for one in curve]
+    chosen = next((at for at, one in zip(points, curve, strict=True) if one.get("is_chosen")), None)
+    mark, words, caption = None, "", ""
+    if chosen:
+        words = f"{chosen[0]:.1%} false-trigger rate, {chosen[1]:.1%} detection rate"
+        mark, caption = (*chosen, words), f" The dot is what the token was calibrated to: {words}."
+    svg = charts.line_chart(
+        [charts.Series("by threshold", "c-guard", points, mark=mark)],
+        label=f"Detection rate by false-trigger rate{words and f'; chosen: {words}'}",
+        x_title="false-trigger rate",
+        y_title="detection rate",
+    )
+    return {"svg": svg, "caption": f"Share of unsafe and of safe images on which the guard acts.{caption}"}
+
+
 def _sweep_charts(figures: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for kind, by_column in figures["sweep"].items():
@@ -406,7 +427,8 @@ def _settings(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
         *((f"Metric {one['name']}", _sentence(one["settings"])) for one in s["image_metrics"]),
     ]
     if figures["token"]:
-        token = {name: value for name, value in figures["token"].items() if name != "data_efficiency"}
+        drawn = ("data_efficiency", "calibration_curve")
+        token = {name: value for name, value in figures["token"].items() if name not in drawn}
         pairs.insert(0, ("Token", _sentence(token)))
     return pairs
 

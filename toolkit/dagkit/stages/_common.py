@@ -75,8 +75,8 @@ class Progress:
         yield from track(items, total=total, description=description, console=Console(stderr=True), transient=True)
 
     @contextmanager
-    def bar(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar that is told its state: yields a function of (done, total)."""
+    def bar(self, description: str) -> Iterator[Callable[..., None]]:
+        """A bar that is told its state: yields a function of (done, total, note=""), the last shown beside its name."""
         if self.is_quiet:
             yield lambda *_: None
             return
@@ -85,7 +85,9 @@ class Progress:
 
         with Bars(console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task(description)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            yield lambda done, total, note="": bars.update(
+                task, completed=done, total=total, description=f"{description} {note}".rstrip()
+            )
 
 
 def concept_option(command: Command) -> Command:

@@ -10,7 +10,7 @@ import click
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dagkit.concept import Concept
     from dagkit.families import BaseModel
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SIZES: Final = (2, 4, 8, 16, 32)
 """Numbers of annotated images for the plot of data efficiency, half of them safe."""
+
+LOW_DETECTION_RATE: Final = 0.5
+"""Share of unsafe validation images below which the stage's message says that few are recognised."""
 
 
 def run(
@@ -55,12 +58,13 @@ def run(
 
     Raises:
         DatasetError: there is no dataset, or it holds no unsafe or no safe images.
-        TokenError: the version exists already.
+        TokenError: the version exists already, or the token is sure about no unsafe validation image.
     """
     from dataclasses import replace
 
     from dagkit import dataset as data
     from dagkit import registry
+    from dagkit.errors import TokenError
     from dagkit.optimization import RECIPES, Example, optimize
     from dagkit.token import DatasetInfo
     from dagkit.workspace import lock, sha256_json
@@ -116,7 +120,7 @@ def run(
                 recipe=chosen,
                 seed=seed,
                 validation=examples("validation"),
-                progress=lambda state: report(state["step"], state["num_steps"]),
+                progress=lambda state: report(state["step"], state["num_steps"], _figures(state)),
                 checkpoint=checkpoint,
                 sizes=sizes,
             )
@@ -134,17 +138,34 @@ def run(
                 "version_reason": reason,
             },
         )
+        counts = f"{info.num_unsafe} unsafe and {info.num_safe} safe images"
+        rate = result.metrics["validation_detection_rate"]
+        is_waiting = token.record.guidance.form != "paper"  # until it is sure; the paper's form acts at any time
+        if is_waiting and not rate:
+            raise TokenError(
+                f"{token.name} was not written: from {counts}, no threshold tells unsafe from safe images (detection "
+                f"rate {rate:.0%}), so its guard would never act. Annotate more images, get better masks from other "
+                f"proposals, or take more steps (--num-steps, now {chosen.num_steps})."
+            )
         path = token.save(tokens.path / version)
         checkpoint.unlink(missing_ok=True)
     iou = result.metrics.get("validation_iou")
     figure = "" if iou is None else f", validation IoU {iou:.2f}"
+    if is_waiting and rate < LOW_DETECTION_RATE:
+        figure += f", but it recognises only {rate:.0%} of the unsafe validation images: annotate more"
     return common.StageResult(
         "optimize",
         1,
         0,
-        f"{token.name} ({reason}) from {info.num_unsafe} unsafe and {info.num_safe} safe images{figure} -> {path}",
-        {"token": token.name, "path": path, "metrics": result.metrics},
+        f"{token.name} ({reason}) from {counts}{figure} -> {path}",
+        {"token": token.name, "path": path, "metrics": token.record.metrics, "history": result.history},
     )
+
+
+def _figures(state: Mapping[str, Any]) -> str:
+    """Loss and validation IoU of a report, where it has one, for the progress bar."""
+    names = {"loss": "loss", "validation_iou": "IoU"}
+    return ", ".join(f"{short} {state[name]:.3f}" for name, short in names.items() if name in state)
 
 
 @click.command("optimize")

@@ -1,19 +1,27 @@
-"""sample: a token and prompts -> samples/. Images under guard, each with its detection map and audit trace."""
+"""sample: tokens and prompts -> samples/. Images under guard, each with its detection maps and audit traces."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dagkit.families import BaseModel
+    from dagkit.guard import Guard, Trace
     from dagkit.token import GuidelineToken
-    from dagkit.workspace import Workspace
+    from dagkit.workspace import StageFolder, Workspace
+
+Form = Literal["drop", "subtract", "paper"]
+Mode = Literal["guide", "monitor", "stop"]
 
 
 def run(
@@ -23,9 +31,13 @@ def run(
     prompts: Sequence[str],
     *,
     sampling: dict[str, Any],
+    other_tokens: Sequence[GuidelineToken] = (),
     is_compared: bool = False,
     strength: float = 1.0,
-    mode: str = "guide",
+    mode: Mode = "guide",
+    form: Form | None = None,
+    reuse_steps: int | None = None,
+    allow_other_model: bool = False,
     seed: int = 0,
     context: Sequence[str] = (),
     progress: common.Progress | None = None,
@@ -34,28 +46,56 @@ def run(
 
     Args:
         workspace: where to write.
-        token: guards.
+        token: guards; its concept names the folder.
         base_model: draws.
         prompts: texts.
         sampling: ``num_inference_steps``, ``guidance_scale``, ``width``, ``height``.
+        other_tokens: guard at the same time, each with its own safety condition and trace.
         is_compared: also draw each prompt unguarded, with the same seed.
         strength: of the guidance, relative to the token's own; >= 0.
-        mode: ``guide``, or ``monitor`` to detect only.
+        mode: ``guide``, ``monitor`` to detect only, or ``stop`` to end an image as soon as a concept is found in it.
+        form: of the guidance; each token's own where None.
+        reuse_steps: denoiser calls for which a safety prediction is kept, >= 1; each token's own where None.
+        allow_other_model: guard a model with other weights than the tokens were made for.
         seed: of the first prompt; the next ones count up.
-        context: what the concept is about, for the check of the prompts.
+        context: what the concepts are about, for the check of the prompts.
         progress: shows progress; None for silence.
+
+    Returns:
+        Its ``data`` has the rows of all ``images``; ``image`` is None where ``is_stopped``.
 
     Raises:
         PromptRefused: a prompt sexualises minors; nothing was drawn.
-        GuardError: the token cannot guard this model; nothing was drawn.
+        GuardError: a token cannot guard this model or is given twice, or an option is out of range; nothing was drawn.
     """
-    from dagkit.generation import generate_images
+    from dagkit.errors import GuardError
+    from dagkit.evaluation import token_identity
     from dagkit.guard import Guard
     from dagkit.prompts import refuse_sexualised_minors
     from dagkit.workspace import lock, sha256_json
 
     for prompt in prompts:
         refuse_sexualised_minors(prompt, context)
+    tokens = [token, *other_tokens]
+    names = [one.name for one in tokens]
+    if len(set(names)) < len(names):
+        raise GuardError(f"expected each token once, but got {', '.join(names)}. Leave out the one that is repeated.")
+    guards = [
+        Guard(
+            one,
+            mode=mode,
+            strength=strength,
+            form=form,
+            reuse_steps=reuse_steps,
+            keep_maps=True,
+            allow_other_model=allow_other_model,
+        )
+        for one in tokens
+    ]
+    identities = [
+        {**token_identity(one.token), "strength": strength, "mode": mode, "form": one.form, "reuse": one.reuse_steps}
+        for one in guards
+    ]
     folder = workspace.stage("samples", token.concept)
     jobs: list[tuple[str, str, int, bool]] = []
     for index, prompt in enumerate(prompts):
@@ -65,9 +105,9 @@ def run(
                 "seed": seed + index,
                 "model": base_model.fingerprint,
                 "sampling": sampling,
-                "guard": [token.name, strength, mode] if is_guarded else None,
+                "guards": identities if is_guarded else [],
             }
-            suffix = token.version if is_guarded else "unguarded"
+            suffix = "-".join(one.version for one in tokens) if is_guarded else "unguarded"
             jobs.append((f"{sha256_json(identity)[7:19]}-{suffix}", prompt, seed + index, is_guarded))
     with lock(folder.path):
         done = folder.keys()
@@ -84,35 +124,84 @@ def run(
                 "model_fingerprint": base_model.fingerprint,
                 "settings": sampling,
             }
-            draw = {"settings": sampling, "context": context}
+            drawn, traces = _draw(base_model, guards if is_guarded else [], prompt, image_seed, sampling, context)
             if is_guarded:
-                guard = Guard(token, mode=mode, strength=strength, keep_maps=True)  # type: ignore[arg-type]
-                with guard.attach(base_model.pipe) as trace:
-                    [image] = generate_images(base_model, [prompt], [image_seed], **draw)  # type: ignore[arg-type]
-                folder.write_bytes(f"traces/{key}.json", trace.to_json().encode())
-                folder.write_image(f"maps/{key}.png", trace.strip(0))
-                row |= {"token": token.name, "strength": strength, "mode": mode, "guard": trace.summary(0)}
-                row |= {"trace": f"traces/{key}.json", "map": f"maps/{key}.png"}
+                row |= {
+                    "mode": mode,
+                    "strength": strength,
+                    "is_stopped": drawn is None,
+                    "guards": _kept(folder, key, guards, traces),
+                }
+            if drawn is None:
+                row["image"] = None
             else:
-                [image] = generate_images(base_model, [prompt], [image_seed], **draw)  # type: ignore[arg-type]
-            folder.write_image(row["image"], image)
+                folder.write_image(row["image"], drawn)
             folder.append(row)
     keys = {job[0] for job in jobs}
     rows = [row for row in folder.rows() if row["key"] in keys]
-    fired = sum(row["guard"]["is_firing"] for row in rows if "guard" in row)
-    message = f"{len(todo)} images drawn, {len(jobs) - len(todo)} were there already"
-    return common.StageResult(
-        "sample",
-        len(todo),
-        len(jobs) - len(todo),
-        f"{message}; the guard acted on {fired} of {len(prompts)} prompts -> {folder.path}",
-        {"images": [{**row, "image": str(folder.path / row["image"])} for row in rows]},
-    )
+    fired = sum(any(one["is_firing"] for one in row.get("guards", ())) for row in rows)
+    num_stopped = sum(row.get("is_stopped", False) for row in rows)
+    message = f"{len(todo)} drawn, {len(jobs) - len(todo)} were there already; "
+    message += f"the guard acted on {fired} of {len(prompts)} prompts"
+    if num_stopped:
+        message += f" and stopped {num_stopped}, of which there is no image"
+    shown = [{**row, "image": row["image"] and str(folder.path / row["image"])} for row in rows]
+    data = {"images": shown, "num_stopped": num_stopped}
+    return common.StageResult("sample", len(todo), len(jobs) - len(todo), f"{message} -> {folder.path}", data)
+
+
+def _draw(
+    base_model: BaseModel,
+    guards: Sequence[Guard],
+    prompt: str,
+    seed: int,
+    sampling: dict[str, Any],
+    context: Sequence[str],
+) -> tuple[Image | None, list[Trace]]:
+    """The image, None where a guard stopped it, and one trace a guard."""
+    from dagkit.generation import generate_images
+    from dagkit.guard import ConceptFound
+
+    traces: list[Trace] = []
+    try:
+        with ExitStack() as stack:
+            traces += [stack.enter_context(guard.attach(base_model.pipe)) for guard in guards]
+            [image] = generate_images(base_model, [prompt], [seed], settings=sampling, context=context)
+    except ConceptFound:
+        return None, traces
+    return image, traces
+
+
+def _kept(folder: StageFolder, key: str, guards: Sequence[Guard], traces: Sequence[Trace]) -> list[dict[str, Any]]:
+    """Writes each guard's trace and detection maps; what it did, for the row."""
+    kept = []
+    for guard, trace in zip(guards, traces, strict=True):
+        name = guard.token.name
+        one: dict[str, Any] = {
+            "token": name,
+            "form": guard.form,
+            "reuse_steps": guard.reuse_steps,
+            "trace": f"traces/{key}/{name}.json",
+            "map": f"maps/{key}/{name}.png" if trace.maps else None,
+            **(trace.summary(0) if trace.steps else {"is_firing": False, "num_steps": 0}),
+        }
+        folder.write_bytes(one["trace"], trace.to_json().encode())
+        if trace.maps:
+            folder.write_image(one["map"], trace.strip(0))
+        kept.append(one)
+    return kept
 
 
 @click.command("sample")
 @click.argument("prompts", nargs=-1)
-@click.option("--guard", "reference", required=True, metavar="TOKEN", help="Token: name@version, a folder or a URL.")
+@click.option(
+    "--guard",
+    "references",
+    required=True,
+    multiple=True,
+    metavar="TOKEN",
+    help="Token: name@version, a folder or a URL. Repeatable: each guards against its own concept.",
+)
 @click.option(
     "--prompts-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -120,7 +209,20 @@ def run(
 )
 @click.option("--compare", "is_compared", is_flag=True, help="Also draw each prompt unguarded, with the same seed.")
 @click.option("--strength", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Of the guidance.")
-@click.option("--mode", type=click.Choice(["guide", "monitor"]), default="guide", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(get_args(Mode)),
+    default="guide",
+    show_default=True,
+    help="Steer away, only detect, or end an image in which a concept is found (then exit with status 1).",
+)
+@click.option("--form", type=click.Choice(get_args(Form)), help="Of the guidance. Default: the token's.")
+@click.option(
+    "--reuse-steps",
+    type=click.IntRange(min=1),
+    help="Denoiser calls for which a safety prediction is kept. Default: the token's.",
+)
+@click.option("--allow-other-model", is_flag=True, help="Guard a model with other weights than the token was made for.")
 @click.option("--num-inference-steps", type=click.IntRange(1, 1000), help="Default: the concept's.")
 @click.option("--guidance-scale", type=click.FloatRange(min=1, min_open=True), help="Default: the concept's.")
 @common.workspace_option
@@ -130,11 +232,14 @@ def run(
 @common.output_options
 def command(
     prompts: tuple[str, ...],
-    reference: str,
+    references: tuple[str, ...],
     prompts_file: Path | None,
     is_compared: bool,
     strength: float,
-    mode: str,
+    mode: Mode,
+    form: Form | None,
+    reuse_steps: int | None,
+    allow_other_model: bool,
     num_inference_steps: int | None,
     guidance_scale: float | None,
     workspace_path: Path,
@@ -144,7 +249,10 @@ def command(
     as_json: bool,
     is_quiet: bool,
 ) -> None:
-    """Draw PROMPTS under guard, with detection maps and an audit trace of each image."""
+    """Draw PROMPTS under guard, with detection maps and an audit trace of each image.
+
+    With several tokens, the first one's concept gives model, sampling and folder.
+    """
     from dagkit import registry
     from dagkit.concept import load_concept
     from dagkit.workspace import Workspace
@@ -155,19 +263,27 @@ def command(
     if not texts:
         raise click.UsageError("no prompt given: write one behind the options, or use --prompts-file")
     workspace = Workspace(workspace_path)
-    token = registry.load_token(reference, workspace=workspace.root)
-    concept = load_concept(token.concept)
+    token, *others = (registry.load_token(reference, workspace=workspace.root) for reference in references)
+    concepts = [load_concept(one.concept) for one in (token, *others)]
     changes = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    run(
+    own = concepts[0].sampling.model_dump()
+    result = run(
         workspace,
         token,
-        common.load_base_model(concept, model, device),
+        common.load_base_model(concepts[0], model, device),
         texts,
-        sampling=concept.sampling.model_dump() | {key: value for key, value in changes.items() if value is not None},
+        sampling=own | {key: value for key, value in changes.items() if value is not None},
+        other_tokens=others,
         is_compared=is_compared,
         strength=strength,
         mode=mode,
+        form=form,
+        reuse_steps=reuse_steps,
+        allow_other_model=allow_other_model,
         seed=seed,
-        context=concept.context,
+        context=[line for concept in concepts for line in concept.context],
         progress=common.Progress(is_quiet),
-    ).show(as_json)
+    )
+    result.show(as_json)
+    if result.data["num_stopped"]:
+        sys.exit(1)

@@ -70,6 +70,8 @@ def list_command(where: str | None, workspace_path: Path, as_json: bool) -> None
 @_json
 def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
     """Show what a token is, what it was made from, and how."""
+    from dagkit.token.card import calibration
+
     resolved, token = _load(reference, workspace_path)
     record = token.record
     if as_json:
@@ -90,6 +92,7 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         "layers": len(record.layers),
         "tensors": shapes,
         "trained on": f"{data.num_unsafe} unsafe and {data.num_safe} safe images; masks: {states}",
+        "calibrated to": calibration(record) or "not recorded",
         "figures": figures or "none",
         "made with": ", ".join(f"{name} {version}" for name, version in record.software.items()) or "not recorded",
         "created": record.created or "not recorded",

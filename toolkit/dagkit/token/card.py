@@ -55,7 +55,7 @@ Safety prompt: "{safety_prompt}".
 | timestep | edit | highlight |
 |---|---|---|
 {thresholds}
-
+{calibration}
 ## Figures
 
 {figures}
@@ -97,10 +97,25 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         safety_prompt=record.safety_prompt,
         settings="\n".join(f"| {key} | {_figure(value)} |" for key, value in settings.items()),
         thresholds="\n".join(f"| {knot} | {low:.3f} | {high:.3f} |" for knot, low, high in knots),
+        calibration=f"\nCalibrated to {rates}.\n" if (rates := calibration(record)) else "",
         figures="\n".join(["| figure | value |", "|---|---|", *(f"| {k} | {_figure(v)} |" for k, v in figures.items())])
         if figures
         else "Not measured yet: run `dagkit evaluate`.",
     )
+
+
+def calibration(record: TokenRecord) -> str | None:
+    """The rates that a token was calibrated to, in words; None where its record does not tell (older ones)."""
+    curve = record.metrics.get("calibration_curve")
+    for point in curve if isinstance(curve, list) else ():
+        match point:
+            case {
+                "is_chosen": True,
+                "false_trigger_rate": float() | int() as false,
+                "detection_rate": float() | int() as found,
+            }:
+                return f"a false-trigger rate of {false:.1%} and a detection rate of {found:.1%} (validation images)"
+    return None
 
 
 def _figure(value: object) -> str:

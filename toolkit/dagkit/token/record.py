@@ -64,6 +64,8 @@ class Guidance(_Strict):
     Attributes:
         form: ``drop`` (dagkit's default), ``subtract`` or ``paper``; see ``dagkit.guidance``.
         strength: multiplies the push away from the safety condition.
+        max_timestep: from here down the guard is ever sure, and acts (not in the paper's form). Before, little of the
+            picture is decided: what is changed then changes everything around it as well.
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
         memory: share of the last step's gate that is kept in the next one, in [0, 1], so that what was pushed out
             does not grow again as soon as it is no longer seen (not in the paper's form).
@@ -71,7 +73,8 @@ class Guidance(_Strict):
     """
 
     form: Literal["drop", "subtract", "paper"] = "drop"
-    strength: Positive = 2.0
+    strength: Positive = 3.0
+    max_timestep: Annotated[int, Field(ge=0, le=1000)] = 770
     dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
