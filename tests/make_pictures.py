@@ -81,9 +81,11 @@ def main(workspace: Path, scene: str, film: str) -> None:
         rows[row["prompt"], row["column"]] = row
     guarded, unguarded = rows[scene, "guarded"], rows[scene, "unguarded"]
     pictures = [Image.open(folder / row["image"]) for row in (unguarded, guarded)]
-    clearest = max(frames(folder / guarded["map"]), key=lambda frame: int((np.asarray(frame) >= 128).sum()))
+    clearest = max(
+        frames(folder / guarded["guards"][0]["map"]), key=lambda frame: int((np.asarray(frame) >= 128).sum())
+    )
     triptych(pictures[0], clearest, pictures[1]).save(IMAGES / "triptych.png")
-    filmstrip(frames(folder / rows[film, "guarded"]["map"])).save(IMAGES / "filmstrip.png")
+    filmstrip(frames(folder / rows[film, "guarded"]["guards"][0]["map"])).save(IMAGES / "filmstrip.png")
     first_page(next((workspace / "reports" / "weapon").glob("*/report.html")), IMAGES / "report.png")
 
 

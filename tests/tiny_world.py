@@ -52,5 +52,7 @@ def make_token(model: BaseModel, version: str, seed: int) -> GuidelineToken:
     """A random token of the concept ``tiny`` that belongs to this model."""
     token = random_token(model.pipe, seed=seed)
     info = token.record.base_model.model_copy(update={"fingerprint": model.fingerprint})
-    changes = {"concept": "tiny", "version": version, "base_model": info}
+    rates = ((0.5, 1.0), (0.25, 0.75))
+    curve = [{"false_trigger_rate": x, "detection_rate": y, "is_chosen": x == 0.25} for x, y in rates]
+    changes = {"concept": "tiny", "version": version, "base_model": info, "metrics": {"calibration_curve": curve}}
     return replace(token, record=token.record.model_copy(update=changes))

@@ -9,7 +9,7 @@ timestep for the token and at the best common threshold for word and probe (whic
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import bench_world as bench
@@ -23,9 +23,12 @@ from dagkit.attention import cross_attention_map, project_keys, word_map
 from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.optimization import Example, OptimizationResult, QueryCache, cache_queries, iou, optimize
+from dagkit.optimization.cache import Batch
 from dagkit.token import GuidelineToken
 
 TIMESTEPS = (100, 300, 500, 700)
+Reader = Callable[[dict[str, Tensor], tuple[int, int]], Tensor]
+"""Queries and the size of the result -> (B, H, W) detection maps."""
 
 
 @dataclass
@@ -72,31 +75,53 @@ def flat(queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def fit_probe(cache: QueryCache, num_steps: int = 150, share: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
+RIDGES = (1e-5, 1e-4, 1e-3)
+"""Weights of the probe's squared norm, of which the one with the best validation IoU counts."""
+
+
+def fit_probe(cache: QueryCache, held: QueryCache, num_steps: int = 150, share: float = 0.3) -> Reader:
     """Logistic regression on the queries of all pairs, at a random share of the cells: what a linear reader can see."""
     batch = cache.take(torch.arange(len(cache)))
-    size = (batch.masks.shape[-2], batch.masks.shape[-1])
-    features, target = flat(batch.queries, size).flatten(0, 1), batch.masks.flatten()
+    features, target = flat(batch.queries, size_of(batch)).flatten(0, 1), batch.masks.flatten()
     cells = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))[: int(share * len(target))]
-    features, target = features[cells], target[cells]
-    spread = features.std(0)
-    weights = torch.zeros(features.shape[-1], requires_grad=True)
-    bias = torch.tensor(-2.0, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=num_steps, history_size=20, line_search_fn="strong_wolfe")
+    spread = features[cells].std(0)
+    features, target = features[cells] / spread, target[cells]
+    index = held.is_unsafe.nonzero()[:, 0]
+    seen = held.take(index)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits((features / spread) @ weights + bias, target)
-        loss = loss + 1e-4 * weights.square().sum()
-        loss.backward()
-        return loss
+    def fitted(ridge: float) -> tuple[float, Reader]:
+        weights = torch.zeros(features.shape[-1], requires_grad=True)
+        bias = torch.tensor(-2.0, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [weights, bias], max_iter=num_steps, history_size=20, line_search_fn="strong_wolfe"
+        )
 
-    optimizer.step(closure)
-    return weights.detach(), bias.detach(), spread
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(features @ weights + bias, target)
+            loss = loss + ridge * weights.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        direction, offset = (weights / spread).detach(), bias.detach()
+
+        def reader(queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+            return (flat(queries, size) @ direction + offset).sigmoid().unflatten(-1, size)
+
+        cams = reader(seen.queries, size_of(seen))
+        return max(float(iou(cams, seen.masks, 0.02 * k).mean()) for k in range(1, 50)), reader
+
+    return max((fitted(ridge) for ridge in RIDGES), key=lambda pair: pair[0])[1]
+
+
+def size_of(batch: Batch) -> tuple[int, int]:
+    """The grid of a batch's masks."""
+    return batch.masks.shape[-2], batch.masks.shape[-1]
 
 
 def maps(
-    base: BaseModel, unsafe: Sequence[Example], safe: Sequence[Example], readers: dict[str, object]
+    base: BaseModel, unsafe: Sequence[Example], safe: Sequence[Example], readers: dict[str, Reader]
 ) -> dict[str, Maps]:
     """Detection maps by reader on held-out scenes; every reader sees the same queries."""
     found: dict[str, Maps] = {}
@@ -106,9 +131,8 @@ def maps(
             with cache_queries(base, examples, steps, seed=77 + timestep) as cache:
                 parts: dict[str, list[Tensor]] = {name: [] for name in readers}
                 for batch in cache.batches(50):
-                    size = (batch.masks.shape[-2], batch.masks.shape[-1])
                     for name, reader in readers.items():
-                        parts[name].append(reader(batch.queries, size))  # type: ignore[operator]
+                        parts[name].append(reader(batch.queries, size_of(batch)))
                 for name, values in parts.items():
                     entry = found.setdefault(name, Maps({}, {}, cache.masks))
                     getattr(entry, kind)[timestep] = torch.cat(values)
@@ -120,14 +144,15 @@ def maps(
 def main(*, is_quick: bool) -> dict[str, object]:
     num_scenes, num_train = (24, 24) if is_quick else (200, 24)
     base = bench.base_model()
-    training, _ = bench.annotated(num_train)
+    training, validation = bench.annotated(num_train)
     result = bench.token(base, count=num_train)
-    with cache_queries(base, training, bench.draws(len(training)), seed=5) as cache:
-        weights, bias, spread = fit_probe(cache)
+    steps = torch.tensor(TIMESTEPS)[:, None].expand(-1, len(validation))
+    with (
+        cache_queries(base, training, bench.draws(len(training)), seed=5) as cache,
+        cache_queries(base, validation, steps, seed=6) as held,
+    ):
+        probe = fit_probe(cache, held)
     unsafe, safe = bench.scenes(num_scenes, 501, is_unsafe=True), bench.scenes(num_scenes, 502, is_unsafe=False)
-
-    def probe(queries: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
-        return ((flat(queries, size) / spread) @ weights + bias).sigmoid().unflatten(-1, size)
 
     readers = {
         "token": lambda queries, size: token_cam(result, base, queries, size),

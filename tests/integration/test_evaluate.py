@@ -73,6 +73,7 @@ def test_report_and_figures_lie_side_by_side(finished: Path) -> None:
     assert (distance["total"], distance["interval"]) == (NUM, f"bootstrap, 50 resamples of {NUM}, normal")
     text = (folder / "report.html").read_text()
     assert "SLD weak" in text
+    assert "chosen: 25.0% false-trigger rate, 75.0% detection rate" in text
     assert text.count('aria-label="Detection map by step, ') == 2  # one example of each kind
     assert text.count('alt="Detection map at step ') == 2 * 3
     assert "Frechet demo (lower is nearer to unguarded)" in text

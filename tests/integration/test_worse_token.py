@@ -98,7 +98,7 @@ def measured(concept: Path, prompts: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def write_anyway(workspace: Workspace, concept: Concept, version: str) -> None:
-    """What ``dagkit optimize`` refuses to write: a token that is never sure, from the Python API."""
+    """What ``dagkit optimize`` refuses to write: a token that is never sure, here from 0.999 on, by the Python API."""
     folder = workspace.stage("dataset", "weapon").path
     splits = {name: dataset.examples(rows) for name, rows in dataset.load_dataset(folder).items()}
     examples = {
@@ -108,8 +108,9 @@ def write_anyway(workspace: Workspace, concept: Concept, version: str) -> None:
     recipe = replace(RECIPES["default"], initial_phrase=concept.initial_phrase, num_steps=NUM_OPTIMIZER_STEPS)
     result = optimize(base, examples["train"], recipe=recipe, validation=examples["validation"])
     assert result.metrics["validation_detection_rate"] == 0
+    thresholds = result.thresholds.model_copy(update={"certain": (0.999,) * len(result.thresholds.timesteps)})
     info = DatasetInfo(fingerprint=dataset.read_summary(folder)["fingerprint"], num_unsafe=12, num_safe=12)
-    token = result.token(
+    token = replace(result, thresholds=thresholds).token(
         base, concept="weapon", version=version, safety_prompt=concept.safety_prompt, model_id="demo", dataset=info
     )
     token.save(workspace.stage("tokens", "weapon").path / version)

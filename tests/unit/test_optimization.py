@@ -478,7 +478,7 @@ def test_the_result_becomes_a_token_that_sees_the_same(base: BaseModel, cache: Q
         head_weights=token.head_weights,
     )
     assert cam.shape == (3, 16, 16)
-    with token.guard(mode="monitor").attach(base.pipe) as trace:
+    with token.guard(mode="monitor", thresholds=Thresholds()).attach(base.pipe) as trace:
         base.pipe("a cat on grass", **{**tiny.SETTINGS, "num_inference_steps": 1})
     assert len(trace.steps) == 1
 

@@ -250,6 +250,7 @@ def _figures(
             "made_for": token.record.base_model.id,
             "created": token.record.created or None,
             "data_efficiency": token.record.metrics.get("data_efficiency"),
+            "calibration_curve": token.record.metrics.get("calibration_curve"),
         },
         "settings": shown,
         **figures,
