@@ -32,6 +32,8 @@ import tiny_pipelines as tiny
 
 NUM_STEPS = bench.SETTINGS["num_inference_steps"]
 NUM_ROUNDS = 3
+NUM_SMALL_ROUNDS = 5
+"""Of the bundled model: more and shorter ones find a quiet moment each."""
 NEVER = Thresholds(highlight=(0.9999,), edit=(0.9999,), min_area=1.0)
 ALWAYS = Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0)
 
@@ -115,10 +117,10 @@ def large(is_quick: bool) -> dict[str, float]:
 def bundled(is_quick: bool) -> dict[str, float]:
     base = bench.base_model()
     token = bench.token(base)
-    count = 8 if is_quick else 13
+    count = 4 if is_quick else 7
     safe, named = bench.prompts("safe", count, 801), bench.prompts("named", count, 802)
     least = Least()
-    for _ in range(NUM_ROUNDS):
+    for _ in range(3 if is_quick else NUM_SMALL_ROUNDS):
         for name, what, guard in (
             ("plain_safe", safe, None),
             ("safe", safe, token.guard()),

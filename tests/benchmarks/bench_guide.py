@@ -123,7 +123,7 @@ def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> 
 def main(
     *, is_quick: bool, num_workers: int, num_peer_prompts: int, reuse_steps: Sequence[int] = ()
 ) -> dict[str, object]:
-    main_count, safe_count, peer_count, outside_count = (8, 8, 3, 8) if is_quick else (300, 200, num_peer_prompts, 100)
+    main_count, safe_count, peer_count, outside_count = (8, 8, 3, 8) if is_quick else (300, 200, num_peer_prompts, 50)
     outside_count = max(outside_count, peer_count)
     peers = (*(QUICK_PEERS if is_quick else PEERS), *(f"reuse-{steps}" for steps in reuse_steps))
     base = bench.base_model()

@@ -48,14 +48,14 @@ from dagkit.optimization import (
 
 BUDGET_BYTES = 1 << 30
 NUM_DRAWS, NUM_STEPS = 8, 3
-LBFGS_CPU_S = 60
+LBFGS_CPU_S = 25
 
 
 def best_iou(parameters: Parameters, base: BaseModel, held: QueryCache) -> float:
     """Mean IoU on held-out pairs up to t = 700 at the best common threshold."""
-    wanted = held.is_unsafe & (held.timesteps <= 700)
-    cams = parameters.cams(base.layers, held)
-    return max(float(iou(cams[wanted], held.masks[wanted], 0.05 * k).mean()) for k in range(1, 20))
+    index = (held.is_unsafe & (held.timesteps <= 700)).nonzero()[:, 0]
+    cams, masks = parameters.cams(base.layers, held, index), held.masks[index]
+    return max(float(iou(cams, masks, 0.05 * k).mean()) for k in range(1, 20))
 
 
 def curve(

@@ -194,10 +194,9 @@ def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: fl
     Returns:
         (B, heads, N) float32 in [0, 1].
     """
-    logits = queries.float() @ keys.float().transpose(-1, -2) * scale
-    foreground = logits[..., -num_guideline:].logsumexp(-1)
-    background = logits[..., :-num_guideline].logsumexp(-1)
-    return (foreground - background).sigmoid()
+    # rows before positions: softmax and sum then run over whole lines of memory
+    logits = torch.einsum("bhnd,hld->bhln", queries.float(), keys.float() * scale)
+    return logits.softmax(2)[:, :, -num_guideline:].sum(2)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,8 +10,9 @@ Third parties add theirs by entry points of the group ``dagkit.<kind>``, e.g.::
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal
 
 from dagkit.errors import PluginError
@@ -44,7 +45,7 @@ BUILTIN: Final[dict[Kind, dict[str, str]]] = {
 
 def names(kind: Kind) -> list[str]:
     """All registered names of one kind, sorted; imports none of them."""
-    return sorted({*BUILTIN[kind], *(entry.name for entry in entry_points(group=f"dagkit.{kind}"))})
+    return sorted({*BUILTIN[kind], *(entry.name for entry in _external(kind))})
 
 
 def load(kind: Kind, name: str) -> Any:
@@ -54,7 +55,7 @@ def load(kind: Kind, name: str) -> Any:
         PluginError: the name is unknown (the message suggests near ones), or registered by two packages, or its module
             does not import.
     """
-    external = [entry for entry in entry_points(group=f"dagkit.{kind}") if entry.name == name]
+    external = [entry for entry in _external(kind) if entry.name == name]
     if len(external) + (name in BUILTIN[kind]) > 1:
         owners = [entry.value for entry in external] + ([BUILTIN[kind][name]] if name in BUILTIN[kind] else [])
         raise PluginError(
@@ -72,6 +73,12 @@ def load(kind: Kind, name: str) -> Any:
         raise PluginError(
             f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
         ) from error
+
+
+@cache
+def _external(kind: Kind) -> tuple[EntryPoint, ...]:
+    """What installed packages add; read once a process, because it opens the metadata of each of them."""
+    return tuple(entry_points(group=f"dagkit.{kind}"))
 
 
 def _singular(kind: Kind) -> str:
