@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SCRIPTS = ("detect", "optimize", "codec", "cost", "guide")
-JOBS = (("cost", "--only", "large"), ("detect",), ("optimize",), ("cost", "--only", "bundled"), ("codec",))
-"""Script and options, in the order in which they begin; ``guide`` follows."""
+JOBS = (("detect",), ("optimize",), ("cost", "--only", "large"), ("cost", "--only", "bundled"), ("codec",))
+"""Script and options, in the order in which they begin; ``guide`` follows. ``detect`` makes the token of the rest."""
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost half of a small machine
     "GOMP_SPINCOUNT": "0",

@@ -3,11 +3,12 @@
     python tests/benchmarks/bench_cost.py [--quick] [--only large bundled]
 
 Guarded and unguarded calls alternate, on one thread. The large pipeline has random weights; its token never fires
-(``safe``) or fires in every call (``firing``, so at least 1.5 without reuse for the denoiser alone: three predictions
-instead of two). Each kind of call is made in every round, and its least CPU time counts: what else runs on a machine
-only ever adds to it. A run of the large pipeline is 25 denoiser calls, composed from these kinds of calls, and one
-decoding of the latents; the bundled model draws whole images, and a figure is the ratio of the
-least CPU times of the same images. ``--quick`` takes latents of 32x32 instead of 64x64, and fewer images.
+(``safe``), or fires in every call from the first timestep on which the default acts (``firing``; three predictions
+instead of two there), or in every call at all (``firing_always``). Each kind of call is made in every round, and its
+least CPU time counts: what else runs on a machine only ever adds to it. A run of the large pipeline is 25 denoiser
+calls, composed from these kinds of calls, and one decoding of the latents; the bundled model draws whole images, and a
+figure is the ratio of the least CPU times of the same images. ``--quick`` takes latents of 32x32 instead of 64x64, and
+fewer images.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from dagkit.token import Thresholds
+from dagkit.token import Guidance, Thresholds
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_pipelines as tiny
 
 NUM_STEPS = bench.SETTINGS["num_inference_steps"]
+NUM_ACTING = sum(timestep <= Guidance().max_timestep for timestep in range(0, 1000, 1000 // NUM_STEPS))
+"""Calls of a run in which the default may act; timesteps as of DDIM."""
 NUM_ROUNDS = 3
-NUM_SMALL_ROUNDS = 5
-"""Of the bundled model: more and shorter ones find a quiet moment each."""
+NUM_QUICK_ROUNDS = 2
 NEVER = Thresholds(highlight=(0.9999,), edit=(0.9999,), min_area=1.0)
 ALWAYS = Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0)
 
@@ -91,7 +93,7 @@ def large(is_quick: bool) -> dict[str, float]:
         """A denoiser call with classifier-free guidance, as a pipeline makes it."""
         return lambda: pipe.unet(latents, torch.tensor(700 - step), hidden)
 
-    for _ in range(NUM_ROUNDS):
+    for _ in range(NUM_QUICK_ROUNDS if is_quick else NUM_ROUNDS):
         least.measure("plain", denoise(0))
         with ExitStack() as stack:
             least.measure("attach", lambda stack=stack: stack.enter_context(never.attach(pipe)))
@@ -100,11 +102,12 @@ def large(is_quick: bool) -> dict[str, float]:
             least.measure("firing", denoise(0))  # makes a safety prediction
             least.measure("kept", denoise(1))  # uses it again
     least.measure("decode", lambda: pipe.vae.decode(latents[:1]))
-    num_made = (NUM_STEPS + 1) // 2
+    before, num_made = (NUM_STEPS - NUM_ACTING) * least["safe"], (NUM_ACTING + 1) // 2
     calls = {
         "safe": NUM_STEPS * least["safe"],
-        "firing": NUM_STEPS * least["firing"],
-        "firing_reuse": num_made * least["firing"] + (NUM_STEPS - num_made) * least["kept"],
+        "firing": before + NUM_ACTING * least["firing"],
+        "firing_reuse": before + num_made * least["firing"] + (NUM_ACTING - num_made) * least["kept"],
+        "firing_always": NUM_STEPS * least["firing"],
     }
     plain = NUM_STEPS * least["plain"]
     figures = {
@@ -117,10 +120,10 @@ def large(is_quick: bool) -> dict[str, float]:
 def bundled(is_quick: bool) -> dict[str, float]:
     base = bench.base_model()
     token = bench.token(base)
-    count = 4 if is_quick else 7
+    count = 4 if is_quick else 13
     safe, named = bench.prompts("safe", count, 801), bench.prompts("named", count, 802)
     least = Least()
-    for _ in range(3 if is_quick else NUM_SMALL_ROUNDS):
+    for _ in range(NUM_QUICK_ROUNDS if is_quick else NUM_ROUNDS):
         for name, what, guard in (
             ("plain_safe", safe, None),
             ("safe", safe, token.guard()),
