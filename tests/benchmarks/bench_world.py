@@ -144,8 +144,12 @@ def sample(
     *,
     negative_prompt: str | None = None,
     batch_size: int = 25,
+    **options: Any,
 ) -> tuple[list[Image.Image], float, list[Any]]:
-    """Draws one image a prompt; returns images, CPU seconds, and the trace of each batch."""
+    """Draws one image a prompt; returns images, CPU seconds, and the trace of each batch.
+
+    ``options`` are the pipeline's.
+    """
     images: list[Image.Image] = []
     traces = []
     start = time.process_time()
@@ -154,7 +158,7 @@ def sample(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         negative = None if negative_prompt is None else [negative_prompt] * len(texts)
         with attach(base.pipe) if attach else nullcontext() as trace:
-            images += base.pipe(texts, negative_prompt=negative, generator=generators, **SETTINGS).images
+            images += base.pipe(texts, negative_prompt=negative, generator=generators, **SETTINGS | options).images
             traces.append(trace)
     return images, time.process_time() - start, traces
 
