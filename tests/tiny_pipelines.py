@@ -185,7 +185,7 @@ def token(
                 "strength": 2.0,
                 "max_timestep": 1000,
                 "dilation": 1,
-                "memory": 0.5,
+                "memory": 0.9,
                 "reuse_steps": 1,
                 **(guidance or {}),
             }
@@ -284,6 +284,7 @@ def reference_guard(
             return call(condition.hidden_states.expand(len(sample), -1, -1), **added).chunk(2)[1]
 
         eps_u, eps_p = call(encoder_hidden_states).chunk(2)
+        time = float(timestep)
         queries = {name: (query.chunk(2)[1], keys) for name, (query, keys) in kept.items()}
         cams = [_cam(pipe, token, k, queries, sample.shape[-2:]) for k, token in enumerate(tokens)]
         predictions = [under(condition) for condition in safety]
@@ -292,7 +293,7 @@ def reference_guard(
             gates, pushes = [torch.zeros_like(eps_p[i])], [torch.zeros_like(eps_p[i])]
             for k, token in enumerate(tokens):
                 gate, push = _guide(
-                    token, states[k], i, cams[k][i], eps_u[i], eps_p[i], predictions[k][i], mask, strength
+                    token, states[k], i, time, cams[k][i], eps_u[i], eps_p[i], predictions[k][i], mask, strength
                 )
                 gates.append(gate.expand_as(eps_p[i]))
                 pushes.append(push)
@@ -327,7 +328,7 @@ def reference_ddim(pipe: Any, token: GuidelineToken, guidance_scale: float, num_
             eps_p = pipe.unet(latents, t, hidden[2:4]).sample
             cams, eps = _cam(pipe, token, 0, kept, latents.shape[-2:]), []
             for i in range(2):
-                gate, push = _guide(token, state, i, cams[i], eps_u[i], eps_p[i], eps_cs[i])
+                gate, push = _guide(token, state, i, t, cams[i], eps_u[i], eps_p[i], eps_cs[i])
                 eps.append(eps_u[i] + guidance_scale * ((1 - gate) * (eps_p[i] - eps_u[i]) - push))
             now, then = alphas[t], alphas[max(t - stride, 0)]
             image = (latents - (1 - now).sqrt() * torch.stack(eps)) / now.sqrt()
@@ -365,6 +366,7 @@ def _guide(
     token: GuidelineToken,
     state: dict[Any, Any],
     i: int,
+    time: float,
     cam: Tensor,
     eps_u: Tensor,
     eps_p: Tensor,
@@ -402,6 +404,7 @@ def _guide(
                     max(y - own.dilation, 0) : y + own.dilation + 1, max(x - own.dilation, 0) : x + own.dilation + 1
                 ]
                 gate[y, x] = ((near.max() - low) / (high - low)).clamp(0, 1)
-    gate = torch.maximum(gate, own.memory * state.get(("gate", i), shut))
-    state["gate", i] = gate
+    last, then = state.get(("gate", i), (shut, time))
+    gate = torch.maximum(gate, own.memory ** ((then - time) / 40) * last)
+    state["gate", i] = gate, time
     return (gate * min(strength, 1) if own.form == "drop" else shut)[None], gate * push

@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SCRIPTS = ("detect", "optimize", "codec", "cost", "guide")
-JOBS = (("detect",), ("optimize",), ("cost", "--only", "large"), ("cost", "--only", "bundled"), ("codec",))
-"""Script and options, in the order in which they begin; ``guide`` follows. ``detect`` makes the token of the rest."""
+JOBS = (("detect",), ("cost", "--only", "large"), ("optimize",), ("cost", "--only", "bundled"), ("codec",))
+"""Script and options, in the order in which they begin; ``guide`` follows. ``detect`` makes the token that the rest
+take: at once, before ``optimize`` begins."""
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost half of a small machine
     "GOMP_SPINCOUNT": "0",

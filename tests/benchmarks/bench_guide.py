@@ -13,12 +13,13 @@ kept for so many denoiser calls.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import bench_world as bench
 import numpy as np
@@ -31,6 +32,7 @@ from dagkit import demo
 from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.guard import SEGAGuard, SLDGuard
+from dagkit.guidance import SLD_PRESETS, SEGAPreset, SLDPreset
 from dagkit.judges.demo import peaks
 
 SHARD = 25
@@ -44,7 +46,17 @@ STRONGEST = "sld-max"
 """The peer that erases as well, so the one that the change outside is compared with."""
 RECIPE_OF = {"dag": "default", "paper": "paper", "word": "word"}
 
+PUBLISHED_STEPS = 50
+"""Steps of the runs for which SLD and SEGA give their warm-ups."""
+
 Attach = Callable[[Any], AbstractContextManager[Any]]
+Preset = TypeVar("Preset", SLDPreset, SEGAPreset)
+
+
+def warmed_up(preset: Preset) -> Preset:
+    """A peer's constants, its warm-up cut to the number of steps here: it acts from the same timestep on."""
+    share = int(bench.SETTINGS["num_inference_steps"]) / PUBLISHED_STEPS
+    return preset._replace(warmup_steps=math.floor(share * preset.warmup_steps))
 
 
 def attach(method: str, base: BaseModel) -> Attach | None:
@@ -52,9 +64,9 @@ def attach(method: str, base: BaseModel) -> Attach | None:
     if method in ("none", "negative"):
         return None
     if method.startswith("sld-"):
-        return SLDGuard(bench.SAFETY_PROMPT, method.removeprefix("sld-")).attach
+        return SLDGuard(bench.SAFETY_PROMPT, warmed_up(SLD_PRESETS[method.removeprefix("sld-")])).attach
     if method == "sega":
-        return SEGAGuard(bench.SAFETY_PROMPT).attach
+        return SEGAGuard(bench.SAFETY_PROMPT, warmed_up(SEGAPreset())).attach
     token = bench.token(base, RECIPE_OF.get(method, "default"))
     if method == "word":  # its map never tells safe from unsafe images, so nothing waits for certainty
         thresholds = token.record.thresholds

@@ -185,6 +185,9 @@ class OnlyQueries:
             layer.to_q(layer.pattern * latents[:, 0, 0, 0, None, None])
         return latents
 
+    def before_condition(self, pipe: Any) -> Sequence[torch.nn.Module]:
+        return ()
+
     def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
         return {"text_encoder": "", "key_projections": ""}
 

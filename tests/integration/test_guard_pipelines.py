@@ -36,9 +36,10 @@ def draw(pipe: Any, **changes: Any) -> Tensor:
 
 
 def leftovers(pipe: Any) -> int:
-    """Hooks on the denoiser and all below it, and methods put on the scheduler."""
+    """Hooks on the denoiser and all below it, and methods put on its parts or on the scheduler."""
     hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.unet.modules())
-    return hooks + ("step" in vars(pipe.scheduler))
+    patches = sum("forward" in vars(part) for part in pipe.unet.modules() if part is not pipe.unet)
+    return hooks + patches + ("step" in vars(pipe.scheduler))
 
 
 def check(
@@ -781,6 +782,90 @@ def second_token(pipe: Any, **options: Any) -> GuidelineToken:
     """Another concept, with another safety prompt, found in every sample."""
     token = tiny.token(pipe, seed=9, thresholds=Thresholds(highlight=(0.45,), edit=(0.3,), certain=(0.3,)), **options)
     return replace(token, record=token.record.model_copy(update={"safety_prompt": "a knife", "concept": "knife"}))
+
+
+def first_modules(pipe: Any) -> tuple[nn.Module, nn.Module]:
+    """The first ResNet block and the first self-attention."""
+    down = pipe.unet.down_blocks[0]
+    return down.resnets[0], down.attentions[0].transformer_blocks[0].attn1
+
+
+def calls_of(pipe: Any, token: GuidelineToken, *modules: nn.Module) -> tuple[list[int], Tensor]:
+    """How often parts of the denoiser run in a guarded run, and its latents."""
+    counts = [0] * len(modules)
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            counts[index] += 1
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(count(index)) for index, module in enumerate(modules)]
+    with token.guard(reuse_steps=1).attach(pipe):
+        latents = draw(pipe)
+    for handle in handles:
+        handle.remove()
+    return counts, latents
+
+
+def test_what_comes_before_the_text_is_computed_once(pipe: Any) -> None:
+    token = tiny.half_firing(pipe, lambda: draw(pipe))
+    resnet, attention = first_modules(pipe)
+    parts = (resnet.conv1, attention.to_q, pipe.unet.up_blocks[-1].resnets[0].conv1)
+    counts, shared = calls_of(pipe, token, *parts)
+    assert counts[0] == counts[1] == tiny.STEPS < counts[2]
+    handle = attention.register_forward_hook(lambda *_: None)  # nobody knows what another's hook does
+    again, whole = calls_of(pipe, token, *parts)
+    handle.remove()
+    assert again == [counts[2]] * 3
+    assert torch.allclose(shared, whole, atol=1e-5 * float(whole.abs().max()))
+    assert leftovers(pipe) == 0
+
+
+def patched(pipe: Any) -> None:
+    attention = first_modules(pipe)[1]
+    attention.forward = attention.forward
+
+
+def merged(pipe: Any) -> None:
+    """As token merging does: the block is of a class of its own."""
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.__class__ = type("MergingBlock", (type(block),), {})
+
+
+def compiled(pipe: Any) -> None:
+    first_modules(pipe)[1].compile()
+
+
+@pytest.mark.parametrize("change", [patched, merged, compiled])
+def test_modules_that_others_changed_are_left_alone(change: Callable[[Any], None]) -> None:
+    pipe = tiny.sd()
+    family = families.match(pipe)
+    assert list(family.before_condition(pipe)) == list(first_modules(pipe))
+    change(pipe)
+    assert family.before_condition(pipe) == []
+
+
+def test_sdxls_text_enters_with_the_timestep_so_nothing_comes_before_it() -> None:
+    pipe = tiny.sdxl()
+    assert families.match(pipe).before_condition(pipe) == []
+
+
+def test_a_safety_forward_that_fails_leaves_the_denoiser_as_it_was(pipe: Any) -> None:
+    token = tiny.half_firing(pipe, lambda: draw(pipe))
+    resnet, plain = first_modules(pipe)[0], draw(pipe)
+    output = pipe.unet.conv_out
+
+    def fail(_module: Any, _args: Any, _output: Any) -> None:
+        if "forward" in vars(resnet):
+            raise RuntimeError("out of memory")
+
+    handle = output.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"), token.guard().attach(pipe):
+        draw(pipe)
+    handle.remove()
+    assert leftovers(pipe) == 0
+    assert torch.equal(draw(pipe), plain)
 
 
 @pytest.mark.parametrize("forms", [("drop", "drop"), ("drop", "subtract"), ("subtract", "subtract")], ids="+".join)

@@ -63,6 +63,20 @@ def test_a_ramp_without_width_is_a_step() -> None:
     assert torch.equal(guidance.soft_gate(field([0.29, 0.31]), 0.3, 0.3), field([0.0, 1.0]))
 
 
+@pytest.mark.parametrize(("elapsed", "expected"), [(0, [0.3, 0.8]), (40, [0.3, 0.4]), (20, [0.3, 0.8 * 0.5**0.5])])
+def test_a_gate_is_remembered_for_timesteps_not_for_calls(elapsed: float, expected: list[float]) -> None:
+    gate, last = field([0.3, 0.2]), field([0.1, 0.8])
+    torch.testing.assert_close(guidance.remember(gate, last, 0.5, elapsed), field(expected))
+
+
+def test_many_steps_remember_as_long_as_few() -> None:
+    shut, many = field([0.0, 0.0]), field([1.0, 0.5])
+    few = guidance.remember(shut, many, 0.9, 120)
+    for _ in range(6):
+        many = guidance.remember(shut, many, 0.9, 20)
+    torch.testing.assert_close(many, few)
+
+
 @pytest.mark.parametrize(("min_area", "expected"), [(0.0, 0.9), (0.25, 0.9), (0.26, 0.5), (0.5, 0.5), (1.0, 0.1)])
 def test_the_score_is_what_an_area_reaches(min_area: float, expected: float) -> None:
     assert guidance.score(field([0.1, 0.9], [0.5, 0.3]), min_area).item() == pytest.approx(expected)

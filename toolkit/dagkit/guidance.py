@@ -22,6 +22,8 @@ from torch import Tensor
 
 FORMS: Final = ("drop", "paper", "subtract")
 MASKS: Final = ("sld", "sega")
+MEMORY_TIMESTEPS: Final = 40
+"""Of the 1000: after so many, one step of a run of 25, the share ``memory`` of a gate is left."""
 AREA_GAIN: Final = 5.0
 MAGNITUDE_CAP: Final = 5.0
 
@@ -107,6 +109,23 @@ def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0) -> 
     if dilation:
         gate = F.max_pool2d(gate[:, None], 2 * dilation + 1, stride=1, padding=dilation)[:, 0]
     return gate
+
+
+def remember(gate: Tensor, last: Tensor, memory: float, elapsed: float) -> Tensor:
+    """``max(gate, memory ** (elapsed / 40) * last)``: what was pushed out does not grow again once it is not seen.
+
+    Counted in timesteps, so that runs of many and of few steps remember equally long.
+
+    Args:
+        gate: (B, H, W) in [0, 1], of this call.
+        last: (B, H, W) in [0, 1], what this function returned in the call before.
+        memory: share that is left after ``MEMORY_TIMESTEPS``, in [0, 1].
+        elapsed: timesteps since the call before, >= 0; Heun's second calls may have 0.
+
+    Returns:
+        (B, H, W) in [0, 1].
+    """
+    return torch.maximum(gate, memory ** (elapsed / MEMORY_TIMESTEPS) * last)
 
 
 def score(cam: Tensor, min_area: float) -> Tensor:

@@ -58,6 +58,13 @@ class Family(Protocol):
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """One forward pass of the denoiser without guidance: (B, C, h, w)."""
 
+    def before_condition(self, pipe: Any) -> Sequence[nn.Module]:
+        """Modules of the denoiser whose output depends on latents and timestep alone; empty where nobody can be sure.
+
+        Each is called once in a forward pass and returns one tensor, rows first. Guards run them once for a denoiser
+        call and its safety forwards.
+        """
+
     def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Sketches of ``text_encoder`` and ``key_projections``; compare them with ``sketch.difference``."""
 

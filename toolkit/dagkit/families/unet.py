@@ -110,6 +110,33 @@ class UNetFamily:
         """``added_cond_kwargs`` of a plain forward pass; None where the architecture has none."""
         return None
 
+    def before_condition(self, pipe: Any) -> list[nn.Module]:
+        """The first ResNet block and self-attention of a U-Net whose first block attends to the text.
+
+        Empty where the condition also enters by the time embedding (SDXL), and where a module on the way is compiled,
+        hooked, patched or not diffusers' own: what such code does with its input, nobody knows.
+        """
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.attention_processor import Attention
+        from diffusers.models.resnet import ResnetBlock2D
+        from diffusers.models.transformers.transformer_2d import Transformer2DModel
+        from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        unet = self.denoiser(pipe)
+        if type(unet) is not UNet2DConditionModel or unet.config.addition_embed_type is not None:
+            return []
+        down = unet.down_blocks[0]
+        if type(down) is not CrossAttnDownBlock2D or type(down.attentions[0]) is not Transformer2DModel:
+            return []
+        resnet, block = down.resnets[0], down.attentions[0].transformer_blocks[0]
+        if type(resnet) is not ResnetBlock2D or type(block) is not BasicTransformerBlock or block.only_cross_attention:
+            return []
+        if type(block.attn1) is not Attention:
+            return []
+        way = (unet.conv_in, down, resnet, down.attentions[0], block, block.attn1)
+        return [] if any(map(_is_altered, way)) else [resnet, block.attn1]
+
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
         """The text encoders whose outputs make ``encoder_hidden_states``."""
         return [pipe.text_encoder]
@@ -127,6 +154,16 @@ class UNetFamily:
                 "offloading."
             )
         return {"text_encoder": sketch(encoders), "key_projections": sketch(keys)}
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether a call does anything but the class's own ``forward``."""
+    return bool(
+        module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    )
 
 
 def _level(name: str, num_levels: int) -> int:

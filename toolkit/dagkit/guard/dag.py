@@ -172,7 +172,7 @@ class Guard(PipelineGuard):
         firing, reasons = self._decide(context, [bool(row[4]) for row in seen], [row[3] for row in seen])
         strengths, change = [0.0] * len(seen), None
         if self.mode == "guide" and self.strength > 0:
-            gates = self._gates(run.memory, cam, edit, highlight, firing)
+            gates = self._gates(context, cam, edit, highlight, firing)
             rows = (
                 [] if gates is None else [row for row, peak in enumerate(gates.flatten(1).amax(1).tolist()) if peak > 0]
             )
@@ -233,20 +233,21 @@ class Guard(PipelineGuard):
         return "concept found" if is_sure else "edited, but nothing highlighted" if share else _BELOW
 
     def _gates(
-        self, memory: dict[str, Any], cam: Tensor, edit: float, highlight: float, firing: Sequence[bool]
+        self, context: Context, cam: Tensor, edit: float, highlight: float, firing: Sequence[bool]
     ) -> Tensor | None:
         """The map (B, H, W) by which each sample is changed; None where none is."""
         if self.form == "paper":
             return guidance.paper_scale(cam, edit, highlight, self.thresholds.max_area)
         if not any(firing):
             return None
-        own = self.token.record.guidance
+        own, memory, timestep = self.token.record.guidance, context.run.memory, context.timestep
         gates = guidance.soft_gate(cam, edit, highlight, own.dilation)
         if not all(firing):
             gates = gates * torch.tensor(firing, device=cam.device)[:, None, None]
         if "gates" in memory:
-            gates = torch.maximum(gates, own.memory * memory["gates"])
-        memory["gates"] = gates
+            last, then = memory["gates"]
+            gates = guidance.remember(gates, last, own.memory, then - timestep)
+        memory["gates"] = gates, timestep
         return gates
 
     def _guide(self, context: Context, rows: list[int], gates: Tensor) -> tuple[Change, Tensor]:

@@ -42,13 +42,14 @@ class SLDGuard(_GlobalGuard):
 
     Args:
         safety_prompt: text of the concept.
-        preset: ``weak``, ``medium``, ``strong`` or ``max``.
+        preset: ``weak``, ``medium``, ``strong`` or ``max``, or constants of one's own.
     """
 
-    def __init__(self, safety_prompt: str, preset: str = "strong") -> None:
-        if preset not in guidance.SLD_PRESETS:
+    def __init__(self, safety_prompt: str, preset: str | guidance.SLDPreset = "strong") -> None:
+        if isinstance(preset, str) and preset not in guidance.SLD_PRESETS:
             raise GuardError(f"preset must be one of {', '.join(guidance.SLD_PRESETS)}, but got {preset!r}.")
-        self.safety_prompt, self.preset = safety_prompt, guidance.SLD_PRESETS[preset]
+        self.safety_prompt = safety_prompt
+        self.preset = guidance.SLD_PRESETS[preset] if isinstance(preset, str) else preset
 
     def equation(self, context: Context, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """SLD's."""

@@ -67,8 +67,8 @@ class Guidance(_Strict):
         max_timestep: from here down the guard is ever sure, and acts (not in the paper's form). Before, little of the
             picture is decided: what is changed then changes everything around it as well.
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
-        memory: share of the last step's gate that is kept in the next one, in [0, 1], so that what was pushed out
-            does not grow again as soon as it is no longer seen (not in the paper's form).
+        memory: share of a gate that is kept after 40 timesteps (one step of a run of 25), in [0, 1], so that what was
+            pushed out does not grow again as soon as it is no longer seen (not in the paper's form).
         reuse_steps: denoiser calls for which a safety prediction is kept before it is made anew; 1 = never kept.
     """
 
