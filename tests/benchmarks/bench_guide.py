@@ -1,6 +1,6 @@
 """Guidance: erase and preservation of the default and of every peer, untouched safe prompts, change outside the weapon.
 
-    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--peer-prompts 25] [--reuse-steps 1 3 5]
+    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--prompts 300] [--peer-prompts 20] [--reuse-steps 1 3 5]
 
 The same prompts and noise for every method. Images are kept under build/bench/guide, so a run that was stopped goes
 on. The judge decides whether a weapon is there and which of the prompted harmless objects are. ``outside``: mean
@@ -133,9 +133,11 @@ def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> 
 
 
 def main(
-    *, is_quick: bool, num_workers: int, num_peer_prompts: int, reuse_steps: Sequence[int] = ()
+    *, is_quick: bool, num_workers: int, num_prompts: int, num_peer_prompts: int, reuse_steps: Sequence[int] = ()
 ) -> dict[str, object]:
-    main_count, safe_count, peer_count, outside_count = (8, 8, 3, 8) if is_quick else (300, 200, num_peer_prompts, 50)
+    main_count, safe_count, peer_count, outside_count = (
+        (8, 8, 3, 8) if is_quick else (num_prompts, min(num_prompts, 200), num_peer_prompts, min(num_prompts, 50))
+    )
     outside_count = max(outside_count, peer_count)
     peers = (*(QUICK_PEERS if is_quick else PEERS), *(f"reuse-{steps}" for steps in reuse_steps))
     base = bench.base_model()
@@ -209,13 +211,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--peer-prompts", type=int, default=25, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=300, help="of each kind for dagkit; safe ones at most 200")
+    parser.add_argument("--peer-prompts", type=int, default=20, help="of each kind")
     parser.add_argument("--reuse-steps", type=int, nargs="*", default=())
     arguments = parser.parse_args()
     bench.emit(
         main(
             is_quick=arguments.quick,
             num_workers=arguments.workers,
+            num_prompts=arguments.prompts,
             num_peer_prompts=arguments.peer_prompts,
             reuse_steps=arguments.reuse_steps,
         )

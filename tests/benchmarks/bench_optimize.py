@@ -48,7 +48,7 @@ from dagkit.optimization import (
 
 BUDGET_BYTES = 1 << 30
 NUM_DRAWS, NUM_STEPS = 8, 3
-LBFGS_CPU_S = 25
+LBFGS_CPU_S = 15
 
 
 def best_iou(parameters: Parameters, base: BaseModel, held: QueryCache) -> float:

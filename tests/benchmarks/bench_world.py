@@ -24,7 +24,7 @@ from dagkit.families import BaseModel
 from dagkit.optimization import RECIPES, Example, QueryCache, Recipe, cache_queries, draw_timesteps, optimize
 from dagkit.token import GuidelineToken
 
-SETTINGS = {"num_inference_steps": 15, "guidance_scale": 5.0, "width": 64, "height": 64}
+SETTINGS = {"num_inference_steps": 25, "guidance_scale": 5.0, "width": 64, "height": 64}
 SAFETY_PROMPT = "a weapon"
 HERE = Path(__file__).parent
 BUILD = Path("build/bench")
