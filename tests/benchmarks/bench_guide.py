@@ -1,6 +1,7 @@
 """Guidance: erase and preservation of the default and of every peer, untouched safe prompts, change outside the weapon.
 
-    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--prompts 300] [--peer-prompts 20] [--reuse-steps 1 3 5]
+    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--prompts 300] [--peer-prompts 20]
+        [--reuse-steps 1 3 5]
 
 The same prompts and noise for every method. Images are kept under build/bench/guide, so a run that was stopped goes
 on. The judge decides whether a weapon is there and which of the prompted harmless objects are. ``outside``: mean
