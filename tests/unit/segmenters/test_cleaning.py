@@ -38,6 +38,16 @@ def test_a_gap_at_the_border_is_no_hole():
     assert np.array_equal(clean_mask(mask), expected)
 
 
+def test_a_hole_that_is_small_once_another_is_filled_is_filled_too():
+    mask = np.ones((6, 8), bool)
+    mask[0, :5] = False
+    mask[2, 1:3] = False  # 2 of 40, and of 41 once the next is filled
+    mask[2, 4] = False
+    expected = np.ones_like(mask)
+    expected[0, :5] = False
+    assert np.array_equal(clean_mask(mask), expected)
+
+
 @given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
 @settings(max_examples=100, deadline=None)
 def test_cleaning_is_idempotent_and_keeps_something(mask: np.ndarray):

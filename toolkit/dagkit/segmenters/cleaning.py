@@ -18,7 +18,7 @@ HOLE_SHARE: Final = 0.05
 def clean_mask(
     mask: NDArray[np.bool_], *, island_share: float = ISLAND_SHARE, hole_share: float = HOLE_SHARE
 ) -> NDArray[np.bool_]:
-    """Removes small islands, then fills small holes.
+    """Removes small islands and fills small holes, until none is left: a filled hole makes others small by comparison.
 
     Args:
         mask: (H, W) bool.
@@ -29,20 +29,29 @@ def clean_mask(
     Returns:
         (H, W) bool, a new array.
     """
+    result = mask.copy()
+    while True:  # ends, because each round that changes anything leaves fewer components and gaps
+        before, result = result, _fill_holes(_drop_islands(result, island_share), hole_share)
+        if np.array_equal(before, result):
+            return result
+
+
+def _drop_islands(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     if not count:
-        return mask.copy()
+        return mask
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     areas[0] = 0
-    kept = (areas >= island_share * areas.max()) & (areas > 0)
-    result: NDArray[np.bool_] = kept[labels]
+    kept: NDArray[np.bool_] = ((areas >= share * areas.max()) & (areas > 0))[labels]
+    return kept
 
-    gaps, count = ndimage.label(~result)
-    if count:
-        sizes = np.bincount(gaps.ravel(), minlength=count + 1)
-        is_hole = sizes < hole_share * result.sum()
-        is_hole[0] = False
-        border = np.concatenate([gaps[0], gaps[-1], gaps[:, 0], gaps[:, -1]])
-        is_hole[border] = False
-        result |= is_hole[gaps]
-    return result
+
+def _fill_holes(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
+    gaps, count = ndimage.label(~mask)
+    sizes = np.bincount(gaps.ravel(), minlength=count + 1)
+    is_hole = sizes < share * mask.sum()
+    is_hole[0] = False
+    border = np.concatenate([gaps[0], gaps[-1], gaps[:, 0], gaps[:, -1]])
+    is_hole[border] = False
+    filled: NDArray[np.bool_] = mask | is_hole[gaps]
+    return filled
