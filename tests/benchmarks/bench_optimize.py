@@ -235,8 +235,7 @@ def main(*, is_quick: bool) -> dict[str, object]:
             figures["optimize.iou_lbfgs"] = top
             figures["optimize.lbfgs_cpu_s"] = first_at(points, best)
             figures["optimize.lbfgs_best_cpu_s"] = first_at(points, top)
-    sizes = (8,) if is_quick else (2, 4, 8, 16, 32)
-    for point in data_efficiency(base, training, validation, sizes=sizes, recipe=bench.recipe()):
+    for point in () if is_quick else data_efficiency(base, training, validation, recipe=bench.recipe()):
         figures[f"optimize.iou_{point['num_images']:.0f}_images"] = point["validation_iou"]
     return {**figures, **memory(is_quick)}
 
