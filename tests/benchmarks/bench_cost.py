@@ -33,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_pipelines as tiny
 
 NUM_STEPS = 25
-"""Of a run of the large pipeline."""
-NUM_BUNDLED_STEPS = 15
+"""Of a run."""
 NUM_ACTING = sum(timestep <= Guidance().max_timestep for timestep in range(0, 1000, 1000 // NUM_STEPS))
 """Calls of a run in which the default may act; timesteps as of DDIM."""
 SHORT = 6
@@ -127,7 +126,7 @@ def bundled(is_quick: bool) -> dict[str, float]:
     token = bench.token(base)
     count = 4 if is_quick else 13
     safe, named = bench.prompts("safe", count, 801), bench.prompts("named", count, 802)
-    num_steps = NUM_BUNDLED_STEPS
+    num_steps = NUM_STEPS
     plain_safe, guarded_safe = ("plain_safe", safe, None, SHORT), ("safe", safe, token.guard(), SHORT)
     others = (
         ("plain_firing", named, None, num_steps),
