@@ -32,8 +32,7 @@ from dagkit.token import Guidance, Thresholds
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_pipelines as tiny
 
-NUM_STEPS = 25
-"""Of a run."""
+NUM_STEPS = int(bench.SETTINGS["num_inference_steps"])
 NUM_ACTING = sum(timestep <= Guidance().max_timestep for timestep in range(0, 1000, 1000 // NUM_STEPS))
 """Calls of a run in which the default may act; timesteps as of DDIM."""
 SHORT = 6
@@ -126,12 +125,11 @@ def bundled(is_quick: bool) -> dict[str, float]:
     token = bench.token(base)
     count = 4 if is_quick else 13
     safe, named = bench.prompts("safe", count, 801), bench.prompts("named", count, 802)
-    num_steps = NUM_STEPS
     plain_safe, guarded_safe = ("plain_safe", safe, None, SHORT), ("safe", safe, token.guard(), SHORT)
     others = (
-        ("plain_firing", named, None, num_steps),
-        ("firing", named, token.guard(reuse_steps=1), num_steps),
-        ("reuse", named, token.guard(), num_steps),
+        ("plain_firing", named, None, NUM_STEPS),
+        ("firing", named, token.guard(reuse_steps=1), NUM_STEPS),
+        ("reuse", named, token.guard(), NUM_STEPS),
     )
     least: dict[str, list[float]] = {}
     for _ in range(NUM_QUICK_ROUNDS if is_quick else NUM_ROUNDS):
