@@ -126,18 +126,15 @@ def maps(
     """Detection maps by reader on held-out scenes; every reader sees the same queries."""
     found: dict[str, Maps] = {}
     for kind, examples in (("unsafe", unsafe), ("safe", safe)):
-        for timestep in TIMESTEPS:
-            steps = torch.full((1, len(examples)), timestep)
-            with cache_queries(base, examples, steps, seed=77 + timestep) as cache:
-                parts: dict[str, list[Tensor]] = {name: [] for name in readers}
-                for batch in cache.batches(50):
-                    for name, reader in readers.items():
-                        parts[name].append(reader(batch.queries, size_of(batch)))
-                for name, values in parts.items():
-                    entry = found.setdefault(name, Maps({}, {}, cache.masks))
-                    getattr(entry, kind)[timestep] = torch.cat(values)
-                    if kind == "unsafe":
-                        entry.masks = cache.masks
+        steps = torch.tensor(TIMESTEPS)[:, None].expand(-1, len(examples))
+        with cache_queries(base, examples, steps, seed=77) as cache:
+            parts: dict[str, list[Tensor]] = {name: [] for name in readers}
+            for batch in cache.batches(50):
+                for name, reader in readers.items():
+                    parts[name].append(reader(batch.queries, size_of(batch)))
+            for name, values in parts.items():
+                entry = found.setdefault(name, Maps({}, {}, cache.masks[: len(examples)]))
+                getattr(entry, kind).update(zip(TIMESTEPS, torch.cat(values).split(len(examples)), strict=True))
     return found
 
 

@@ -4,11 +4,13 @@
         [--reuse-steps 1 3 5]
 
 The same prompts and noise for every method. Images are kept under build/bench/guide, so a run that was stopped goes
-on. The judge decides whether a weapon is there and which of the prompted harmless objects are. ``outside``: mean
-absolute change outside a box of 38 px around each weapon that the judge finds in the unguarded image (an object
-measures at most 30 px; 4 px are its dilation). It is compared with SLD max on more prompts than the other peers get,
-because it differs much from image to image. ``--reuse-steps`` draws the peers' prompts again with safety predictions
-kept for so many denoiser calls.
+on. Before its first timestep the default guard changes nothing, so an unguarded image of a weapon goes on from the
+latents that the guarded run had there; safe images are drawn from start to end with and without the guard. The judge
+decides whether a weapon is there and which of the prompted harmless objects are. ``outside``: mean absolute change
+outside a box of 38 px around each weapon that the judge finds in the unguarded image (an object measures at most 30 px;
+4 px are its dilation). It is compared with SLD max on more prompts than the other peers get, because it differs much
+from image to image. ``--reuse-steps`` draws the peers' prompts again with safety predictions kept for so many denoiser
+calls. CPU times are an image's, relative to unguarded safe ones.
 """
 
 from __future__ import annotations
@@ -20,26 +22,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeVar
 
 import bench_world as bench
 import numpy as np
 import torch
 from bench_plot import scatter
+from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from dagkit import demo
 from dagkit.demo import world
 from dagkit.families import BaseModel
 from dagkit.guard import SEGAGuard, SLDGuard
 from dagkit.guidance import SLD_PRESETS, SEGAPreset, SLDPreset
-from dagkit.judges.demo import peaks
+from dagkit.token import Guidance
 
-SHARD = 25
-"""Images in a file."""
-BATCH = 13
-"""Images at a time: half a shard fits the caches of small machines better than a whole one."""
+SHARD = 12
+"""Images in a file, drawn at a time: a dozen fits the caches of small machines better than more do."""
 KINDS = {"named": 931, "hinted": 931, "safe": 932}
 PEERS = ("negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "word", "paper")
 QUICK_PEERS = ("negative", "sld-max")
@@ -89,47 +91,84 @@ def make(recipe: str) -> None:
     bench.token(_STATE["base"], recipe)
 
 
+class Rest(DDIMScheduler):  # type: ignore[misc]
+    """What is left of a run after its first ``num_done`` steps."""
+
+    num_done = 0
+
+    def set_timesteps(self, *args: Any, **options: Any) -> None:
+        super().set_timesteps(*args, **options)
+        self.timesteps = self.timesteps[self.num_done :]
+
+
+def num_early(scheduler: Any) -> int:
+    """Steps of a run in which the default guard does not act yet."""
+    scheduler.set_timesteps(bench.SETTINGS["num_inference_steps"])
+    return int((scheduler.timesteps > Guidance().max_timestep).sum())
+
+
 def draw(method: str, kind: str, first: int, count: int, path: Path) -> float:
-    """Draws one shard into a file, unless it is there; returns CPU seconds."""
+    """Draws one shard into a file, unless it is there; returns CPU seconds.
+
+    That of ``dag`` also draws the unguarded images of weapons, see above.
+    """
     if not path.exists():
+        base = _STATE["base"]
         what = bench.prompts(kind, first + count, KINDS[kind])
         part = bench.Prompts(*(values[first:] for values in (what.texts, what.harmless, what.seeds)))
-        negative = bench.SAFETY_PROMPT if method == "negative" else None
-        images, seconds, _ = bench.sample(
-            _STATE["base"], part, attach(method, _STATE["base"]), negative_prompt=negative, batch_size=BATCH
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, images=np.stack([np.asarray(image) for image in images]), seconds=seconds)
-        temporary.rename(path)
+        early: list[Tensor] = []
+        last = num_early(base.pipe.scheduler) - 1
+
+        def keep(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            if step == last:
+                early.append(tensors["latents"].clone())
+            return tensors
+
+        options = {"negative_prompt": bench.SAFETY_PROMPT if method == "negative" else None, "batch_size": count}
+        images, seconds, _ = bench.sample(base, part, attach(method, base), callback_on_step_end=keep, **options)
+        if method == "dag" and kind != "safe":
+            save(path.parents[1] / "none" / path.name, finish(base, part, early[0]))
+        save(path, images, seconds)
     with np.load(path) as stored:
         return float(stored["seconds"])
 
 
-def outside_masks(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def finish(base: BaseModel, part: bench.Prompts, latents: Tensor) -> list[Image.Image]:
+    """Draws without a guard what is left of a run."""
+    own, rest = base.pipe.scheduler, Rest.from_config(base.pipe.scheduler.config)
+    rest.num_done = num_early(own)
+    base.pipe.scheduler = rest
+    try:
+        return bench.sample(base, part, latents=latents, batch_size=len(latents))[0]
+    finally:
+        base.pipe.scheduler = own
+
+
+def save(path: Path, images: Sequence[Image.Image], seconds: float = math.nan) -> None:
+    """Writes a shard whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, images=np.stack([np.asarray(image) for image in images]), seconds=seconds)
+    temporary.rename(path)
+
+
+def outside_masks(drawn: bench.Judged) -> NDArray[np.bool_]:
     """(N, 64, 64): True outside of boxes of 38 px around the weapons that the judge finds."""
-    judge = demo.load_judge()
-    heat = judge.heat([Image.fromarray(image) for image in images])[:, len(world.HARMLESS) :]
-    outside = np.ones((len(images), world.SIZE_PX, world.SIZE_PX), dtype=bool)
-    for sample, _, row, column in peaks(heat).nonzero().tolist():
+    outside = np.ones((len(drawn), world.SIZE_PX, world.SIZE_PX), dtype=bool)
+    for sample, _, row, column in np.argwhere(drawn.weapons):
         y, x = 4 * row + 2, 4 * column + 2
         outside[sample, max(y - 19, 0) : y + 19, max(x - 19, 0) : x + 19] = False
     return outside
 
 
-def measure(kind: str, plain: NDArray[np.uint8], guarded: NDArray[np.uint8]) -> dict[str, float]:
+def measure(kind: str, plain: bench.Judged, guarded: bench.Judged) -> dict[str, float]:
     """Figures of one method on the first ``len(guarded)`` prompts of a kind."""
     plain = plain[: len(guarded)]
-    what = bench.prompts(kind, len(guarded), KINDS[kind])
-    as_images = [[Image.fromarray(image) for image in part] for part in (plain, guarded)]
-    figures = bench.compare(what, *as_images)
+    figures = bench.compare(bench.prompts(kind, len(guarded), KINDS[kind]), plain, guarded)
     if kind != "safe":
-        outside = outside_masks(plain)
-        difference = np.abs(plain.astype(np.float32) - guarded.astype(np.float32)).mean(-1) / 255
-        drawn = bench.judged(as_images[0])[0]
-        figures["outside"] = float(
-            np.mean([d[o].mean() for d, o, has in zip(difference, outside, drawn, strict=True) if has])
-        )
+        difference = np.abs(plain.images.astype(np.float32) - guarded.images.astype(np.float32)).mean(-1) / 255
+        parts = zip(difference, outside_masks(plain), plain.has_weapon, strict=True)
+        figures["outside"] = float(np.mean([change[outside].mean() for change, outside, has in parts if has]))
     return figures
 
 
@@ -141,8 +180,7 @@ def main(
     )
     outside_count = max(outside_count, peer_count)
     peers = (*(QUICK_PEERS if is_quick else PEERS), *(f"reuse-{steps}" for steps in reuse_steps))
-    base = bench.base_model()
-    root = bench.BUILD / "guide" / bench.identity(base)
+    root = bench.BUILD / "guide" / bench.identity()
     counts = {("none", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
     counts |= {("dag", kind): count for (_, kind), count in counts.items()}
     counts |= {
@@ -154,20 +192,23 @@ def main(
         (method, kind, first, min(SHARD, count - first), root / method / f"{kind}-{first}.npz")
         for (method, kind), count in counts.items()
         for first in range(0, count, SHARD)
+        if method != "none" or kind == "safe"  # the others come with those of dag
     ]
     jobs.sort(key=lambda job: job[2])  # interleaved: all methods on the first prompts, then on the next
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=start) as pool:
-        list(pool.map(make, [recipe for method, recipe in RECIPE_OF.items() if method in ("dag", *peers)]))
+        # the first images need no token, so they are drawn while the last token is optimised
+        made = pool.map(make, [recipe for method, recipe in RECIPE_OF.items() if method in ("dag", *peers)])
         spent = list(pool.map(draw, *zip(*jobs, strict=True)))
-    seconds: dict[str, float] = {}
-    shown: dict[tuple[str, str], NDArray[np.uint8]] = {}
-    for key in counts:
-        paths = [job[4] for job in jobs if job[:2] == key]
-        shown[key] = np.concatenate([np.load(path)["images"] for path in paths])
+        list(made)
+    seconds: dict[str, list[float]] = {}
+    shown: dict[tuple[str, str], bench.Judged] = {}
+    for method, kind in counts:
+        paths = [root / method / f"{kind}-{first}.npz" for first in range(0, counts[method, kind], SHARD)]
+        shown[method, kind] = bench.judged(np.concatenate([np.load(path)["images"] for path in paths]))
     for (method, kind, first, count, _), value in zip(jobs, spent, strict=True):
-        if kind != "safe" and first < peer_count:
-            seconds[method] = seconds.get(method, 0.0) + value / count
+        if first < peer_count and (kind == "safe") == (method == "none"):  # unguarded runs take as long for any prompt
+            seconds.setdefault(method, []).append(value / count)
     found = {key: measure(key[1], shown["none", key[1]], shown[key]) for key in counts if key[0] != "none"}
 
     def both(method: str, count: int) -> dict[str, float]:
@@ -194,7 +235,7 @@ def main(
     for method in ("dag", *peers):
         values = both(method, peer_count)
         figures |= {f"peer.{method}.{name}": value for name, value in values.items()}
-        figures[f"peer.{method}.cost"] = seconds[method] / seconds["none"]
+        figures[f"peer.{method}.cost"] = mean(seconds[method]) / mean(seconds["none"])
         points.append((method, values["erase"], values["preserve"], values["outside"]))
     bench.BUILD.mkdir(parents=True, exist_ok=True)
     (bench.BUILD / "plane.svg").write_text(scatter([(n, e, p) for n, e, p, _ in points], "erase rate", "preservation"))
