@@ -20,7 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SCRIPTS = ("detect", "optimize", "codec", "cost", "guide")
-JOBS = (("detect",), ("cost", "--only", "large"), ("optimize",), ("cost", "--only", "bundled"), ("codec",))
+JOBS = (
+    ("detect",),
+    ("cost", "--only", "large"),
+    ("optimize",),
+    ("cost", "--only", "bundled-firing"),
+    ("cost", "--only", "bundled-safe"),
+    ("codec",),
+)
 """Script and options, in the order in which they begin; ``guide`` follows. ``detect`` makes the token that the rest
 take: at once, before ``optimize`` begins."""
 ENVIRONMENT = {
