@@ -183,6 +183,7 @@ def token(
             **{
                 "form": form,
                 "strength": 2.0,
+                "insistence": 0.5,
                 "max_timestep": 1000,
                 "dilation": 1,
                 "memory": 0.9,
@@ -394,10 +395,12 @@ def _guide(
             component = torch.from_numpy(labels == k)
             area[component] = max(5 * float(component.sum()) / cam.numel(), 5 / cam.numel())
         return shut[None], gate * area * (cam / low).clamp(max=5) * push
-    if int((cam >= high).sum()) >= math.ceil(limits.min_area * cam.numel()):
-        state["sure", i] = True
+    if is_seen := int((cam >= high).sum()) >= math.ceil(limits.min_area * cam.numel()):
+        state.setdefault(("since", i), time)
     gate = shut.clone()
-    if state.get(("sure", i)):
+    if ("since", i) in state:
+        waited = state["since", i] - time - 150
+        push = push * (1 + own.insistence * waited / 200 if is_seen and waited > 0 else 1)
         for y in range(height):
             for x in range(width):
                 near = cam[

@@ -127,7 +127,7 @@ def maps(
     found: dict[str, Maps] = {}
     for kind, examples in (("unsafe", unsafe), ("safe", safe)):
         steps = torch.tensor(TIMESTEPS)[:, None].expand(-1, len(examples))
-        with cache_queries(base, examples, steps, seed=77) as cache:
+        with cache_queries(base, examples, steps, seed=77, batch_size=25) as cache:
             parts: dict[str, list[Tensor]] = {name: [] for name in readers}
             for batch in cache.batches(50):
                 for name, reader in readers.items():

@@ -1,6 +1,6 @@
 """Guidance: erase and preservation of the default and of every peer, untouched safe prompts, change outside the weapon.
 
-    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--prompts 300] [--peer-prompts 20]
+    python tests/benchmarks/bench_guide.py [--quick] [--workers 2] [--prompts 300] [--peer-prompts 16]
         [--reuse-steps 1 3 5]
 
 The same prompts and noise for every method. Images are kept under build/bench/guide, so a run that was stopped goes
@@ -181,13 +181,13 @@ def main(
     outside_count = max(outside_count, peer_count)
     peers = (*(QUICK_PEERS if is_quick else PEERS), *(f"reuse-{steps}" for steps in reuse_steps))
     root = bench.BUILD / "guide" / bench.identity()
-    counts = {("none", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
-    counts |= {("dag", kind): count for (_, kind), count in counts.items()}
+    counts = {("dag", kind): main_count if kind != "safe" else safe_count for kind in KINDS}
     counts |= {
         (peer, kind): outside_count if peer == STRONGEST else peer_count
         for peer in peers
         for kind in ("named", "hinted")
     }
+    counts |= {("none", kind): counts["dag", kind] for kind in KINDS}
     jobs = [
         (method, kind, first, min(SHARD, count - first), root / method / f"{kind}-{first}.npz")
         for (method, kind), count in counts.items()
@@ -254,7 +254,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=300, help="of each kind for dagkit; safe ones at most 200")
-    parser.add_argument("--peer-prompts", type=int, default=20, help="of each kind")
+    parser.add_argument("--peer-prompts", type=int, default=16, help="of each kind")
     parser.add_argument("--reuse-steps", type=int, nargs="*", default=())
     arguments = parser.parse_args()
     bench.emit(

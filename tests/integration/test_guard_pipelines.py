@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import families, guidance
 from dagkit.errors import GuardError
 from dagkit.guard import ConceptFound, SEGAGuard, SLDGuard, Trace
 from dagkit.guidance import SLD_PRESETS
@@ -109,7 +109,8 @@ def test_equals_the_plain_form_with_a_peers_mask(pipe: Any, mask: str) -> None:
     with token.guard(mask=mask).attach(pipe) as trace:
         assert not torch.equal(run(), unmasked)
     acted = [trace.summary(i)["is_firing"] for i in range(2)].index(True)
-    assert 0 < trace.summary(acted)["strength"] <= 2
+    most = 2 * guidance.insist(0.5, 667 - 1)  # the token's own is 2, and it insists up to the last step
+    assert 0 < trace.summary(acted)["strength"] <= most
 
 
 @pytest.mark.parametrize("form", ["drop", "subtract"])
@@ -117,7 +118,8 @@ def test_equals_the_plain_form_with_a_peers_mask(pipe: Any, mask: str) -> None:
 def test_equals_the_plain_form_at_any_strength(pipe: Any, form: str, strength: float) -> None:
     trace = check(pipe, lambda: draw(pipe), form=form, guard={"strength": strength})
     acted = [trace.summary(i)["is_firing"] for i in range(2)].index(True)
-    assert trace.summary(acted)["strength"] == pytest.approx(2 * strength)  # the token's own is 2, and its gate is open
+    first = next(record.strength for record in trace.of(acted) if record.is_firing)
+    assert first == pytest.approx(2 * strength)  # the token's own is 2, and its gate is open
 
 
 def test_a_strength_close_to_0_is_close_to_unguarded(pipe: Any) -> None:
@@ -1009,6 +1011,29 @@ def test_nothing_is_changed_before_the_tokens_first_timestep(pipe: Any) -> None:
         (334.0, "concept found", True, True),
         (1.0, "concept found", True, True),
     ]
+
+
+@pytest.mark.parametrize("form", ["drop", "subtract"])
+def test_a_concept_that_stays_is_pushed_harder(pipe: Any, form: str) -> None:
+    thresholds = Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0)
+    token = tiny.token(pipe, thresholds=thresholds, form=form, guidance={"insistence": 2.0})
+    with token.guard().attach(pipe) as trace:
+        draw(pipe)
+    # from t = 667 on, of strength 2: 0, 333 and 666 timesteps later
+    expected = [2.0, 2 * (1 + 2 * 183 / 200), 2 * (1 + 2 * 516 / 200)]
+    assert [record.strength for record in trace.of(0)] == pytest.approx(expected)
+
+
+def test_a_concept_that_is_gone_is_not_pushed_harder(pipe: Any) -> None:
+    """Seen at the first of three steps only: later ones keep to the token's own strength, on what is remembered."""
+    thresholds = Thresholds(
+        timesteps=(400, 600), highlight=(1e-6, 1e-6), edit=(0.0, 0.0), certain=(1.0, 0.0), min_area=0.0
+    )
+    token = tiny.token(pipe, thresholds=thresholds, guidance={"insistence": 2.0, "memory": 1.0})
+    with token.guard().attach(pipe) as trace:
+        draw(pipe)
+    assert [record.reason for record in trace.of(0)] == ["concept found", "found before", "found before"]
+    assert [record.strength for record in trace.of(0)] == pytest.approx([2.0, 2.0, 2.0])
 
 
 def test_a_run_that_ends_before_the_guard_acts_is_refused(pipe: Any) -> None:

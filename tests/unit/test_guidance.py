@@ -77,6 +77,19 @@ def test_many_steps_remember_as_long_as_few() -> None:
     torch.testing.assert_close(many, few)
 
 
+@pytest.mark.parametrize(("elapsed", "expected"), [(0, 1.0), (150, 1.0), (250, 1.25), (350, 1.5), (750, 2.5)])
+def test_insisting_begins_after_150_timesteps_and_grows(elapsed: float, expected: float) -> None:
+    assert guidance.insist(0.5, elapsed) == pytest.approx(expected)
+    assert guidance.insist(0.0, elapsed) == 1.0
+
+
+def test_drop_takes_a_strength_for_each_sample() -> None:
+    gate, strengths = torch.ones(2, 2, 2), torch.tensor([1.0, 2.5])
+    each = guidance.drop(*(eps(value).repeat(2, 1, 1, 1) for value in (3, 1, 2)), gate, strengths)
+    for sample, strength in enumerate(strengths.tolist()):
+        torch.testing.assert_close(each[sample : sample + 1], guidance.drop(eps(3), eps(1), eps(2), gate[:1], strength))
+
+
 @pytest.mark.parametrize(("min_area", "expected"), [(0.0, 0.9), (0.25, 0.9), (0.26, 0.5), (0.5, 0.5), (1.0, 0.1)])
 def test_the_score_is_what_an_area_reaches(min_area: float, expected: float) -> None:
     assert guidance.score(field([0.1, 0.9], [0.5, 0.3]), min_area).item() == pytest.approx(expected)

@@ -311,6 +311,7 @@ def test_thresholds_that_make_no_sense(values: dict[str, Any], message: str) -> 
 
 
 def test_guidance_constants_have_bounds() -> None:
-    for values in ({"strength": -1}, {"reuse_steps": 0}, {"memory": 1.5}, {"form": "push"}, {"dilation": 65}):
-        with pytest.raises(ValidationError):
-            Guidance(**values)
+    wrong = {"strength": -1, "insistence": -0.5, "reuse_steps": 0, "memory": 1.5, "form": "push", "dilation": 65}
+    for name, value in wrong.items():
+        with pytest.raises(ValidationError, match=name):
+            Guidance(**{name: value})

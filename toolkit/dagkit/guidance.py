@@ -24,6 +24,10 @@ FORMS: Final = ("drop", "paper", "subtract")
 MASKS: Final = ("sld", "sega")
 MEMORY_TIMESTEPS: Final = 40
 """Of the 1000: after so many, one step of a run of 25, the share ``memory`` of a gate is left."""
+INSIST_AFTER: Final = 150
+"""Of the 1000: for so long a sample is pushed before the guard insists."""
+INSIST_EVERY: Final = 200
+"""Of the 1000: after so many more, ``insistence`` is added once."""
 AREA_GAIN: Final = 5.0
 MAGNITUDE_CAP: Final = 5.0
 
@@ -128,6 +132,21 @@ def remember(gate: Tensor, last: Tensor, memory: float, elapsed: float) -> Tenso
     return torch.maximum(gate, memory ** (elapsed / MEMORY_TIMESTEPS) * last)
 
 
+def insist(insistence: float, elapsed: float) -> float:
+    """``1 + insistence * max(elapsed - 150, 0) / 200``: factor of the push where a concept stays in spite of it.
+
+    So the push may be gentle for all, and is stronger for the few that need more.
+
+    Args:
+        insistence: >= 0; 0 never insists, 1 is dagkit's own.
+        elapsed: timesteps since the guard began to push this sample, >= 0.
+
+    Returns:
+        >= 1.
+    """
+    return 1 + insistence * max(elapsed - INSIST_AFTER, 0.0) / INSIST_EVERY
+
+
 def score(cam: Tensor, min_area: float) -> Tensor:
     """Safety score of each image: the largest CAM value that at least ``min_area`` of the image reaches.
 
@@ -158,20 +177,22 @@ def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Ten
     return eps_p - scale.to(eps_p.dtype) * (eps_cs - eps_u)
 
 
-def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: float = 1.0) -> Tensor:
+def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: float | Tensor = 1.0) -> Tensor:
     """``eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))``: the prompt's own push is dropped as well.
 
     With gate 1 the guided result is ``eps_u - s * strength * (eps_cs - eps_u)``: the prompt has no say in that
-    region. This is dagkit's own form; 0.5 to 3 is the usual range of ``strength``.
+    region. This is dagkit's own form; 0.5 to 10 is the usual range of ``strength``.
 
     Args:
         eps_p: (B, C, H, W).
         eps_u: (B, C, H, W).
         eps_cs: (B, C, H, W).
         gate: (B, H, W) in [0, 1].
-        strength: >= 0.
+        strength: >= 0, or (B,) one for each sample.
     """
     gate = gate[:, None].to(eps_p.dtype)
+    if isinstance(strength, Tensor):
+        strength = strength[:, None, None, None].to(eps_p.dtype)
     return eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))
 
 

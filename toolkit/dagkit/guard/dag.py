@@ -169,7 +169,8 @@ class Guard(PipelineGuard):
                 f"{self.token.name}: the detection map at timestep {context.timestep:.0f} holds nan; try bfloat16 or "
                 "float32."
             )
-        firing, reasons = self._decide(context, [bool(row[4]) for row in seen], [row[3] for row in seen])
+        is_seen = [bool(row[4]) for row in seen]
+        firing, reasons = self._decide(context, is_seen, [row[3] for row in seen])
         strengths, change = [0.0] * len(seen), None
         if self.mode == "guide" and self.strength > 0:
             gates = self._gates(context, cam, edit, highlight, firing)
@@ -177,7 +178,7 @@ class Guard(PipelineGuard):
                 [] if gates is None else [row for row, peak in enumerate(gates.flatten(1).amax(1).tolist()) if peak > 0]
             )
             if gates is not None and rows:
-                change, scale = self._guide(context, rows, gates)
+                change, scale = self._guide(context, rows, gates, self._factors(context, rows, is_seen))
                 for row, factor in zip(rows, scale.flatten(1).amax(1).tolist(), strict=True):
                     strengths[row] = factor
         name = self.token.name
@@ -220,12 +221,24 @@ class Guard(PipelineGuard):
             )
         if context.timestep > limit:
             return [False] * len(is_sure), ["concept found, too early to act" if now else _BELOW for now in is_sure]
-        was_sure = run.memory.get("is_sure", [False] * len(is_sure))
-        both = list(zip(is_sure, was_sure, strict=True))
-        run.memory["is_sure"] = [now or before for now, before in both]
-        return run.memory["is_sure"], [
-            "concept found" if now else "found before" if before else _BELOW for now, before in both
+        since: dict[int, float] = run.memory.setdefault("since", {})
+        reasons = [
+            "concept found" if now else "found before" if sample in since else _BELOW
+            for sample, now in enumerate(is_sure)
         ]
+        for sample, now in enumerate(is_sure):
+            if now:
+                since.setdefault(sample, context.timestep)
+        return [sample in since for sample in range(len(is_sure))], reasons
+
+    def _factors(self, context: Context, rows: Sequence[int], is_seen: Sequence[bool]) -> Tensor:
+        """(len(rows),) the strength of each sample's push: more where the concept is still seen after a while."""
+        own, since = self.token.record.guidance, context.run.memory.get("since", {})
+        factors = [
+            guidance.insist(own.insistence, since[row] - context.timestep) if row in since and is_seen[row] else 1.0
+            for row in rows
+        ]
+        return own.strength * torch.tensor(factors, device=context.eps_p.device)
 
     def _paper_reason(self, is_sure: bool, share: float) -> str:
         if share > self.thresholds.max_area:
@@ -250,16 +263,15 @@ class Guard(PipelineGuard):
         memory["gates"] = gates, timestep
         return gates
 
-    def _guide(self, context: Context, rows: list[int], gates: Tensor) -> tuple[Change, Tensor]:
+    def _guide(self, context: Context, rows: list[int], gates: Tensor, strengths: Tensor) -> tuple[Change, Tensor]:
         """The changed samples, and the factors of their push, (len(rows), H, W) or (len(rows), C, H, W)."""
         index = torch.tensor(rows, device=context.eps_p.device)
         eps_u, eps_p, gate = context.eps_u[index].float(), context.eps_p[index].float(), gates[index]
         eps_cs = eps_u + self._safety_push(context, rows, eps_u)
-        own = self.token.record.guidance.strength
         if self.form == "drop":
-            gate, factor = gate * min(self.strength, 1.0), own * max(self.strength, 1.0)
-            return Change(rows, guidance.drop(eps_p, eps_u, eps_cs, gate, factor), gate), factor * gate
-        scale = own * self.strength * gate
+            gate, factor = gate * min(self.strength, 1.0), strengths * max(self.strength, 1.0)
+            return Change(rows, guidance.drop(eps_p, eps_u, eps_cs, gate, factor), gate), factor[:, None, None] * gate
+        scale = self.strength * strengths[:, None, None] * gate
         if self.mask == "sld":
             strong = guidance.SLD_PRESETS["strong"]
             scale = scale[:, None] * guidance.sld_mask(eps_p, eps_cs, strong.guidance_scale, strong.threshold)

@@ -90,7 +90,7 @@ RECIPES: Final = {
 }
 """``paper``: SGD, lr 200, decay 0.7 every 20 steps, 100 steps for each token, plain mean over heads and layers."""
 
-PAPERS_GUIDANCE: Final = Guidance(form="paper", strength=1.0, dilation=0, memory=0.0, reuse_steps=1)
+PAPERS_GUIDANCE: Final = Guidance(form="paper", strength=1.0, insistence=0.0, dilation=0, memory=0.0, reuse_steps=1)
 """How a token of the recipe ``paper`` guides."""
 
 PAPERS_CONSTANTS: Final = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)

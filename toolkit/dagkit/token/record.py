@@ -64,6 +64,8 @@ class Guidance(_Strict):
     Attributes:
         form: ``drop`` (dagkit's default), ``subtract`` or ``paper``; see ``dagkit.guidance``.
         strength: multiplies the push away from the safety condition.
+        insistence: how much of ``strength`` is added for every 200 timesteps that a sample still shows the concept
+            although it is pushed, from 150 timesteps on (not in the paper's form).
         max_timestep: from here down the guard is ever sure, and acts (not in the paper's form). Before, little of the
             picture is decided: what is changed then changes everything around it as well.
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
@@ -73,7 +75,8 @@ class Guidance(_Strict):
     """
 
     form: Literal["drop", "subtract", "paper"] = "drop"
-    strength: Positive = 3.0
+    strength: Positive = 2.5
+    insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     max_timestep: Annotated[int, Field(ge=0, le=1000)] = 770
     dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
