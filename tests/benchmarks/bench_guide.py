@@ -188,12 +188,15 @@ def main(
         for kind in ("named", "hinted")
     }
     counts |= {("none", kind): counts["dag", kind] for kind in KINDS}
-    jobs = [
-        (method, kind, first, min(SHARD, count - first), root / method / f"{kind}-{first}.npz")
+    shards = [
+        (method, kind, first, min(SHARD, count - first))
         for (method, kind), count in counts.items()
         for first in range(0, count, SHARD)
-        if method != "none" or kind == "safe"  # the others come with those of dag
     ]
+    paths = {shard: root / shard[0] / "{1}-{2}-{3}.npz".format(*shard) for shard in shards}
+    jobs = [
+        (*shard, path) for shard, path in paths.items() if shard[0] != "none" or shard[1] == "safe"
+    ]  # the other unguarded images come with those of dag
     jobs.sort(key=lambda job: job[2])  # interleaved: all methods on the first prompts, then on the next
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=start) as pool:
@@ -203,9 +206,9 @@ def main(
         list(made)
     seconds: dict[str, list[float]] = {}
     shown: dict[tuple[str, str], bench.Judged] = {}
-    for method, kind in counts:
-        paths = [root / method / f"{kind}-{first}.npz" for first in range(0, counts[method, kind], SHARD)]
-        shown[method, kind] = bench.judged(np.concatenate([np.load(path)["images"] for path in paths]))
+    for key in counts:
+        images = [np.load(path)["images"] for shard, path in paths.items() if shard[:2] == key]
+        shown[key] = bench.judged(np.concatenate(images))
     for (method, kind, first, count, _), value in zip(jobs, spent, strict=True):
         if first < peer_count and (kind == "safe") == (method == "none"):  # unguarded runs take as long for any prompt
             seconds.setdefault(method, []).append(value / count)
