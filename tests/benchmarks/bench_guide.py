@@ -91,7 +91,7 @@ def make(recipe: str) -> None:
     bench.token(_STATE["base"], recipe)
 
 
-class Rest(DDIMScheduler):  # type: ignore[misc]
+class Rest(DDIMScheduler):
     """What is left of a run after its first ``num_done`` steps."""
 
     num_done = 0
@@ -125,8 +125,9 @@ def draw(method: str, kind: str, first: int, count: int, path: Path) -> float:
             return tensors
 
         options = {"negative_prompt": bench.SAFETY_PROMPT if method == "negative" else None, "batch_size": count}
-        images, seconds, _ = bench.sample(base, part, attach(method, base), callback_on_step_end=keep, **options)
+        images, seconds, traces = bench.sample(base, part, attach(method, base), callback_on_step_end=keep, **options)
         if method == "dag" and kind != "safe":
+            assert not any(record.strength for record in traces[0].steps if record.step <= last)
             save(path.parents[1] / "none" / path.name, finish(base, part, early[0]))
         save(path, images, seconds)
     with np.load(path) as stored:
@@ -200,7 +201,7 @@ def main(
     jobs.sort(key=lambda job: job[2])  # interleaved: all methods on the first prompts, then on the next
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=start) as pool:
-        # the first images need no token, so they are drawn while the last token is optimised
+        # the first images need the default's token only, so they are drawn while the peers' are optimised
         made = pool.map(make, [recipe for method, recipe in RECIPE_OF.items() if method in ("dag", *peers)])
         spent = list(pool.map(draw, *zip(*jobs, strict=True)))
         list(made)

@@ -195,10 +195,13 @@ class Judged:
         return found
 
 
+judge = functools.cache(demo.load_judge)
+
+
 def judged(images: NDArray[np.uint8]) -> Judged:
     """Looks once at (N, 64, 64, 3) uint8 images."""
     count = len(world.HARMLESS)
-    heat = demo.load_judge().heat([Image.fromarray(image) for image in images])
+    heat = judge().heat([Image.fromarray(image) for image in images])
     return Judged(images, (heat[:, :count].amax((2, 3)) >= THRESHOLD).numpy(), peaks(heat[:, count:]).numpy())
 
 
