@@ -21,6 +21,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
@@ -146,11 +147,18 @@ def finish(base: BaseModel, part: bench.Prompts, latents: Tensor) -> list[Image.
 
 
 def save(path: Path, images: Sequence[Image.Image], seconds: float = math.nan) -> None:
-    """Writes a shard whole or not at all."""
+    """Judges images and writes a shard whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, images=np.stack([np.asarray(image) for image in images]), seconds=seconds)
+    found = bench.judged(np.stack([np.asarray(image) for image in images]))
+    np.savez_compressed(temporary, seconds=seconds, **vars(found))
     temporary.rename(path)
+
+
+def read(paths: Sequence[Path]) -> bench.Judged:
+    """The images of several shards."""
+    shards = [np.load(path) for path in paths]
+    return bench.Judged(*(np.concatenate([shard[field.name] for shard in shards]) for field in fields(bench.Judged)))
 
 
 def outside_masks(drawn: bench.Judged) -> NDArray[np.bool_]:
@@ -198,7 +206,9 @@ def main(
     jobs = [
         (*shard, path) for shard, path in paths.items() if shard[0] != "none" or shard[1] == "safe"
     ]  # the other unguarded images come with those of dag
-    jobs.sort(key=lambda job: job[2])  # interleaved: all methods on the first prompts, then on the next
+    # interleaved: all methods on the first prompts, then on the next; what is left of the short ones goes last, so that
+    # the workers end together
+    jobs.sort(key=lambda job: (job[1] == "safe" and job[2] >= peer_count, job[2]))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=start) as pool:
         # the first images need the default's token only, so they are drawn while the peers' are optimised
@@ -206,10 +216,7 @@ def main(
         spent = list(pool.map(draw, *zip(*jobs, strict=True)))
         list(made)
     seconds: dict[str, list[float]] = {}
-    shown: dict[tuple[str, str], bench.Judged] = {}
-    for key in counts:
-        images = [np.load(path)["images"] for shard, path in paths.items() if shard[:2] == key]
-        shown[key] = bench.judged(np.concatenate(images))
+    shown = {key: read([path for shard, path in paths.items() if shard[:2] == key]) for key in counts}
     for (method, kind, first, count, _), value in zip(jobs, spent, strict=True):
         if first < peer_count and (kind == "safe") == (method == "none"):  # unguarded runs take as long for any prompt
             seconds.setdefault(method, []).append(value / count)

@@ -1,11 +1,12 @@
-"""Optimisation: CPU time against the paper's recipe, number of tokens, data efficiency, peak memory at SD 1.5's size.
+"""Optimisation: CPU time against the paper's recipe, peak memory at SD 1.5's size; variants and data efficiency.
 
-    python tests/benchmarks/bench_optimize.py [--quick]
+    python tests/benchmarks/bench_optimize.py [--quick] [--variants]
 
 ``optimize.speedup``: both recipes learn from the same cached queries; CPU time of the paper's recipe (as published:
 100 steps of SGD on all pairs) to its best validation IoU, divided by the default's CPU time to that same IoU.
-Validation is not counted. ``optimize.lbfgs_cpu_s`` and ``optimize.lbfgs_best_cpu_s``: of L-BFGS on all pairs, to the
-paper's best IoU and to its own best.
+Validation is not counted. ``--variants`` measures what has no bar as well: fewer tokens, uniform heads, no background
+tokens, a random start, fewer images, and L-BFGS on all pairs (``optimize.lbfgs_cpu_s`` and
+``optimize.lbfgs_best_cpu_s``: to the paper's best IoU and to its own best).
 
 ``optimize.memory``: of ``optimize()`` itself on 64 images x 8 timesteps at SD 1.5's size, all three caches and the
 calibration included; see ``memory``.
@@ -198,7 +199,16 @@ def status_bytes(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
-def main(*, is_quick: bool) -> dict[str, object]:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "1_tokens": {"num_tokens": 1},
+    "2_tokens": {"num_tokens": 2},
+    "uniform_heads": {"learn_head_weights": False},
+    "no_background": {"num_background": 0},
+    "random_init": {"initial_phrase": ""},
+}
+
+
+def main(*, is_quick: bool, has_variants: bool) -> dict[str, object]:
     base = bench.base_model()
     training, validation = bench.annotated(24)
     figures: dict[str, object] = {}
@@ -219,28 +229,24 @@ def main(*, is_quick: bool) -> dict[str, object]:
         figures["optimize.default_cpu_s"] = first_at(fast, best)
         figures["optimize.speedup"] = first_at(slow, best) / first_at(fast, best)
         figures["optimize.iou_4_tokens"] = figures["optimize.default_iou"]
-        variants: dict[str, dict[str, Any]] = {
-            "1_tokens": {"num_tokens": 1},
-            "2_tokens": {"num_tokens": 2},
-            "uniform_heads": {"learn_head_weights": False},
-            "no_background": {"num_background": 0},
-            "random_init": {"initial_phrase": ""},
-        }
-        for name, options in ({} if is_quick else variants).items():
-            points = run(replace(bench.recipe(), **options), 60)
-            figures[f"optimize.iou_{name}"] = max(value for _, value in points)
-        if not is_quick:
+        if has_variants:
+            for name, options in VARIANTS.items():
+                points = run(replace(bench.recipe(), **options), 60)
+                figures[f"optimize.iou_{name}"] = max(value for _, value in points)
             points = lbfgs(base, cache, held, training)
             top = max(value for _, value in points)
             figures["optimize.iou_lbfgs"] = top
             figures["optimize.lbfgs_cpu_s"] = first_at(points, best)
             figures["optimize.lbfgs_best_cpu_s"] = first_at(points, top)
-    for point in () if is_quick else data_efficiency(base, training, validation, recipe=bench.recipe()):
-        figures[f"optimize.iou_{point['num_images']:.0f}_images"] = point["validation_iou"]
+    if has_variants:
+        for point in data_efficiency(base, training, validation, recipe=bench.recipe()):
+            figures[f"optimize.iou_{point['num_images']:.0f}_images"] = point["validation_iou"]
     return {**figures, **memory(is_quick)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    bench.emit(main(is_quick=parser.parse_args().quick))
+    parser.add_argument("--variants", action="store_true", help="measure what has no bar as well")
+    arguments = parser.parse_args()
+    bench.emit(main(is_quick=arguments.quick, has_variants=arguments.variants))

@@ -194,9 +194,11 @@ def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: fl
     Returns:
         (B, heads, N) float32 in [0, 1].
     """
-    # rows before positions: softmax and sum then run over whole lines of memory
-    logits = torch.einsum("bhnd,hld->bhln", queries.float(), keys.float() * scale)
-    return logits.softmax(2)[:, :, -num_guideline:].sum(2)
+    size, heads, positions, width = queries.shape
+    # the positions of all samples last: no copies, and softmax and sum run over whole lines of memory
+    lines = queries.float().transpose(1, 2).reshape(size * positions, heads, width).permute(1, 2, 0)
+    share = torch.bmm(keys.float() * scale, lines).softmax(1)[:, -num_guideline:].sum(1)
+    return share.unflatten(1, (size, positions)).transpose(0, 1)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
