@@ -117,11 +117,12 @@ def blocks(unet: Any) -> list[torch.nn.Module]:
 
 
 def large(device: str, side: int) -> dict[str, float]:
-    pipe = large_pipeline().to(device, torch.float16 if device == "cuda" else torch.float32)
+    pipe = large_pipeline()
+    token = tiny.token(pipe, thresholds=NEVER)
+    pipe.to(device, torch.float16 if device == "cuda" else torch.float32)
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     hidden = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(1))
     latents, hidden = latents.to(pipe.unet.device, pipe.unet.dtype), hidden.to(pipe.unet.device, pipe.unet.dtype)
-    token = tiny.token(pipe, thresholds=NEVER)
     never, always = token.guard(), token.guard(thresholds=ALWAYS, reuse_steps=2)
     clock = Clock(pipe.unet)
 

@@ -195,10 +195,10 @@ def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: fl
         (B, heads, N) float32 in [0, 1].
     """
     size, heads, positions, width = queries.shape
-    # the positions of all samples last: no copies, and softmax and sum run over whole lines of memory
+    # the positions of all samples last: nothing but half precision is copied, and softmax and sum run over whole lines of memory
     lines = queries.float().transpose(1, 2).reshape(size * positions, heads, width).permute(1, 2, 0)
     share = torch.bmm(keys.float() * scale, lines).softmax(1)[:, -num_guideline:].sum(1)
-    return share.unflatten(1, (size, positions)).transpose(0, 1)
+    return share.reshape(heads, size, positions).transpose(0, 1)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -221,7 +221,7 @@ def cross_attention_map(
     """Detection map: the CAM of the guideline rows over heads and layers (DAG, detection).
 
     Per layer and head ``softmax(q k^T / sqrt(d_head))``, summed over the guideline rows; mean (or weighted mean) over
-    heads; bilinear resize; mean (or weighted mean) over layers.
+    heads; bilinear resize; mean (or weighted mean) over layers. Layers of one grid are summed before they are resized.
 
     Args:
         layers: name -> attention module, in the token's order.
@@ -235,21 +235,21 @@ def cross_attention_map(
     Returns:
         (B, H, W) float32 in [0, 1].
     """
-    height, width = latent_size or size
-    total: Tensor | None = None
-    offset = 0
-    for name, layer in layers.items():
-        share = attention_share(split_heads(queries[name], layer.heads), keys[name], num_guideline, layer.scale)
-        if head_weights is None:
-            pooled = share.mean(1) / len(layers)
-        else:
-            pooled = (share * head_weights[offset : offset + layer.heads, None].to(share)).sum(1)
-            offset += layer.heads
-        pooled = resize(pooled.reshape(len(pooled), *grid(pooled.shape[-1], height, width)), size)
-        total = pooled if total is None else total + pooled
-    if total is None:
+    if not layers:
         raise GuardError("no cross-attention layer was given; expected at least one.")
-    return total
+    height, width = latent_size or size
+    heads = [layer.heads for layer in layers.values()]
+    if head_weights is None:
+        head_weights = torch.cat([torch.full((count,), 1 / (count * len(heads))) for count in heads])
+    weights = head_weights.to(next(iter(queries.values())).device, torch.float32)
+    pooled: dict[tuple[int, int], Tensor] = {}
+    for (name, layer), own in zip(layers.items(), torch.split(weights, heads), strict=True):
+        share = attention_share(split_heads(queries[name], layer.heads), keys[name], num_guideline, layer.scale)
+        found = (share * own[:, None]).sum(1)
+        cells = grid(found.shape[1], height, width)
+        pooled[cells] = pooled[cells] + found if cells in pooled else found
+    first, *rest = (resize(found.reshape(-1, *cells), size) for cells, found in pooled.items())
+    return sum(rest, first)
 
 
 def word_map(
