@@ -1,7 +1,7 @@
 """Cost of the guard: CPU time against the unguarded pipeline, on an SD-1.5-sized pipeline and on the bundled model.
 
     python tests/benchmarks/bench_cost.py [--quick] [--only large bundled-safe bundled-firing]
-        [--side 48] [--device cuda]
+        [--side 48] [--images 1] [--device cuda]
 
 Guarded and unguarded calls alternate, on one thread. The large pipeline has random weights; its token never fires
 (``safe``) or fires in every call (``firing``, so at least 1.5 without reuse for the denoiser alone but for what the
@@ -116,13 +116,15 @@ def blocks(unet: Any) -> list[torch.nn.Module]:
     return [*resnets, *transformers]
 
 
-def large(device: str, side: int) -> dict[str, float]:
+def large(device: str, side: int, num_images: int) -> dict[str, float]:
     pipe = large_pipeline()
     token = tiny.token(pipe, thresholds=NEVER)
-    pipe.to(device, torch.float16 if device == "cuda" else torch.float32)
-    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-    hidden = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(1))
-    latents, hidden = latents.to(pipe.unet.device, pipe.unet.dtype), hidden.to(pipe.unet.device, pipe.unet.dtype)
+    if device == "cuda":
+        pipe.to(device, torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, side, side, generator=generator).repeat(2 * num_images, 1, 1, 1)
+    hidden = torch.randn(2, 77, 768, generator=generator).repeat_interleave(num_images, 0)
+    latents, hidden = (part.to(pipe.unet.device, pipe.unet.dtype) for part in (latents, hidden))
     never, always = token.guard(), token.guard(thresholds=ALWAYS, reuse_steps=2)
     clock = Clock(pipe.unet)
 
@@ -139,7 +141,7 @@ def large(device: str, side: int) -> dict[str, float]:
             clock.measure("firing", denoise(0))  # makes a safety prediction
             clock.measure("kept", denoise(1))  # uses it again
     for _ in range(2 if clock.is_cuda else 1):
-        clock.measure("decode", lambda: pipe.vae.decode(latents[:1]))
+        clock.measure("decode", lambda: pipe.vae.decode(latents[:num_images]))
     num_made = (NUM_STEPS + 1) // 2
     calls = {
         "safe": NUM_STEPS * clock["safe"],
@@ -199,11 +201,11 @@ def bundled_firing(is_quick: bool) -> dict[str, float]:
 PARTS = ("large", "bundled-safe", "bundled-firing")
 
 
-def main(parts: Sequence[str], *, is_quick: bool, device: str, side: int | None) -> dict[str, object]:
+def main(parts: Sequence[str], *, is_quick: bool, device: str, side: int | None, num_images: int) -> dict[str, object]:
     torch.set_num_threads(1)
     figures: dict[str, object] = {}
     if "large" in parts:
-        figures |= large(device, side or (QUICK_SIDE if is_quick else SIDE))
+        figures |= large(device, side or (QUICK_SIDE if is_quick else SIDE), num_images)
     if "bundled-safe" in parts:
         figures |= bundled_safe(is_quick)
     if "bundled-firing" in parts:
@@ -217,6 +219,15 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--side", type=int, help="of the large pipeline's latents")
+    parser.add_argument("--images", type=int, default=1, help="drawn at a time with the large pipeline")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the large pipeline")
     arguments = parser.parse_args()
-    bench.emit(main(arguments.only, is_quick=arguments.quick, device=arguments.device, side=arguments.side))
+    bench.emit(
+        main(
+            arguments.only,
+            is_quick=arguments.quick,
+            device=arguments.device,
+            side=arguments.side,
+            num_images=arguments.images,
+        )
+    )

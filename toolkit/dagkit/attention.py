@@ -195,7 +195,7 @@ def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: fl
         (B, heads, N) float32 in [0, 1].
     """
     size, heads, positions, width = queries.shape
-    # the positions of all samples last: nothing but half precision is copied, and softmax and sum run over whole lines of memory
+    # the positions of all samples last: float32 is not copied, and softmax and sum run over whole lines of memory
     lines = queries.float().transpose(1, 2).reshape(size * positions, heads, width).permute(1, 2, 0)
     share = torch.bmm(keys.float() * scale, lines).softmax(1)[:, -num_guideline:].sum(1)
     return share.reshape(heads, size, positions).transpose(0, 1)
