@@ -50,6 +50,13 @@ from dagkit.optimization import (
 BUDGET_BYTES = 1 << 30
 NUM_DRAWS, NUM_STEPS = 8, 3
 LBFGS_CPU_S = 15
+VARIANTS: dict[str, dict[str, Any]] = {
+    "1_tokens": {"num_tokens": 1},
+    "2_tokens": {"num_tokens": 2},
+    "uniform_heads": {"learn_head_weights": False},
+    "no_background": {"num_background": 0},
+    "random_init": {"initial_phrase": ""},
+}
 
 
 def best_iou(parameters: Parameters, base: BaseModel, held: QueryCache) -> float:
@@ -197,15 +204,6 @@ def status_bytes(field: str) -> int:
     """This process's ``VmRSS`` or ``VmHWM``, its peak so far (Linux; ``ru_maxrss`` would begin with the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "1_tokens": {"num_tokens": 1},
-    "2_tokens": {"num_tokens": 2},
-    "uniform_heads": {"learn_head_weights": False},
-    "no_background": {"num_background": 0},
-    "random_init": {"initial_phrase": ""},
-}
 
 
 def main(*, is_quick: bool, has_variants: bool) -> dict[str, object]:
