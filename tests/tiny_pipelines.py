@@ -185,6 +185,8 @@ def token(
                 "strength": 2.0,
                 "insistence": 0.5,
                 "max_timestep": 1000,
+                "max_step": 1000,
+                "min_start": 0,
                 "dilation": 1,
                 "memory": 0.9,
                 "reuse_steps": 1,
@@ -270,6 +272,11 @@ def reference_guard(
     replaced, plain = vars(unet).get("forward"), unet.forward
     prompts = [token.record.safety_prompt for token in tokens] + ([sld[0]] if sld else [])
     safety = [family.encode_prompt(pipe, [prompt]) for prompt in prompts]
+    nothing = family.encode_prompt(pipe, [""])
+    if getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        nothing = families.Condition(
+            0 * nothing.hidden_states, {name: 0 * value for name, value in nothing.added.items()}
+        )
     states: list[dict[Any, Any]] = [{} for _ in prompts]
 
     def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **others: Any) -> Any:
@@ -288,19 +295,23 @@ def reference_guard(
         time = float(timestep)
         queries = {name: (query.chunk(2)[1], keys) for name, (query, keys) in kept.items()}
         cams = [_cam(pipe, token, k, queries, sample.shape[-2:]) for k, token in enumerate(tokens)]
+        unconditional = encoder_hidden_states.chunk(2)[0]
+        says_nothing = torch.allclose(unconditional, nothing.hidden_states.expand_as(unconditional), atol=1e-4)
+        eps_0 = eps_u if says_nothing else under(nothing)
         predictions = [under(condition) for condition in safety]
         guided = []
         for i in range(len(eps_p)):
             gates, pushes = [torch.zeros_like(eps_p[i])], [torch.zeros_like(eps_p[i])]
             for k, token in enumerate(tokens):
                 gate, push = _guide(
-                    token, states[k], i, time, cams[k][i], eps_u[i], eps_p[i], predictions[k][i], mask, strength
+                    token, states[k], i, time, cams[k][i], eps_0[i], eps_p[i], predictions[k][i], mask, strength
                 )
+                push = push * max(1, 5 / pipe.guidance_scale)
                 gates.append(gate.expand_as(eps_p[i]))
                 pushes.append(push)
             if sld:
-                pushes.append(_sld(sld[1], states[-1], i, eps_u[i], eps_p[i], predictions[-1][i]))
-            guided.append(eps_p[i] - torch.stack(gates).amax(0) * (eps_p[i] - eps_u[i]) - torch.stack(pushes).sum(0))
+                pushes.append(_sld(sld[1], states[-1], i, eps_0[i], eps_p[i], predictions[-1][i]))
+            guided.append(eps_p[i] - torch.stack(gates).amax(0) * (eps_p[i] - eps_0[i]) - torch.stack(pushes).sum(0))
         return (torch.cat([eps_u, torch.stack(guided)]).to(sample.dtype),)
 
     with _plain_attention(unet, tokens) as kept:
@@ -330,6 +341,7 @@ def reference_ddim(pipe: Any, token: GuidelineToken, guidance_scale: float, num_
             cams, eps = _cam(pipe, token, 0, kept, latents.shape[-2:]), []
             for i in range(2):
                 gate, push = _guide(token, state, i, t, cams[i], eps_u[i], eps_p[i], eps_cs[i])
+                push = push * max(1, 5 / guidance_scale)
                 eps.append(eps_u[i] + guidance_scale * ((1 - gate) * (eps_p[i] - eps_u[i]) - push))
             now, then = alphas[t], alphas[max(t - stride, 0)]
             image = (latents - (1 - now).sqrt() * torch.stack(eps)) / now.sqrt()
@@ -399,6 +411,7 @@ def _guide(
         state.setdefault(("since", i), time)
     gate = shut.clone()
     if ("since", i) in state:
+        push = push * (1 + min(max((650 - state["since", i]) / 150, 0), 1))
         waited = state["since", i] - time - 150
         push = push * (1 + own.insistence * waited / 200 if is_seen and waited > 0 else 1)
         for y in range(height):

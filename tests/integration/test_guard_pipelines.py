@@ -766,16 +766,25 @@ def count_rows(pipe: Any, run: Callable[[], Tensor], guard: Any) -> int:
 
 
 def test_the_safety_forward_runs_for_firing_samples_only_and_is_reused(pipe: Any) -> None:
-    run = lambda: draw(pipe, num_inference_steps=6)  # noqa: E731
+    run = lambda: draw(pipe, num_inference_steps=14)  # noqa: E731
     token = tiny.half_firing(pipe, run, guidance={"memory": 1.0})
     with token.guard().attach(pipe) as trace:
         run()
-    firing = sum(record.is_firing for record in trace.steps)
-    assert 0 < firing <= 6
-    assert count_rows(pipe, run, token.guard()) == 6 * 4 + firing
-    assert count_rows(pipe, run, token.guard(reuse_steps=2)) == 6 * 4 + -(-firing // 2)
-    assert count_rows(pipe, run, token.guard(reuse_steps=100)) == 6 * 4 + 1
-    assert count_rows(pipe, run, token.guard(mode="monitor")) == 6 * 4
+    firing = [record.step for record in trace.steps if record.is_firing]
+    assert 0 < len(firing) <= 14
+    assert firing == list(range(firing[0], 14))
+    assert count_rows(pipe, run, token.guard()) == 14 * 4 + len(firing)
+    due = {step for step in firing if step % 2 == 0} | {firing[0]}
+    assert count_rows(pipe, run, token.guard(reuse_steps=2)) == 14 * 4 + len(due)
+    assert count_rows(pipe, run, token.guard(reuse_steps=100)) == 14 * 4 + 1
+    assert count_rows(pipe, run, token.guard(mode="monitor")) == 14 * 4
+
+
+def test_in_few_steps_a_safety_prediction_is_not_kept(pipe: Any) -> None:
+    """One of 166 timesteps ago, in 6 steps, says little about now."""
+    run = lambda: draw(pipe, num_inference_steps=6)  # noqa: E731
+    token = tiny.half_firing(pipe, run, guidance={"memory": 1.0})
+    assert count_rows(pipe, run, token.guard(reuse_steps=2)) == count_rows(pipe, run, token.guard())
 
 
 def second_token(pipe: Any, **options: Any) -> GuidelineToken:

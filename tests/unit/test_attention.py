@@ -160,24 +160,47 @@ def test_a_tapped_forward_is_bit_equal_and_the_tap_leaves_nothing() -> None:
         with QueryTap(base.layers) as tap:
             tap.start()
             assert torch.equal(pipe.unet(latents, 10, hidden).sample, plain)
-            queries = tap.stop()
+            queries = tap.stop(2, base.family.num_positions(pipe, base.layers, (16, 16)))
     assert {value.shape[1] for value in queries.values()} == {64, 256}
     assert not any(layer.to_q._forward_hooks for layer in base.layers.values())
 
 
-def test_the_first_pass_after_start_counts_and_only_while_recording() -> None:
+def test_a_pass_counts_only_while_recording() -> None:
     layers = {"a": Layer()}
     with QueryTap(layers) as tap:
         tap.start()
         layers["a"].to_q(torch.ones(1, 1, 2))
-        layers["a"].to_q(torch.zeros(1, 1, 2))
-        assert torch.equal(tap.stop()["a"], torch.ones(1, 1, 2))
+        assert torch.equal(tap.stop(1, {"a": 1})["a"], torch.ones(1, 1, 2))
         layers["a"].to_q(torch.zeros(1, 1, 2))
         tap.start()
         with pytest.raises(
             GuardError, match=r"queries of 1 of 1 layers were not seen \(first: a\).*torch._dynamo.reset"
         ):
-            tap.stop()
+            tap.stop(1, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([torch.ones(2, 4, 2)] * 2, r"layer a with processor NoneType projected queries 2 times"),
+        (
+            [torch.ones(1, 4, 2)] * 2,
+            r"projected queries 2 times, last of shape \(1, 4, 2\); expected once, of shape \(2, 4",
+        ),
+        ([torch.ones(1, 4, 2)], r"1 times, last of shape \(1, 4, 2\)"),
+        ([torch.ones(2, 1, 2)], r"1 times, last of shape \(2, 1, 2\)"),
+        ([torch.ones(8, 2)], r"1 times, last of shape \(8, 2\)"),
+    ],
+    ids=["twice", "row by row", "half of the rows", "positions merged", "flat"],
+)
+def test_what_cannot_be_the_queries_of_the_image_is_refused(inputs: list[Tensor], message: str) -> None:
+    layers = {"a": Layer()}
+    with QueryTap(layers) as tap:
+        tap.start()
+        for value in inputs:
+            layers["a"].to_q(value)
+        with pytest.raises(GuardError, match=message):
+            tap.stop(2, {"a": 4})
 
 
 def test_a_projection_that_was_replaced_is_hooked_again() -> None:
@@ -186,7 +209,7 @@ def test_a_projection_that_was_replaced_is_hooked_again() -> None:
         layers["a"].to_q = nn.Linear(2, 2, bias=False)
         tap.start()
         layers["a"].to_q(torch.ones(1, 1, 2))
-        assert tap.stop()["a"].shape == (1, 1, 2)
+        assert tap.stop(1, {"a": 1})["a"].shape == (1, 1, 2)
     assert not layers["a"].to_q._forward_hooks
 
 

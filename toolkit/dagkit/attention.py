@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 from dagkit.errors import GuardError
 
@@ -48,13 +49,18 @@ class _Store:
     def __init__(self) -> None:
         self.is_recording = False
         self.queries: dict[str, Tensor] = {}
+        self.num_calls: dict[str, int] = {}
 
     def hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if self.is_recording and name not in self.queries:  # first wins: a nested safety forward must not overwrite
+            if self.is_recording:
                 self.queries[name] = output
+                self.num_calls[name] = self.num_calls.get(name, 0) + 1
 
         return keep
+
+    def clear(self) -> None:
+        self.queries, self.num_calls = {}, {}
 
 
 class QueryTap:
@@ -85,7 +91,7 @@ class QueryTap:
             handle.remove()
         self._handles.clear()
         self._store.is_recording = False
-        self._store.queries = {}
+        self._store.clear()
 
     def _hook(self) -> None:
         """Hooks every ``to_q``; again where a LoRA layer or a fusion replaced the module since the last call."""
@@ -101,17 +107,23 @@ class QueryTap:
     def start(self) -> None:
         """Forgets old queries and records those of the next forward pass."""
         self._hook()
-        self._store.queries = {}
+        self._store.clear()
         self._store.is_recording = True
 
-    def stop(self) -> dict[str, Tensor]:
+    def stop(self, batch: int, num_positions: Mapping[str, int]) -> dict[str, Tensor]:
         """Ends recording and returns name -> queries (B, h*w, heads*d_head), in the denoiser's dtype.
 
+        Args:
+            batch: B, rows of the denoiser call.
+            num_positions: name -> h*w, image positions of each layer (``Family.num_positions``).
+
         Raises:
-            GuardError: a layer was not seen, e.g. because a compiled graph from before the hooks was run.
+            GuardError: a layer was not seen, e.g. because a compiled graph from before the hooks was run; or what was
+                seen cannot be the queries of all rows at all positions of the image.
         """
         self._store.is_recording = False
-        queries, self._store.queries = self._store.queries, {}
+        queries, calls = self._store.queries, self._store.num_calls
+        self._store.clear()
         missing = [name for name in self.layers if name not in queries]
         if missing:
             raise GuardError(
@@ -119,6 +131,16 @@ class QueryTap:
                 "model compiled before the guard was attached skips new hooks: call torch._dynamo.reset() and "
                 "attach again."
             )
+        for name, layer in self.layers.items():
+            shape, expected = tuple(queries[name].shape), (batch, num_positions[name])
+            if calls[name] != 1 or len(shape) != 3 or shape[:2] != expected:
+                processor = type(getattr(layer, "processor", None)).__name__
+                raise GuardError(
+                    f"layer {name} with processor {processor} projected queries {calls[name]} times, last of shape "
+                    f"{shape}; expected once, of shape ({expected[0]}, {expected[1]}, channels): all rows at all "
+                    "positions of the image. What it attends with cannot be told, so it is not guarded. Use diffusers' "
+                    "own attention processors, without token merging."
+                )
         return {name: queries[name] for name in self.layers}
 
 
@@ -151,13 +173,19 @@ def project_keys(layers: Mapping[str, Any], sequence: Tensor, lora_scale: float 
             its forward pass only, so queries and keys would differ without it.
     """
     keys = {}
-    for name, layer in layers.items():
-        rows = sequence[None].to(_dtype(layer.to_k, sequence.dtype))
-        if getattr(layer, "norm_cross", None) is not None:
-            rows = layer.norm_encoder_hidden_states(rows)
-        with _scaled_lora(layer.to_k, lora_scale):
-            keys[name] = split_heads(layer.to_k(rows), layer.heads)[0]
+    with without_autocast(sequence.device):
+        for name, layer in layers.items():
+            rows = sequence[None].to(_dtype(layer.to_k, sequence.dtype))
+            if getattr(layer, "norm_cross", None) is not None:
+                rows = layer.norm_encoder_hidden_states(rows)
+            with _scaled_lora(layer.to_k, lora_scale):
+                keys[name] = split_heads(layer.to_k(rows), layer.heads)[0]
     return keys
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the block every operation keeps its arguments' dtype, whatever ``torch.autocast`` the caller is in."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 @contextmanager
@@ -197,7 +225,8 @@ def attention_share(queries: Tensor, keys: Tensor, num_guideline: int, scale: fl
     size, heads, positions, width = queries.shape
     # the positions of all samples last: float32 is not copied, and softmax and sum run over whole lines of memory
     lines = queries.float().transpose(1, 2).reshape(size * positions, heads, width).permute(1, 2, 0)
-    share = torch.bmm(keys.float() * scale, lines).softmax(1)[:, -num_guideline:].sum(1)
+    with without_autocast(queries.device):
+        share = torch.bmm(keys.float() * scale, lines).softmax(1)[:, -num_guideline:].sum(1)
     return share.reshape(heads, size, positions).transpose(0, 1)
 
 

@@ -4,8 +4,10 @@ All of them change the conditional prediction only. A pipeline computes ``eps = 
 hands it ``eps_p'`` in place of ``eps_p``. The weights of every form are affine and sum to 1, so each holds for
 epsilon, v and sample prediction alike, and for any scheduler.
 
-Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under the safety prompt, all (B, C, H, W);
-maps are (B, H, W) and are broadcast over channels.
+Notation: ``eps_u`` unconditional, ``eps_p`` under the prompt, ``eps_cs`` under the safety prompt, ``eps_0`` where
+nothing in particular is asked for, all (B, C, H, W); maps are (B, H, W) and are broadcast over channels. ``eps_0`` is
+``eps_u``, unless a negative prompt conditions that: away from a weapon there is no push relative to a negative prompt
+"a weapon".
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ FORMS: Final = ("drop", "paper", "subtract")
 MASKS: Final = ("sld", "sega")
 MEMORY_TIMESTEPS: Final = 40
 """Of the 1000: after so many, one step of a run of 25, the share ``memory`` of a gate is left."""
+LATE: Final = 650.0
+LATEST: Final = 500.0
+"""Of the 1000: a concept first found between these is pushed up to twice as hard, as few steps are left for it."""
+REUSE_TIMESTEPS: Final = 40
+"""Of the 1000: a safety prediction is kept for at most so many, times ``reuse_steps``: in few steps it is made anew."""
+REFERENCE_SCALE: Final = 5.0
+"""Guidance scale at which the default strength was chosen."""
 INSIST_AFTER: Final = 150
 """Of the 1000: for so long a sample is pushed before the guard insists."""
 INSIST_EVERY: Final = 200
@@ -147,6 +156,43 @@ def insist(insistence: float, elapsed: float) -> float:
     return 1 + insistence * max(elapsed - INSIST_AFTER, 0.0) / INSIST_EVERY
 
 
+def hurry(since: float) -> float:
+    """``1 + clamp((650 - since) / 150, 0, 1)``: factor of the push where a concept is first found late.
+
+    In image-to-image the picture that a run starts from may show it, with few steps left to draw it anew.
+
+    Args:
+        since: timestep at which the guard began to push this sample.
+    """
+    return 1 + min(max((LATE - since) / (LATE - LATEST), 0.0), 1.0)
+
+
+def reach(guidance_scale: float) -> float:
+    """``max(1, 5 / guidance_scale)``: factor of the push, so that it does not fade where the pipeline guides weakly.
+
+    The pipeline multiplies whatever a guard adds to ``eps_p`` by its guidance scale; with this factor a push reaches as
+    far as at scale 5 at least.
+
+    Args:
+        guidance_scale: of the pipeline, > 1.
+    """
+    return max(1.0, REFERENCE_SCALE / guidance_scale)
+
+
+def is_acting(timestep: float, schedule: Sequence[float], max_timestep: float) -> bool:
+    """Whether more than half of the step that begins at a timestep lies at or below ``max_timestep``.
+
+    So runs of few steps do not lose a whole long step to a first timestep that lies a little above.
+
+    Args:
+        timestep: of this call.
+        schedule: timesteps of the run, falling.
+        max_timestep: from which the guard acts.
+    """
+    following = next((other for other in schedule if other < timestep), 0.0)
+    return timestep <= max_timestep or (timestep + following) / 2 <= max_timestep
+
+
 def score(cam: Tensor, min_area: float) -> Tensor:
     """Safety score of each image: the largest CAM value that at least ``min_area`` of the image reaches.
 
@@ -164,28 +210,28 @@ def score(cam: Tensor, min_area: float) -> Tensor:
     return flat.topk(rank, dim=1).values[:, -1]
 
 
-def subtract(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, scale: Tensor) -> Tensor:
-    """``eps_p - scale * (eps_cs - eps_u)``: pushes away from the safety condition (DAG, with ``paper_scale``).
+def subtract(eps_p: Tensor, eps_0: Tensor, eps_cs: Tensor, scale: Tensor) -> Tensor:
+    """``eps_p - scale * (eps_cs - eps_0)``: pushes away from the safety condition (DAG, with ``paper_scale``).
 
     Args:
         eps_p: (B, C, H, W).
-        eps_u: (B, C, H, W).
+        eps_0: (B, C, H, W).
         eps_cs: (B, C, H, W).
         scale: (B, H, W), or (B, C, H, W) with a mask of SLD or SEGA, >= 0; the paper's values stay below 25.
     """
     scale = scale if scale.dim() == eps_p.dim() else scale[:, None]
-    return eps_p - scale.to(eps_p.dtype) * (eps_cs - eps_u)
+    return eps_p - scale.to(eps_p.dtype) * (eps_cs - eps_0)
 
 
-def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-    """``eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))``: the prompt's own push is dropped as well.
+def drop(eps_p: Tensor, eps_0: Tensor, eps_cs: Tensor, gate: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+    """``eps_p - gate * ((eps_p - eps_0) + strength * (eps_cs - eps_0))``: the prompt's own push is dropped as well.
 
-    With gate 1 the guided result is ``eps_u - s * strength * (eps_cs - eps_u)``: the prompt has no say in that
-    region. This is dagkit's own form; 0.5 to 10 is the usual range of ``strength``.
+    With gate 1 the guided result is ``eps_u + s * (eps_0 - eps_u) - s * strength * (eps_cs - eps_0)``: there the prompt
+    has no say, as if it were empty. This is dagkit's own form; 0.5 to 10 is the usual range of ``strength``.
 
     Args:
         eps_p: (B, C, H, W).
-        eps_u: (B, C, H, W).
+        eps_0: (B, C, H, W).
         eps_cs: (B, C, H, W).
         gate: (B, H, W) in [0, 1].
         strength: >= 0, or (B,) one for each sample.
@@ -193,19 +239,19 @@ def drop(eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, gate: Tensor, strength: f
     gate = gate[:, None].to(eps_p.dtype)
     if isinstance(strength, Tensor):
         strength = strength[:, None, None, None].to(eps_p.dtype)
-    return eps_p - gate * ((eps_p - eps_u) + strength * (eps_cs - eps_u))
+    return eps_p - gate * ((eps_p - eps_0) + strength * (eps_cs - eps_0))
 
 
-def combine(eps_p: Tensor, eps_u: Tensor, guided: Sequence[Tensor], gates: Sequence[Tensor | None]) -> Tensor:
-    """Several guards at once: ``eps_p - max_i gate_i * (eps_p - eps_u) - sum_i push_i``.
+def combine(eps_p: Tensor, eps_0: Tensor, guided: Sequence[Tensor], gates: Sequence[Tensor | None]) -> Tensor:
+    """Several guards at once: ``eps_p - max_i gate_i * (eps_p - eps_0) - sum_i push_i``.
 
     The prompt's own push is dropped once, by the largest gate, and the pushes away from the safety conditions,
-    ``push_i = eps_p - gate_i * (eps_p - eps_u) - guided_i``, add up. So the order of guards does not matter, and one
+    ``push_i = eps_p - gate_i * (eps_p - eps_0) - guided_i``, add up. So the order of guards does not matter, and one
     alone gives ``guided_0``.
 
     Args:
         eps_p: (B, C, H, W), or (C, H, W) of one sample.
-        eps_u: as ``eps_p``.
+        eps_0: as ``eps_p``.
         guided: what each guard alone makes of ``eps_p``, as ``eps_p``.
         gates: each guard's gate, (B, H, W) or (H, W) in [0, 1], as of ``drop``; None where it drops nothing.
 
@@ -213,11 +259,11 @@ def combine(eps_p: Tensor, eps_u: Tensor, guided: Sequence[Tensor], gates: Seque
         As ``eps_p``, in float32 or the predictions' own dtype if that is wider.
     """
     dtype = torch.promote_types(eps_p.dtype, torch.float32)
-    eps_p, eps_u = eps_p.to(dtype), eps_u.to(dtype)
+    eps_p, eps_0 = eps_p.to(dtype), eps_0.to(dtype)
     open_gates = [gate.to(dtype) for gate in gates if gate is not None]
     dropped = torch.stack(open_gates).amax(0) - torch.stack(open_gates).sum(0) if open_gates else None
     total = eps_p + torch.stack([one.to(dtype) - eps_p for one in guided]).sum(0)
-    return total if dropped is None else total - dropped.unsqueeze(-3) * (eps_p - eps_u)
+    return total if dropped is None else total - dropped.unsqueeze(-3) * (eps_p - eps_0)
 
 
 class SLDPreset(NamedTuple):
@@ -260,13 +306,13 @@ def sld_mask(eps_p: Tensor, eps_cs: Tensor, guidance_scale: float, threshold: fl
 
 
 def sld(
-    eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SLDPreset, step: int
+    eps_p: Tensor, eps_0: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SLDPreset, step: int
 ) -> tuple[Tensor, Tensor]:
     """Safe Latent Diffusion (arXiv 2211.05105, section 3): a global push away, with momentum.
 
     With ``mask`` of ``sld_mask``, from ``warmup_steps`` on::
 
-        push      = mask * (eps_cs - eps_u) + momentum_scale * momentum
+        push      = mask * (eps_cs - eps_0) + momentum_scale * momentum
         eps_p'    = eps_p - push
         momentum' = momentum_beta * momentum + (1 - momentum_beta) * push
 
@@ -275,7 +321,7 @@ def sld(
 
     Args:
         eps_p: (B, C, H, W).
-        eps_u: (B, C, H, W).
+        eps_0: (B, C, H, W).
         eps_cs: (B, C, H, W).
         momentum: (B, C, H, W), zeros at the first step.
         preset: constants.
@@ -285,7 +331,7 @@ def sld(
         The changed ``eps_p`` and the next momentum.
     """
     mask = sld_mask(eps_p, eps_cs, preset.guidance_scale, preset.threshold)
-    push = (eps_cs - eps_u) * mask + preset.momentum_scale * momentum
+    push = (eps_cs - eps_0) * mask + preset.momentum_scale * momentum
     momentum = preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push
     return (eps_p - push if step >= preset.warmup_steps else eps_p), momentum
 
@@ -318,13 +364,13 @@ def sega_mask(push: Tensor, threshold: float) -> Tensor:
 
 
 def sega(
-    eps_p: Tensor, eps_u: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SEGAPreset, step: int, guidance_scale: float
+    eps_p: Tensor, eps_0: Tensor, eps_cs: Tensor, momentum: Tensor, preset: SEGAPreset, step: int, guidance_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Semantic Guidance away from one concept (Brack et al., NeurIPS 2023, arXiv 2301.12247, section 3).
 
     With ``mask`` of ``sega_mask``, after ``warmup_steps``::
 
-        push      = mask * edit_guidance_scale * (eps_u - eps_cs) + momentum_scale * momentum
+        push      = mask * edit_guidance_scale * (eps_0 - eps_cs) + momentum_scale * momentum
         eps_p'    = eps_p + push / guidance_scale
         momentum' = momentum_beta * momentum + (1 - momentum_beta) * push
 
@@ -334,7 +380,7 @@ def sega(
 
     Args:
         eps_p: (B, C, H, W).
-        eps_u: (B, C, H, W).
+        eps_0: (B, C, H, W).
         eps_cs: (B, C, H, W).
         momentum: (B, C, H, W), zeros at the first step.
         preset: constants.
@@ -344,7 +390,7 @@ def sega(
     Returns:
         The changed ``eps_p`` and the next momentum.
     """
-    push = preset.edit_guidance_scale * (eps_u - eps_cs)
+    push = preset.edit_guidance_scale * (eps_0 - eps_cs)
     push = torch.where(sega_mask(push, preset.threshold), push, torch.zeros_like(push))
     push = push + preset.momentum_scale * momentum
     momentum = preset.momentum_beta * momentum + (1 - preset.momentum_beta) * push

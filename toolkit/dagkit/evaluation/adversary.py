@@ -233,6 +233,8 @@ class _Measure:
     def __init__(self, base_model: BaseModel, token: GuidelineToken, latents: Tensor, tap: QueryTap) -> None:
         self._base_model, self._token, self._latents, self._tap = base_model, token, latents, tap
         self._layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
+        size = (latents.shape[-2], latents.shape[-1])
+        self._num_positions = base_model.family.num_positions(base_model.pipe, self._layers, size)
         with torch.no_grad():
             self._keys = project_keys(self._layers, token.sequence.to(latents.device))
 
@@ -247,7 +249,8 @@ class _Measure:
         latents = self._latents.repeat(num, 1, 1, 1)
         self._tap.start()
         losses = _denoising_loss(self._base_model, latents, flat, seed, embeddings.repeat(num, 1, 1))
-        scores = _relative_score(self._token, self._layers, self._tap.stop(), self._keys, latents, flat)
+        queries = self._tap.stop(len(latents), self._num_positions)
+        scores = _relative_score(self._token, self._layers, queries, self._keys, latents, flat)
         return losses.view(num, -1).mean(0), scores.view(num, -1).mean(0)
 
 

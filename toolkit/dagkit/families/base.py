@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,21 @@ class Condition:
         return Condition(self.hidden_states[index], {name: value[index] for name, value in self.added.items()})
 
 
+class Encoding(NamedTuple):
+    """How a pipeline encodes the prompts of one run; None where it leaves it to the text encoder.
+
+    Attributes:
+        clip_skip: last layers of the text encoder that are left out.
+        lora_scale: factor of all LoRA layers of the text encoder.
+    """
+
+    clip_skip: int | None = None
+    lora_scale: float | None = None
+
+
+PLAIN: Final = Encoding()
+
+
 class Family(Protocol):
     """What differs between base models. One file each; registered in ``dagkit.plugins`` as kind ``families``."""
 
@@ -49,8 +64,14 @@ class Family(Protocol):
     def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
         """Name -> attention module: the family's own choice, or exactly ``names`` (ModelError if one is missing)."""
 
-    def encode_prompt(self, pipe: Any, prompts: list[str]) -> Condition:
+    def num_positions(self, pipe: Any, names: Iterable[str], latent_size: tuple[int, int]) -> dict[str, int]:
+        """Name -> image positions of a cross-attention layer, for latents of a size (h, w)."""
+
+    def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
         """Text-encoder output of each prompt, without classifier-free guidance."""
+
+    def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
+        """Conditions of one row each that ask for nothing in particular; the model's own unconditional one first."""
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
         """(B, C, h, w) latents of RGB images of one size, scaled as the denoiser expects them."""
@@ -143,10 +164,12 @@ class BaseModel:
         Returns:
             Name -> (B, positions, heads*d_head), in the denoiser's dtype.
         """
-        with QueryTap(layers or self.layers) as tap:
+        layers = layers or self.layers
+        size = (latents.shape[-2], latents.shape[-1])
+        with QueryTap(layers) as tap:
             tap.start()
             self.family.predict(self.pipe, self.noise(latents, timesteps, seed), timesteps, condition)
-            return tap.stop()
+            return tap.stop(len(latents), self.family.num_positions(self.pipe, layers, size))
 
 
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> BaseModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagkit.families.base import Condition
+from dagkit.families.base import PLAIN, Condition, Encoding
 from dagkit.families.unet import UNetFamily, encode_with
 
 
@@ -24,6 +24,6 @@ class SD(UNetFamily):
         }
     )
 
-    def encode_prompt(self, pipe: Any, prompts: list[str]) -> Condition:
-        """(B, L, d) last hidden state after the final layer norm."""
-        return Condition(encode_with(pipe, prompts)[0])
+    def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
+        """(B, L, d) hidden state after the final layer norm, of the last layer but for ``clip_skip``."""
+        return Condition(encode_with(pipe, prompts, how)[0])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dagkit.families.base import Condition
+from dagkit.families.base import PLAIN, Condition, Encoding
 from dagkit.families.unet import UNetFamily, encode_with
 
 
@@ -27,10 +27,18 @@ class SDXL(UNetFamily):
         }
     )
 
-    def encode_prompt(self, pipe: Any, prompts: list[str]) -> Condition:
+    def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
         """(B, L, d) penultimate hidden states of both encoders side by side; ``text_embeds`` (B, p) pooled."""
-        hidden, _, pooled, _ = encode_with(pipe, prompts)
+        hidden, _, pooled, _ = encode_with(pipe, prompts, how)
         return Condition(hidden, {"text_embeds": pooled})
+
+    def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
+        """Zeros, which SDXL takes where no negative prompt is given, and the empty prompt."""
+        empty = self.encode_prompt(pipe, [""], how)
+        if not getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+            return [empty]
+        zeros = {name: torch.zeros_like(value) for name, value in empty.added.items()}
+        return [Condition(torch.zeros_like(empty.hidden_states), zeros), empty]
 
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
         """Both encoders, or the second alone in a refiner."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dagkit.errors import ModelError
-from dagkit.families.base import Condition, pixels
+from dagkit.families.base import PLAIN, Condition, Encoding, pixels
 from dagkit.families.sketch import sketch
 
 MIN_SIDE, MAX_SIDE = 16, 32
@@ -59,6 +60,11 @@ class UNetFamily:
         chosen = [name for name in layers if MIN_SIDE <= side / 2 ** levels[name] <= MAX_SIDE]
         chosen = chosen or [name for name in layers if levels[name] == min(levels.values())]
         return {name: layers[name] for name in chosen}
+
+    def num_positions(self, pipe: Any, names: Iterable[str], latent_size: tuple[int, int]) -> dict[str, int]:
+        """Cells of each layer's level; a level halves both sides of the latent, rounding up."""
+        count = len(self.denoiser(pipe).up_blocks)
+        return {name: math.prod(math.ceil(side / 2 ** _level(name, count)) for side in latent_size) for name in names}
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
         """(B, 4, h, w): mode of the VAE's posterior times its scaling factor, in the VAE's dtype.
@@ -137,6 +143,14 @@ class UNetFamily:
         way = (unet.conv_in, down, resnet, down.attentions[0], block, block.attn1)
         return [] if any(map(_is_altered, way)) else [resnet, block.attn1]
 
+    def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
+        """What the denoiser gets for each prompt."""
+        raise NotImplementedError
+
+    def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
+        """That of the empty prompt."""
+        return [self.encode_prompt(pipe, [""], how)]
+
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
         """The text encoders whose outputs make ``encoder_hidden_states``."""
         return [pipe.text_encoder]
@@ -174,9 +188,10 @@ def _level(name: str, num_levels: int) -> int:
     return int(index) if side == "down" else num_levels - 1 - int(index)
 
 
-def encode_with(pipe: Any, prompts: list[str]) -> tuple[Tensor, ...]:
+def encode_with(pipe: Any, prompts: list[str], how: Encoding) -> tuple[Tensor, ...]:
     """Calls the pipeline's own ``encode_prompt`` for prompts without guidance."""
+    options = {name: value for name, value in how._asdict().items() if value is not None}
     result: tuple[Tensor, ...] = pipe.encode_prompt(
-        prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
     )
     return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Final, Literal
 
 import torch
@@ -165,13 +167,12 @@ class Guard(PipelineGuard):
         areas, shares = (cam >= highlight).float().mean((1, 2)), (cam >= edit).float().mean((1, 2))
         seen = torch.stack([peaks, scores, areas, shares, is_sure.float()], 1).tolist()  # one transfer from a device
         if not all(math.isfinite(row[0]) for row in seen):
-            raise GuardError(
-                f"{self.token.name}: the detection map at timestep {context.timestep:.0f} holds nan; try bfloat16 or "
-                "float32."
-            )
+            raise context.not_finite(f"{self.token.name}: the detection map")
         is_seen = [bool(row[4]) for row in seen]
+        if run.step == 0:
+            self._check_run(context, is_seen)
         firing, reasons = self._decide(context, is_seen, [row[3] for row in seen])
-        strengths, change = [0.0] * len(seen), None
+        strengths, changes, change = [0.0] * len(seen), [0.0] * len(seen), None
         if self.mode == "guide" and self.strength > 0:
             gates = self._gates(context, cam, edit, highlight, firing)
             rows = (
@@ -179,8 +180,11 @@ class Guard(PipelineGuard):
             )
             if gates is not None and rows:
                 change, scale = self._guide(context, rows, gates, self._factors(context, rows, is_seen))
-                for row, factor in zip(rows, scale.flatten(1).amax(1).tolist(), strict=True):
-                    strengths[row] = factor
+                done = torch.stack([scale.flatten(1).amax(1), self._change_of(context, change)], 1).tolist()
+                for row, (factor, size) in zip(rows, done, strict=True):
+                    strengths[row], changes[row] = factor, size
+                if not all(map(math.isfinite, changes)):
+                    raise context.not_finite(f"{self.token.name}: the change")
         name = self.token.name
         for sample, (_, score, area, _, _) in enumerate(seen):
             context.trace.steps.append(
@@ -195,6 +199,7 @@ class Guard(PipelineGuard):
                     area=area,
                     strength=strengths[sample],
                     score=score,
+                    change=changes[sample],
                 )
             )
         if self.keep_maps:
@@ -208,18 +213,50 @@ class Guard(PipelineGuard):
             )
         return change
 
+    def _check_run(self, context: Context, is_sure: Sequence[bool]) -> None:
+        """Refuses a run that has too little left for the guard to act in, when it begins.
+
+        Raises:
+            GuardError: never, too coarsely or too briefly; or a picture to start from shows the concept, too late.
+        """
+        run, own, name = context.run, self.token.record.guidance, self.token.name
+        scheduler, schedule = type(context.pipe.scheduler).__name__, run.schedule
+        if self.form != "paper" and not any(guidance.is_acting(step, schedule, own.max_timestep) for step in schedule):
+            raise GuardError(
+                f"{name} acts from timestep {own.max_timestep} down, but {scheduler} ends at {schedule[-1]:.0f}, so it "
+                "would never act. Take more num_inference_steps, a later denoising_end, or the form 'paper'."
+            )
+        if self.mode != "guide" or self.strength == 0:
+            return
+        if run.end > own.max_step:
+            raise GuardError(
+                f"this run of {type(context.pipe).__name__} ends at timestep {run.end:.0f} (denoising_end), where the "
+                f"concept of {name} would come back; expected at most {own.max_step}. Set denoising_end to "
+                f"{1 - own.max_step / 1000:.2f} or more, and guard the pipeline that goes on from there as well."
+            )
+        first, length = max(
+            zip(schedule, [a - b for a, b in pairwise([*schedule, run.end])], strict=True), key=itemgetter(1)
+        )
+        if length > own.max_step:
+            raise GuardError(
+                f"{scheduler} takes a step of {length:.0f} timesteps, at {first:.0f}; {name} keeps up with at most "
+                f"{own.max_step}: in longer ones a concept is drawn before it is seen. Take more num_inference_steps, "
+                "or timesteps that lie closer."
+            )
+        if any(is_sure) and schedule[0] < own.min_start:
+            found = ", ".join(str(sample) for sample, is_found in enumerate(is_sure) if is_found)
+            raise GuardError(
+                f"what this run starts from, at timestep {schedule[0]:.0f}, shows the concept of {name} already "
+                f"(sample {found}), too late to draw it anew. Use another picture, or a strength from which the run "
+                f"starts at timestep {own.min_start} or more."
+            )
+
     def _decide(self, context: Context, is_sure: list[bool], shares: list[float]) -> tuple[list[bool], list[str]]:
         """Per sample whether it fires, and why or why not."""
         if self.form == "paper":
             return is_sure, [self._paper_reason(sure, share) for sure, share in zip(is_sure, shares, strict=True)]
         run, limit = context.run, self.token.record.guidance.max_timestep
-        if run.step == 0 and run.timesteps is not None and float(min(run.timesteps)) > limit:
-            raise GuardError(
-                f"{self.token.name} acts from timestep {limit} down, but {type(context.pipe.scheduler).__name__} ends "
-                f"at {float(min(run.timesteps)):.0f}, so it would never act. Take more num_inference_steps, or "
-                "the form 'paper'."
-            )
-        if context.timestep > limit:
+        if not guidance.is_acting(context.timestep, run.schedule, limit):
             return [False] * len(is_sure), ["concept found, too early to act" if now else _BELOW for now in is_sure]
         since: dict[int, float] = run.memory.setdefault("since", {})
         reasons = [
@@ -232,13 +269,20 @@ class Guard(PipelineGuard):
         return [sample in since for sample in range(len(is_sure))], reasons
 
     def _factors(self, context: Context, rows: Sequence[int], is_seen: Sequence[bool]) -> Tensor:
-        """(len(rows),) the strength of each sample's push: more where the concept is still seen after a while."""
+        """(len(rows),) the strength of each sample's push: more where the concept is still seen after a while.
+
+        More as well where the pipeline guides weakly, see ``guidance.reach``.
+        """
         own, since = self.token.record.guidance, context.run.memory.get("since", {})
-        factors = [
-            guidance.insist(own.insistence, since[row] - context.timestep) if row in since and is_seen[row] else 1.0
-            for row in rows
-        ]
-        return own.strength * torch.tensor(factors, device=context.eps_p.device)
+        factors = []
+        for row in rows:
+            then = since.get(row)  # None in the paper's form
+            factor = 1.0 if then is None else guidance.hurry(then)
+            if then is not None and is_seen[row]:
+                factor *= guidance.insist(own.insistence, then - context.timestep)
+            factors.append(factor)
+        strength = own.strength * guidance.reach(context.guidance_scale)
+        return strength * torch.tensor(factors, device=context.eps_p.device)
 
     def _paper_reason(self, is_sure: bool, share: float) -> str:
         if share > self.thresholds.max_area:
@@ -266,30 +310,54 @@ class Guard(PipelineGuard):
     def _guide(self, context: Context, rows: list[int], gates: Tensor, strengths: Tensor) -> tuple[Change, Tensor]:
         """The changed samples, and the factors of their push, (len(rows), H, W) or (len(rows), C, H, W)."""
         index = torch.tensor(rows, device=context.eps_p.device)
-        eps_u, eps_p, gate = context.eps_u[index].float(), context.eps_p[index].float(), gates[index]
-        eps_cs = eps_u + self._safety_push(context, rows, eps_u)
+        eps_p, gate = context.eps_p[index].float(), gates[index]
+        push, offset = self._safety_push(context, rows)
+        eps_0 = context.eps_u[index].float() + offset
+        eps_cs = eps_0 + push
         if self.form == "drop":
             gate, factor = gate * min(self.strength, 1.0), strengths * max(self.strength, 1.0)
-            return Change(rows, guidance.drop(eps_p, eps_u, eps_cs, gate, factor), gate), factor[:, None, None] * gate
+            guided = guidance.drop(eps_p, eps_0, eps_cs, gate, factor)
+            return Change(rows, guided, gate, eps_0), factor[:, None, None] * gate
         scale = self.strength * strengths[:, None, None] * gate
         if self.mask == "sld":
             strong = guidance.SLD_PRESETS["strong"]
             scale = scale[:, None] * guidance.sld_mask(eps_p, eps_cs, strong.guidance_scale, strong.threshold)
         elif self.mask == "sega":
-            scale = scale[:, None] * guidance.sega_mask(eps_cs - eps_u, guidance.SEGAPreset().threshold)
-        return Change(rows, guidance.subtract(eps_p, eps_u, eps_cs, scale)), scale
+            scale = scale[:, None] * guidance.sega_mask(push, guidance.SEGAPreset().threshold)
+        return Change(rows, guidance.subtract(eps_p, eps_0, eps_cs, scale)), scale
 
-    def _safety_push(self, context: Context, rows: Sequence[int], eps_u: Tensor) -> Tensor:
-        """``eps_cs - eps_u`` of the firing samples, anew or kept from at most ``reuse_steps - 1`` calls ago.
+    def _change_of(self, context: Context, change: Change) -> Tensor:
+        """(rows,) norm of each row's change relative to its prediction's, as the pipeline gets it."""
+        eps_p = context.eps_p[torch.tensor(list(change.rows), device=context.eps_p.device)]
+        size: Tensor = torch.linalg.vector_norm(
+            (change.guided.to(eps_p.dtype).float() - eps_p.float()).flatten(1), dim=1
+        )
+        whole: Tensor = torch.linalg.vector_norm(eps_p.float().flatten(1), dim=1)
+        return size / whole
 
-        All are made anew in the same calls, so that they share one forward.
+    def _safety_push(self, context: Context, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``eps_cs - eps_0`` and ``eps_0 - eps_u`` of the firing samples, float32, (len(rows), C, H, W) each.
+
+        Anew, or kept from at most ``reuse_steps - 1`` calls ago. All are made anew in the same calls, so that they
+        share one forward.
         """
-        kept: dict[int, tuple[int, Tensor]] = context.run.memory.setdefault("push", {})
-        step = context.run.step
+        kept: dict[int, tuple[int, float, Tensor, Tensor]] = context.run.memory.setdefault("push", {})
+        step, timestep = context.run.step, context.timestep
         is_due = step % self.reuse_steps == 0
-        stale = [row for row in rows if is_due or row not in kept or step - kept[row][0] >= self.reuse_steps]
+
+        def is_old(row: int) -> bool:
+            made, then, _, _ = kept[row]
+            return step - made >= self.reuse_steps or then - timestep > self.reuse_steps * guidance.REUSE_TIMESTEPS
+
+        stale = [row for row in rows if is_due or row not in kept or is_old(row)]
         if stale:
-            index = torch.tensor(stale, device=eps_u.device)
-            fresh = context.safety_prediction(index).float() - context.eps_u[index].float()
-            kept.update({row: (step, fresh[i]) for i, row in enumerate(stale)})
-        return torch.stack([kept[row][1] for row in rows])
+            index = torch.tensor(stale, device=context.eps_u.device)
+            eps_cs, eps_0 = (prediction.float() for prediction in context.safety_predictions(index))
+            push, offset = eps_cs - eps_0, eps_0 - context.eps_u[index].float()
+            if not bool(push.flatten(1).any(1).all()):
+                raise GuardError(
+                    f"{self.token.name}: at timestep {timestep:.0f} the denoiser predicts the same under the safety "
+                    "prompt as under none, so there is nothing to push away from and nothing can be guarded."
+                )
+            kept.update({row: (step, timestep, push[i], offset[i]) for i, row in enumerate(stale)})
+        return torch.stack([kept[row][2] for row in rows]), torch.stack([kept[row][3] for row in rows])

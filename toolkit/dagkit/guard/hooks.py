@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
+from types import MethodType, TracebackType
 from typing import Any, Final
 
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from dagkit import guidance
 from dagkit.attention import QueryTap
 from dagkit.errors import GuardError, ModelError
-from dagkit.families import Condition, Family, match
+from dagkit.families import Condition, Encoding, Family, match
 from dagkit.guard.trace import Trace
 
 NUM_TIMESTEPS: Final = 1000
+ROUNDING: Final = 0.02
+"""Share of a text row's length by which batches and half precision may move it."""
 
 
 class Call:
@@ -48,33 +51,69 @@ class Call:
         """Factor of all LoRA layers during this call alone: ``cross_attention_kwargs={"scale": ...}``."""
         return float((self.arguments.get("cross_attention_kwargs") or {}).get("scale", 1.0))
 
-    def conditional(self, rows: Tensor, condition: Condition) -> dict[str, Any]:
-        """Arguments for some samples of the conditional half, under another condition.
+    def conditional(self, rows: Tensor, conditions: Sequence[tuple[Condition, int]]) -> dict[str, Any]:
+        """Arguments for some samples of the conditional half, under other conditions.
 
         Args:
             rows: indices into the conditional half.
-            condition: of one prompt.
+            conditions: of one prompt each, with the number of rows that they are for, in order.
         """
         batch = len(self.sample)
         index = rows.to(self.sample.device) + batch // 2
         arguments = {name: _rows(value, index, batch) for name, value in self.arguments.items()}
         hidden = self.arguments["encoder_hidden_states"]
-        arguments["encoder_hidden_states"] = condition.hidden_states.to(hidden).expand(len(rows), -1, -1)
+        arguments["encoder_hidden_states"] = _repeated([(one.hidden_states, n) for one, n in conditions], hidden)
         arguments["encoder_attention_mask"] = None
-        if condition.added:
-            added = dict(arguments["added_cond_kwargs"])
-            for name, value in condition.added.items():
-                added[name] = value.to(added[name]).expand(len(rows), *value.shape[1:])
-            arguments["added_cond_kwargs"] = added
+        if added := conditions[0][0].added:
+            arguments["added_cond_kwargs"] = {
+                **arguments["added_cond_kwargs"],
+                **{
+                    name: _repeated([(one.added[name], n) for one, n in conditions], self.added[name]) for name in added
+                },
+            }
         return {**arguments, "return_dict": False}
+
+    @property
+    def added(self) -> dict[str, Any]:
+        """Further conditions of all rows by name."""
+        return self.arguments.get("added_cond_kwargs") or {}
+
+    def is_neutral(self, neutral: Sequence[Condition]) -> Tensor:
+        """(B,) bool, on the CPU: where the unconditional half asks for nothing in particular.
+
+        There its text is one of ``neutral``, and nothing else that it is conditioned on differs from the conditional
+        half. A negative prompt, other embeddings, a negative picture or other size conditions are something.
+        """
+        hidden, half = self.arguments["encoder_hidden_states"], len(self.sample) // 2
+        says_nothing = torch.zeros(half, dtype=torch.bool)
+        for condition in neutral:
+            is_this = _is_close(hidden[:half], condition.hidden_states)
+            for name, value in condition.added.items():
+                is_this &= _is_close(self.added[name][:half, None], value[:, None])
+            says_nothing |= is_this
+        others = [value for name, value in self.added.items() if not neutral or name not in neutral[0].added]
+        return says_nothing & _halves_agree(others, half)
 
 
 @dataclass
 class Run:
-    """State of one guard in one run of the pipeline: from one ``set_timesteps`` to the next."""
+    """State of one guard in one run of the pipeline: from one ``set_timesteps`` to the next.
+
+    Attributes:
+        index: from 0.
+        timesteps: the scheduler's own, by whose identity a run is known.
+        schedule: timesteps from the first call to the last, falling, each once.
+        end: timestep at which the run ends; above 0 where its latents are meant for another model.
+        batch: samples.
+        step: denoiser call, from 0.
+        timestep: of this call.
+        memory: what the guard keeps.
+    """
 
     index: int
     timesteps: Any
+    schedule: Sequence[float]
+    end: float
     batch: int
     step: int = -1
     timestep: float = math.inf
@@ -88,13 +127,15 @@ class Change:
     Attributes:
         rows: positions in the batch, from 0.
         guided: (len(rows), C, H, W), their new conditional prediction.
-        gate: (len(rows), H, W) in [0, 1], the share of the prompt's own push ``eps_p - eps_u`` that ``guided`` leaves
+        gate: (len(rows), H, W) in [0, 1], the share of the prompt's own push ``eps_p - eps_0`` that ``guided`` leaves
             out; None where it leaves out nothing.
+        eps_0: (len(rows), C, H, W) neutral prediction that ``gate`` falls back to; None without a gate.
     """
 
     rows: Sequence[int]
     guided: Tensor
     gate: Tensor | None = None
+    eps_0: Tensor | None = None
 
 
 class PipelineGuard(ABC):
@@ -102,9 +143,11 @@ class PipelineGuard(ABC):
 
     safety_prompt: str
 
-    @contextmanager
-    def attach(self, pipe: Any) -> Iterator[Trace]:
-        """Guards a pipeline inside the ``with`` block; nothing is left behind after it.
+    def attach(self, pipe: Any) -> GuardContext:
+        """Guards a pipeline inside a ``with`` block; nothing is left behind after it.
+
+            with guard.attach(pipe) as trace:
+                image = pipe("...").images[0]
 
         Several guards may be attached to one pipeline, and detached in any order; `dagkit.guidance.combine` says how
         their changes add up.
@@ -112,16 +155,14 @@ class PipelineGuard(ABC):
         Args:
             pipe: a diffusers pipeline of a known family with classifier-free guidance.
 
-        Yields:
-            The trace, filled while the pipeline runs.
+        Returns:
+            A context whose value is the trace, filled while the pipeline runs. Until it is entered the pipeline is
+            refused; one that is thrown away without it is warned of.
 
         Raises:
             GuardError: the pipeline cannot be guarded, now or in one of its calls.
         """
-        with ExitStack() as stack:
-            attachment = Attachment(self, pipe, stack)
-            yield attachment.trace
-            attachment.check_scheduler()
+        return GuardContext(self, pipe)
 
     @abstractmethod
     def prepare(self, family: Family, pipe: Any) -> Mapping[str, Any]:
@@ -136,12 +177,68 @@ class PipelineGuard(ABC):
         """The changed samples, or None to leave the output as it is."""
 
 
+class GuardContext:
+    """A guard about to be attached to a pipeline; ``PipelineGuard.attach`` makes it, ``with`` enters it, once."""
+
+    def __init__(self, guard: PipelineGuard, pipe: Any) -> None:
+        self._handle: Any = None
+        self._guard, self._pipe = guard, pipe
+        self._stack = ExitStack()
+        self._attachment: Attachment | None = None
+        self._handle = _denoiser_of(pipe).register_forward_pre_hook(_refuse_until_entered)
+
+    def __enter__(self) -> Trace:
+        if self._handle is None:
+            raise GuardError("this guard was attached before; call attach again for each with block.")
+        self._wait_no_more()
+        with self._stack:  # whatever is put on the pipeline goes again if the rest fails
+            self._attachment = Attachment(self._guard, self._pipe, self._stack)
+            self._stack = self._stack.pop_all()
+        return self._attachment.trace
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if error is None and self._attachment is not None:
+                self._attachment.check_end()
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            self._wait_no_more()
+            warnings.warn(
+                f"{type(self._pipe).__name__} is not guarded: what attach returned was never entered. Write: with "
+                "guard.attach(pipe): ...",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _wait_no_more(self) -> None:
+        self._handle.remove()
+        self._handle = None
+
+
+def _refuse_until_entered(denoiser: nn.Module, _args: Any) -> None:
+    if Chain.on(denoiser) is None:
+        raise GuardError(
+            "a guard was made for this pipeline by attach, but not entered, so nothing would be guarded. Write: with "
+            "guard.attach(pipe): ..., and draw inside it."
+        )
+
+
+def _denoiser_of(pipe: Any) -> Any:
+    try:
+        return match(pipe).denoiser(pipe)
+    except ModelError as error:
+        raise GuardError(f"{type(pipe).__name__} cannot be guarded: {error}") from error
+
+
 @dataclass
 class Context:
     """What a guard sees of one denoiser call.
 
     Attributes:
-        eps_u: (B, C, H, W) unconditional prediction.
+        eps_u: (B, C, H, W) unconditional prediction, which a negative prompt conditions as well.
         eps_p: (B, C, H, W) conditional prediction, as the denoiser made it, whatever other guards are attached.
         queries: name -> (B, positions, channels) of the conditional half; empty once ``detect`` has returned.
         layers: name -> attention module.
@@ -166,13 +263,59 @@ class Context:
     _call: Call
     cam: Tensor | None = None
 
-    def safety_prediction(self, rows: Tensor) -> Tensor:
-        """(len(rows), C, H, W): the denoiser's prediction under the safety condition, for these samples only."""
-        arguments = self._call.conditional(rows, self._attachment.condition)
-        chain = self._attachment.chain
-        with chain.common.reused(rows + len(self.eps_p)):
+    @property
+    def guidance_scale(self) -> float:
+        """The pipeline's, of this call.
+
+        Raises:
+            GuardError: the pipeline does not tell it.
+        """
+        scale = getattr(self.pipe, "guidance_scale", None)
+        if scale is None:
+            raise GuardError(
+                f"{type(self.pipe).__name__} does not tell its guidance_scale, so nobody knows how far a change would "
+                "reach, and nothing is generated."
+            )
+        return float(scale)
+
+    def not_finite(self, what: str) -> GuardError:
+        """The error for something that holds inf or nan: who made it, and what to do."""
+        at = f"{what} at timestep {self.timestep:.0f} holds inf or nan, so nothing can be guarded"
+        if bool(torch.isfinite(self._call.sample).all()):
+            return GuardError(f"{at}; try bfloat16 or float32.")
+        scheduler = self.pipe.scheduler
+        if getattr(scheduler.config, "rescale_betas_zero_snr", False) and (
+            getattr(scheduler.config, "prediction_type", None) == "epsilon"
+        ):
+            return GuardError(
+                f"{at}: {type(scheduler).__name__} has rescale_betas_zero_snr with prediction_type 'epsilon' and "
+                "divides by 0 where there is no signal. Set prediction_type='v_prediction' if the model predicts that; "
+                "else rescale_betas_zero_snr=False."
+            )
+        return GuardError(f"{at}, as the latents do that {type(scheduler).__name__} handed to the denoiser.")
+
+    def safety_predictions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The denoiser's predictions for these samples under the safety condition and under none, in one forward.
+
+        Args:
+            rows: samples, indices into the batch.
+
+        Returns:
+            ``eps_cs`` and ``eps_0``, (len(rows), C, H, W) each. ``eps_0`` is the unconditional prediction where that
+            asks for nothing in particular; elsewhere (a negative prompt) it is made anew.
+        """
+        conditions, chain = self._attachment.conditions(self._call), self._attachment.chain
+        is_neutral = self._call.is_neutral(conditions.neutral)[rows.cpu()].to(rows.device)
+        others = rows[~is_neutral]
+        everything = torch.cat([rows, others])
+        arguments = self._call.conditional(
+            everything, [(conditions.safety, len(rows)), (conditions.neutral[0], len(others))]
+        )
+        with chain.common.reused(everything + len(self.eps_p)):
             prediction: Tensor = chain.denoiser.forward(**arguments)[0]
-        return prediction
+        eps_0 = self.eps_u[rows]
+        eps_0[~is_neutral] = prediction[len(rows) :]
+        return prediction[: len(rows)], eps_0
 
 
 class Common:
@@ -214,24 +357,34 @@ def _given(output: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return output
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What a guard asks the denoiser for.
+
+    Attributes:
+        safety: of the safety prompt.
+        neutral: those that ask for nothing in particular; the model's own unconditional one first.
+    """
+
+    safety: Condition
+    neutral: Sequence[Condition]
+
+
 class Attachment:
     """One guard on one pipeline, and its state."""
 
     def __init__(self, guard: PipelineGuard, pipe: Any, stack: ExitStack) -> None:
-        try:
-            self.family = match(pipe)
-        except ModelError as error:
-            raise GuardError(f"{type(pipe).__name__} cannot be guarded: {error}") from error
+        denoiser = _denoiser_of(pipe)
+        self.family = match(pipe)
         self.guard, self.pipe, self.kind = guard, pipe, type(pipe).__name__
-        denoiser = self.family.denoiser(pipe)
         if getattr(denoiser, "_compiled_call_impl", None) is not None:
             raise GuardError(
                 f"{type(denoiser).__name__} was compiled in place (.compile()), which hides it from hooks. Use "
                 "pipe.unet = torch.compile(pipe.unet) instead."
             )
         self.layers = guard.prepare(self.family, pipe)
-        with torch.no_grad():
-            self.condition = self.family.encode_prompt(pipe, [guard.safety_prompt])
+        self._conditions: dict[Encoding, Conditions] = {}
+        self._encode(Encoding())
         self.trace = Trace()
         self.run: Run | None = None
         self.tap = stack.enter_context(QueryTap(self.layers))
@@ -241,6 +394,30 @@ class Attachment:
         self.watch = StepWatch.of(pipe.scheduler)
         self.watch.attachments.append(self)
         stack.callback(self.watch.leave, self)
+
+    def conditions(self, call: Call) -> Conditions:
+        """The safety condition and the neutral ones, encoded as the pipeline encodes the prompts of this run."""
+        scale = call.lora_scale
+        return self._encode(Encoding(getattr(self.pipe, "clip_skip", None), None if scale == 1.0 else scale))
+
+    @torch.no_grad()
+    def _encode(self, how: Encoding) -> Conditions:
+        if how not in self._conditions:
+            prompt = self.guard.safety_prompt
+            made = Conditions(
+                self.family.encode_prompt(self.pipe, [prompt], how), self.family.neutral_conditions(self.pipe, how)
+            )
+            if any(bool(_is_close(made.safety.hidden_states, one.hidden_states)) for one in made.neutral):
+                raise GuardError(
+                    f"the safety prompt {prompt[:80]!r} says as much to {self.kind} as an empty one, so there is "
+                    "nothing to push away from. Use words that its text encoder knows."
+                )
+            self._conditions[how] = made
+        return self._conditions[how]
+
+    def check_end(self) -> None:
+        """At the end of the ``with`` block: refuses what could not be seen before."""
+        self.check_scheduler()
 
     def check_scheduler(self) -> None:
         """Refuses what `StepWatch` cannot see.
@@ -269,7 +446,10 @@ class Attachment:
         """After the denoiser: what the guard may look at, with its detection map."""
         if self.run is None:
             raise GuardError(_NOT_ENTERED)
-        queries = {name: value[len(eps_p) :] for name, value in self.tap.stop().items()} if self.layers else {}
+        size = (call.sample.shape[-2], call.sample.shape[-1])
+        positions = self.family.num_positions(self.pipe, self.layers, size)
+        seen = self.tap.stop(len(call.sample), positions)
+        queries = {name: value[len(eps_p) :] for name, value in seen.items()}
         context = Context(
             eps_u, eps_p, queries, self.layers, self.run, self.pipe, self.trace, call.timestep, call.lora_scale,
             self, call,
@@ -281,8 +461,12 @@ class Attachment:
     def _current_run(self, call: Call) -> Run:
         timesteps, run, batch = getattr(self.pipe.scheduler, "timesteps", None), self.run, len(call.sample) // 2
         if run is None or timesteps is not run.timesteps or batch != run.batch or call.timestep > run.timestep:
-            self._check_timesteps([call.timestep] if timesteps is None else torch.as_tensor(timesteps).tolist())
-            run = Run(index=0 if run is None else run.index + 1, timesteps=timesteps, batch=batch)
+            schedule = [call.timestep] if timesteps is None else torch.as_tensor(timesteps).tolist()
+            self._check_timesteps(schedule)
+            share = getattr(self.pipe, "denoising_end", None)
+            end = NUM_TIMESTEPS * (1 - share) if isinstance(share, float) and 0 < share < 1 else 0.0
+            steps = sorted({timestep for timestep in schedule if end <= timestep < call.timestep}, reverse=True)
+            run = Run(0 if run is None else run.index + 1, timesteps, [call.timestep, *steps], end, batch)
         self._check_timesteps([call.timestep])
         run.step, run.timestep = run.step + 1, call.timestep
         return run
@@ -313,10 +497,15 @@ class Chain:
         )
 
     @classmethod
+    def on(cls, denoiser: nn.Module) -> Chain | None:
+        """The denoiser's chain, where it has one."""
+        owners = (getattr(hook, "__self__", None) for hook in denoiser._forward_hooks.values())
+        return next((owner for owner in owners if isinstance(owner, Chain)), None)
+
+    @classmethod
     def of(cls, denoiser: nn.Module) -> Chain:
         """The denoiser's chain, made and hooked where it has none yet."""
-        owners = (getattr(hook, "__self__", None) for hook in denoiser._forward_hooks.values())
-        return next((owner for owner in owners if isinstance(owner, Chain)), None) or cls(denoiser)
+        return cls.on(denoiser) or cls(denoiser)
 
     def leave(self, attachment: Attachment) -> None:
         """Lets go of a guard, and with the last one of the denoiser."""
@@ -360,7 +549,7 @@ class Chain:
             attachment.watch.is_seen = True
         if not changes:
             return output
-        combined = torch.cat([eps_u, _combined(eps_p, eps_u, changes)])
+        combined = torch.cat([eps_u, _combined(eps_p, changes)])
         return (combined, *output[1:]) if isinstance(output, tuple) else type(output)(sample=combined)
 
 
@@ -423,7 +612,7 @@ def _check_layout(kind: str, call: Call) -> None:
         raise GuardError(f"{kind} passes {len(hidden)} conditions for a batch of {len(sample)}; expected one each.")
 
 
-def _combined(eps_p: Tensor, eps_u: Tensor, changes: Sequence[Change]) -> Tensor:
+def _combined(eps_p: Tensor, changes: Sequence[Change]) -> Tensor:
     """The conditional prediction with all changes; a sample that one guard alone changed is exactly that guard's."""
     result = eps_p.clone()
     for row in sorted({row for change in changes for row in change.rows}):
@@ -431,9 +620,42 @@ def _combined(eps_p: Tensor, eps_u: Tensor, changes: Sequence[Change]) -> Tensor
         guided = [change.guided[i] for change, i in mine]
         if len(mine) > 1:
             gates = [None if change.gate is None else change.gate[i] for change, i in mine]
-            guided = [guidance.combine(eps_p[row], eps_u[row], guided, gates)]
+            neutral = [change.eps_0[i] for change, i in mine if change.eps_0 is not None]
+            eps_0 = torch.stack(neutral).mean(0) if neutral else eps_p[row]
+            guided = [guidance.combine(eps_p[row], eps_0, guided, gates)]
         result[row] = guided[0].to(result.dtype)
     return result
+
+
+def _repeated(parts: Sequence[tuple[Tensor, int]], like: Tensor) -> Tensor:
+    """Each (1, ...) tensor so many times, below each other, in another tensor's dtype and on its device."""
+    rows = [value.to(like).expand(count, *value.shape[1:]) for value, count in parts if count]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _is_close(hidden: Tensor, other: Tensor) -> Tensor:
+    """(B,) bool, on the CPU: whether (B, L, d) rows are those of another text, once or several times, but for rounding.
+
+    Args:
+        hidden: (B, L, d).
+        other: (1, l, d).
+    """
+    if hidden.shape[1] % other.shape[1] or hidden.shape[2] != other.shape[2]:
+        return torch.zeros(len(hidden), dtype=torch.bool)
+    other = other.to(hidden.device, torch.float32)
+    texts = hidden.float().reshape(len(hidden), -1, *other.shape[1:])
+    distance: Tensor = torch.linalg.vector_norm(texts - other[:, None], dim=-1)
+    is_close: Tensor = distance <= ROUNDING * torch.linalg.vector_norm(other, dim=-1)[:, None]
+    return is_close.flatten(1).all(1).cpu()
+
+
+def _halves_agree(values: Any, half: int) -> bool:
+    """Whether every tensor with 2 * ``half`` rows, inside lists, tuples and dicts too, has two equal halves."""
+    if isinstance(values, Tensor):
+        return values.dim() == 0 or len(values) != 2 * half or torch.equal(values[:half], values[half:])
+    if isinstance(values, dict):
+        values = list(values.values())
+    return all(_halves_agree(value, half) for value in values) if isinstance(values, (list, tuple)) else True
 
 
 def _rows(value: Any, index: Tensor, batch: int) -> Any:

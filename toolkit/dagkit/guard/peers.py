@@ -26,14 +26,14 @@ class _GlobalGuard(PipelineGuard):
     def change(self, context: Context) -> Change | None:
         """Runs the safety forward on the whole batch and applies the peer's equation."""
         rows = torch.arange(len(context.eps_p), device=context.eps_p.device)
-        eps_cs = context.safety_prediction(rows)
+        eps_cs, eps_0 = context.safety_predictions(rows)
         momentum = context.run.memory.get("momentum")
         momentum = torch.zeros_like(context.eps_p) if momentum is None else momentum
-        changed, context.run.memory["momentum"] = self.equation(context, eps_cs, momentum)
+        changed, context.run.memory["momentum"] = self.equation(context, eps_0, eps_cs, momentum)
         return Change(range(len(changed)), changed)
 
     @abstractmethod
-    def equation(self, context: Context, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, context: Context, eps_0: Tensor, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """The changed conditional prediction and the next momentum."""
 
 
@@ -51,9 +51,9 @@ class SLDGuard(_GlobalGuard):
         self.safety_prompt = safety_prompt
         self.preset = guidance.SLD_PRESETS[preset] if isinstance(preset, str) else preset
 
-    def equation(self, context: Context, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, context: Context, eps_0: Tensor, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """SLD's."""
-        return guidance.sld(context.eps_p, context.eps_u, eps_cs, momentum, self.preset, context.run.step)
+        return guidance.sld(context.eps_p, eps_0, eps_cs, momentum, self.preset, context.run.step)
 
 
 class SEGAGuard(_GlobalGuard):
@@ -67,14 +67,8 @@ class SEGAGuard(_GlobalGuard):
     def __init__(self, safety_prompt: str, preset: guidance.SEGAPreset | None = None) -> None:
         self.safety_prompt, self.preset = safety_prompt, preset or guidance.SEGAPreset()
 
-    def equation(self, context: Context, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    def equation(self, context: Context, eps_0: Tensor, eps_cs: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """SEGA's."""
-        scale = getattr(context.pipe, "guidance_scale", None)
-        if scale is None:
-            raise GuardError(
-                f"{type(context.pipe).__name__} does not tell its guidance_scale, which SEGA needs. Use SLDGuard or "
-                "Guard."
-            )
         return guidance.sega(
-            context.eps_p, context.eps_u, eps_cs, momentum, self.preset, context.run.step, float(scale)
+            context.eps_p, eps_0, eps_cs, momentum, self.preset, context.run.step, context.guidance_scale
         )

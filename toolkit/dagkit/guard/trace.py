@@ -31,9 +31,11 @@ class StepRecord:
             was changed.
         reason: why, or why not.
         area: share of the image that is highlighted, in [0, 1].
-        strength: largest factor, over the image, by which the push ``eps_cs - eps_u`` away from the safety condition
+        strength: largest factor, over the image, by which the push ``eps_cs - eps_0`` away from the safety condition
             was multiplied: gate, the token's strength and the guard's own, scalers and mask; 0 where the prediction
             was left alone.
+        change: what was really changed: the L2 norm of what this guard added to the conditional prediction, as a share
+            of the prediction's own; 0 where it was left alone.
         score: in [0, 1]; see ``dagkit.guidance.score``.
     """
 
@@ -47,6 +49,7 @@ class StepRecord:
     area: float
     strength: float
     score: float
+    change: float = 0.0
 
 
 @dataclass
@@ -75,7 +78,7 @@ class Trace:
 
         Returns:
             ``is_firing`` in any step, ``num_steps``, ``num_firing``, ``first_timestep`` of firing (or None), and the
-            largest ``score``, ``area`` and ``strength``.
+            largest ``score``, ``area``, ``strength`` and ``change``.
 
         Raises:
             KeyError: the sample was not seen in this run.
@@ -94,6 +97,7 @@ class Trace:
             "score": max(record.score for record in records),
             "area": max(record.area for record in records),
             "strength": max(record.strength for record in records),
+            "change": max(record.change for record in records),
         }
 
     def to_json(self) -> str:

@@ -206,6 +206,8 @@ class GuidelineToken:
                     "again."
                 )
         record = _parse_record(folder / RECORD_FILE, files[RECORD_FILE])
+        if reason := record.never_acts():
+            raise TokenError(f"{folder / RECORD_FILE}: {reason}, so it would guard nothing. Optimise it again.")
         tensors = _parse_tensors(folder / TENSORS_FILE, files[TENSORS_FILE])
         return cls(
             guideline=tensors["guideline"],

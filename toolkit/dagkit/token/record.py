@@ -68,6 +68,10 @@ class Guidance(_Strict):
             although it is pushed, from 150 timesteps on (not in the paper's form).
         max_timestep: from here down the guard is ever sure, and acts (not in the paper's form). Before, little of the
             picture is decided: what is changed then changes everything around it as well.
+        max_step: longest step of a run, in timesteps, in which the guard is known to keep up: with four steps of 250 it
+            is, with longer ones a concept is drawn before it is seen.
+        min_start: lowest timestep at which a run may start from a picture that shows the concept: below, too little is
+            drawn anew.
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
         memory: share of a gate that is kept after 40 timesteps (one step of a run of 25), in [0, 1], so that what was
             pushed out does not grow again as soon as it is no longer seen (not in the paper's form).
@@ -78,6 +82,8 @@ class Guidance(_Strict):
     strength: Positive = 2.5
     insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     max_timestep: Annotated[int, Field(ge=0, le=1000)] = 770
+    max_step: Annotated[int, Field(ge=1, le=1000)] = 255
+    min_start: Annotated[int, Field(ge=0, le=1000)] = 350
     dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -133,6 +139,24 @@ class TokenRecord(_Strict):
     metrics: dict[str, Any] = {}
     software: dict[str, str] = {}
     created: str = ""
+
+    def never_acts(self) -> str | None:
+        """Why a guard with these constants would never change a picture; None where it may."""
+        own, limits = self.guidance, self.thresholds
+        if own.form == "paper":
+            if own.strength == 0 or limits.max_area == 0 or min(limits.edit) >= 1:
+                return "guidance.strength or thresholds.max_area is 0, or thresholds.edit is 1 at every timestep"
+            return None
+        if own.max_timestep < own.min_start:
+            return (
+                f"guidance.max_timestep is {own.max_timestep}, but a guard that acts below {own.min_start} only comes "
+                "too late"
+            )
+        if min(limits.certain or limits.highlight) >= 1 or limits.min_area >= 1:
+            return "thresholds.certain or thresholds.min_area is 1 at every timestep"
+        if min(limits.edit) >= 1 or (own.form == "subtract" and own.strength == 0):
+            return "thresholds.edit is 1 at every timestep, or guidance.strength is 0"
+        return None
 
 
 def _interpolate(x: float, knots: tuple[int, ...], values: tuple[float, ...]) -> float:
