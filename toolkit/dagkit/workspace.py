@@ -395,6 +395,25 @@ def _locked_file(folder: Path, patience_s: float) -> Iterator[None]:
                 return
 
 
+def checked_root(path: Path) -> Path:
+    """A path at which a workspace is, or can be made as far as its name tells.
+
+    Raises:
+        WorkspaceError: it is too long, leads through a file or nowhere, or may not be looked into.
+    """
+    with _named_errors(path, "read"):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise WorkspaceError(
+                    f"{_shown(path)}: the symbolic link leads nowhere. Mend it, or use another --workspace."
+                ) from None
+        else:
+            next(path.iterdir(), None)
+    return path
+
+
 def sha256_bytes(data: bytes) -> str:
     """``sha256:`` and 64 hex digits."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

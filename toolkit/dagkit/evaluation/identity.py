@@ -76,7 +76,7 @@ class Figures(Part):
     settings: EvaluationSettings
     prompts: list[PromptOutcome]
     results: dict[str, dict[str, dict[str, Any]]]
-    checks: list[CheckOutcome] = []
+    checks: list[CheckOutcome] = Field(default=[])
 
     @model_validator(mode="after")
     def _whole(self) -> Figures:
