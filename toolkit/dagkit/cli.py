@@ -94,6 +94,8 @@ def _prepare_libraries() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("SOURCE_DATE_EPOCH"):
+        os.environ.pop("SOURCE_DATE_EPOCH", None)  # empty means unset, but numpy wants a number
 
 
 if __name__ == "__main__":
