@@ -87,7 +87,10 @@ def test_an_unknown_home_is_named(monkeypatch: pytest.MonkeyPatch):
         checkpoint_folder()
 
 
-OF_A_CONCEPT = (*"generate premask push pull export annotate optimize purge".split(), "dataset check", "dataset push x")
+OF_A_CONCEPT = (
+    *("generate", "premask", "push", "pull", "export", "annotate", "optimize", "purge"),
+    *("dataset check", "dataset push x"),
+)
 OF_A_TOKEN = (
     "sample x --guard",
     "evaluate --token",
