@@ -354,9 +354,11 @@ def lock(folder: Path, *, writes_below: Path | None = None, patience_s: float = 
         made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _locked_file(folder, patience_s):
-            for stale in below.rglob(f"{mark}*.part"):
-                with contextlib.suppress(OSError):
-                    stale.unlink()
+            for parent, _, names in os.walk(below):
+                for name in names:
+                    if name.startswith(mark) and name.endswith(".part"):
+                        with contextlib.suppress(OSError):
+                            Path(parent, name).unlink()
             token = _held.set((*_held.get(), (below, mark)))
             try:
                 yield
@@ -508,8 +510,8 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path for a message; the middle of a very long one is left out."""
-    text = str(path)
+    """A path for a message, on one line; the middle of a very long one is left out."""
+    text = str(path) if str(path).isprintable() else repr(str(path))[1:-1]
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 
