@@ -38,8 +38,9 @@ def checked_relative(path: str) -> str:
     Raises:
         ValueError: it is empty, absolute, too long, or holds ``..`` or a NUL.
     """
-    is_plain = path and "\0" not in path and len(path.encode(errors="replace")) <= _MAX_PATH_BYTES
-    if not is_plain or path.startswith("/") or ".." in PurePosixPath(path).parts:
+    parts = PurePosixPath(path).parts
+    is_plain = "\0" not in path and len(path.encode(errors="replace")) <= _MAX_PATH_BYTES
+    if not is_plain or not parts or parts[0].startswith("/") or ".." in parts:
         raise ValueError(f"expected a path inside this folder, but got {quoted(path)}")
     return path
 
@@ -364,8 +365,8 @@ def explain(error: ValidationError) -> str:
         return f"{field}missing"
     if first["type"] == "value_error":
         return field + first["msg"].removeprefix("Value error, ")
-    expected = first["msg"].replace("Input should be", "expected").replace("expected a valid", "expected a")
-    return f"{field}{expected}, but got {quoted(first['input'])}"
+    expected = first["msg"].replace("Input should be", "expected").replace("a valid integer", "an integer")
+    return f"{field}{expected.replace(' a valid ', ' a ')}, but got {quoted(first['input'])}"
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

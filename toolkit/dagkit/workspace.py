@@ -505,8 +505,8 @@ def _json(value: Any, path: Path, **layout: Any) -> bytes:
 
 def _reason(error: Exception) -> str:
     """The message of a foreign error in brackets, on one line and not too long; nothing where it has none."""
-    text = " ".join(str(error).split())
-    return f" ({text[:120]})" if text else ""
+    text = quoted(" ".join(str(error).split()))[1:-1]
+    return f" ({text})" if text else ""
 
 
 def _shown(path: Path) -> str:
