@@ -26,7 +26,7 @@ from scene_columns import JUDGE, scene_columns, scene_figures
 
 CONCEPT = load_concept("weapon").model_copy(update={"proposers": []})
 SEGMENTER = build_segmenter(load_concept("weapon"))
-NUM_SPOILT = 16
+NUM_SPOILT = 12
 PROMPTS = evaluation.concept_prompts(CONCEPT, 1)
 ANSWER = {"annotator": "annotator-1", "state": "changed", "labels": ["weapon"], "iou_to_premask": 0.9, "seconds": 2.5}
 PULLED = {
