@@ -247,7 +247,7 @@ def find_project(
     from dagkit.errors import LabelStudioError
     from dagkit.workspace import sha256_bytes
 
-    if not (folder.path / "project.json").exists():
+    if not folder.has("project.json"):
         folder.write_json("project.json", {"title": f"dagkit {concept.name} {secrets.token_hex(4)}"})
     saved = folder.read_json("project.json")
     found = client.find_projects(saved["title"])
@@ -284,19 +284,17 @@ def _task(
     premasks: StageFolder,
     storage: Storage,
 ) -> Task:
-    import numpy as np
-
     from dagkit.labelstudio.tasks import Task, prediction
 
-    width, height = candidates.read_image(image).size
+    size = candidates.read_image(image).size
     masks, scores = {}, {}
     for label, found in row["masks"].items():
-        masks[label] = np.asarray(premasks.read_image(found["path"], "L")) > 127
+        masks[label] = premasks.read_mask(found["path"], size)
         scores[label] = found["score"]
     makers = [*row.get("proposers", []), *([row["segmenter"]] if row.get("segmenter") else [])]
     version = "+".join(f"{maker['name']}@{maker['version']}" for maker in makers) or "dagkit"
     proposed = (prediction(masks, scores, model_version=version),) if masks else ()
-    return Task(key, storage.place(candidates.inside(image)), width, height, proposed)
+    return Task(key, storage.place(candidates.inside(image)), *size, proposed)
 
 
 @click.command("push")
@@ -362,7 +360,7 @@ def command(
         keys=choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token),
         storage=place,
         url=url,
-        label_config=label_config.read_text(encoding="utf-8") if label_config else None,
+        label_config=common.read_text(label_config) if label_config else None,
         num_annotators=num_annotators,
         batch_size=batch_size,
         progress=common.Progress(is_quiet),
