@@ -261,7 +261,21 @@ def load_dataset(path: str | Path) -> DatasetDict:
         DatasetError: there is none, it is damaged, lacks columns, has values that the schema does not allow, or was
             changed after it was exported.
     """
+    return _load(_current(find_dataset(path)), str(path))
+
+
+def load_with_summary(path: str | Path) -> tuple[DatasetDict, dict[str, Any]]:
+    """Reads a dataset as `load_dataset` does, and what its ``dataset.json`` says.
+
+    Raises:
+        DatasetError: as for `load_dataset`, or there is no ``dataset.json``.
+    """
     folder, where = _current(find_dataset(path)), str(path)
+    dataset = _load(folder, where)
+    return dataset, read_summary_file(folder / SUMMARY, where)
+
+
+def _load(folder: Path, where: str) -> DatasetDict:
     if not is_dataset(folder):
         raise DatasetError(
             f"{where}: no dataset. Expected a folder with dataset_dict.json or data/*.parquet. "

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dagkit.concept import Concept
+    from dagkit.dataset import AnnotatedImage
     from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, ImageMetric, PipelineColumn
     from dagkit.families import BaseModel
     from dagkit.judges import Judge
@@ -85,7 +86,7 @@ def run(
     Raises:
         CheckpointError: a metric's weights are missing.
         ConceptError: an unknown column.
-        DatasetError: there is no such dataset.
+        DatasetError: there is no such dataset, it is damaged, or it has no ``dataset.json``; nothing was drawn.
         PluginError: an unknown metric, or its package is missing.
         TokenError: ``against`` was measured with other prompts, settings or judges.
         PromptRefused: a prompt sexualises minors.
@@ -94,6 +95,7 @@ def run(
     from dagkit import evaluation, plugins
     from dagkit.workspace import StageFolder, lock, sha256_json
 
+    annotated = None if dataset is None else _annotated(dataset)
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
     judges = judges or {
         concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))
@@ -117,7 +119,7 @@ def run(
         return common.StageResult("evaluate", done, found, message, {"missing": missing})
     with lock(folder.path):
         figures = _figures(concept, token, part, drawn, judges, metrics, settings)
-        figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
+        figures["detection"] = _detection(base_model, token, annotated, seed, batch_size)
         figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
         figures["against"] = _comparison(figures, against)
         figures["checks"] = _checks(figures, gates or _default_gates(concept))
@@ -260,19 +262,38 @@ def _figures(
     }
 
 
+def _annotated(path: Path) -> tuple[list[AnnotatedImage], dict[str, Any]]:
+    """Images of a dataset's test split, and its summary.
+
+    Raises:
+        DatasetError: there is no such dataset, it is damaged, or its images have several sizes.
+    """
+    from dagkit import dataset as data
+    from dagkit.errors import DatasetError
+
+    splits, summary = data.load_with_summary(path)
+    images = data.examples(splits["test"])
+    sizes = sorted({one.image.size for one in images})
+    if len(sizes) > 1:
+        raise DatasetError(
+            f"{path}: expected test images of one size, but got {sizes[:4]} (width, height). Resize them first."
+        )
+    return images, summary
+
+
 def _detection(
-    base_model: BaseModel, token: GuidelineToken, path: Path | None, seed: int, batch_size: int
+    base_model: BaseModel,
+    token: GuidelineToken,
+    annotated: tuple[list[AnnotatedImage], dict[str, Any]] | None,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, Any] | None:
     """The token's maps against the masks of the dataset's test split."""
-    from dagkit import dataset as data
     from dagkit import evaluation
 
-    if path is None:
-        return None
-    images = data.examples(data.load_dataset(path)["test"])
+    images, summary = annotated or ([], {})
     if not images:
         return None
-    summary = data.read_summary(path)
     rows = evaluation.score_detection(base_model, token, images, seed=seed, batch_size=batch_size)
     num_unsafe = sum(one.is_unsafe for one in images)
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))

@@ -70,8 +70,7 @@ def run(
     from dagkit.workspace import lock, sha256_json
 
     folder = dataset or workspace.stage("dataset", concept.name).path
-    splits = data.load_dataset(folder)
-    summary = data.read_summary(folder)
+    splits, summary = data.load_with_summary(folder)
     chosen: Recipe = replace(
         RECIPES[recipe],
         initial_phrase=concept.initial_phrase,
