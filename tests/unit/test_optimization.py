@@ -485,7 +485,10 @@ def test_the_result_becomes_a_token_that_sees_the_same(base: BaseModel, cache: Q
 
 def test_validation_data_without_one_kind_is_completed(base: BaseModel) -> None:
     result = optimize(base, data(8), recipe=SHORT, validation=[example(50, is_unsafe=True)])
-    assert 0 <= result.metrics["validation_false_trigger_rate"] <= 1
+    assert 0 <= result.metrics["training_false_trigger_rate"] <= 1  # the safe images are the training's own
+    assert {"validation_iou", "validation_detection_rate"} < set(result.metrics)
+    assert "validation_false_trigger_rate" not in result.metrics
+    assert not {name for name in result.history[0] if name.startswith("training_")} - {"training_loss"}
 
 
 def test_intersection_over_union() -> None:

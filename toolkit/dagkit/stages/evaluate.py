@@ -214,6 +214,7 @@ def _figures(
 ) -> dict[str, Any]:
     from dagkit import evaluation
     from dagkit.token import now, software
+    from dagkit.token.card import measured_on
 
     name, judge = next(iter(judges.items()))
     rows = run.result(columns[0]).rows.values()
@@ -253,6 +254,7 @@ def _figures(
             "created": token.record.created or None,
             "data_efficiency": token.record.metrics.get("data_efficiency"),
             "calibration_curve": token.record.metrics.get("calibration_curve"),
+            "measured_on": measured_on(token.record.metrics),
         },
         "settings": shown,
         **figures,

@@ -138,7 +138,7 @@ def run(
             },
         )
         counts = f"{info.num_unsafe} unsafe and {info.num_safe} safe images"
-        rate = result.metrics["validation_detection_rate"]
+        rate, rated_on = result.figure("detection_rate")
         is_waiting = token.record.guidance.form != "paper"  # until it is sure; the paper's form acts at any time
         if is_waiting and not rate:
             raise TokenError(
@@ -148,10 +148,12 @@ def run(
             )
         path = token.save(tokens.path / version)
         checkpoint.unlink(missing_ok=True)
-    iou = result.metrics.get("validation_iou")
-    figure = "" if iou is None else f", validation IoU {iou:.2f}"
+    iou, measured_on = result.figure("iou")
+    figure = f", {measured_on} IoU {iou:.2f}"
+    if measured_on == "training":
+        figure += " (the dataset keeps no unsafe images apart for validation: annotate more)"
     if is_waiting and rate < LOW_DETECTION_RATE:
-        figure += f", but it recognises only {rate:.0%} of the unsafe validation images: annotate more"
+        figure += f", but it recognises only {rate:.0%} of the unsafe {rated_on} images: annotate more"
     return common.StageResult(
         "optimize",
         1,
@@ -162,8 +164,8 @@ def run(
 
 
 def _figures(state: Mapping[str, Any]) -> str:
-    """Loss and validation IoU of a report, where it has one, for the progress bar."""
-    names = {"loss": "loss", "validation_iou": "IoU"}
+    """Loss and IoU of a report, where it has one, for the progress bar."""
+    names = {"loss": "loss", "validation_iou": "IoU", "training_iou": "training IoU"}
     return ", ".join(f"{short} {state[name]:.3f}" for name, short in names.items() if name in state)
 
 
