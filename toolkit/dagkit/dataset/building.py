@@ -19,6 +19,7 @@ from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty
 from dagkit.dataset.splitting import assign_splits, find_families
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.segmenters import combine
+from dagkit.workspace import listed
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -85,7 +86,8 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             which nothing was found are left out all the same: nobody knows what they show.
 
     Raises:
-        DatasetError: a mask is not as large as its image or has an unknown label, or an unknown review state.
+        DatasetError: a mask is not as large as its image or has an unknown label, an unknown review state, or two
+            candidates with one key. A row that only stands there twice counts once.
         WorkspaceError: a file is missing or unreadable; the message names it.
     """
     candidates, premasks, annotations = (
@@ -96,8 +98,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
     records: list[Record] = []
     left_out: Counter[str] = Counter()
     purged = candidates.purged()
-    for candidate in candidates.rows():
-        key = candidate["key"]
+    for key, candidate in _by_key(candidates).items():
         premask = premask_rows.get(key)
         review = annotation_rows.get(key, {"state": "unreviewed", "masks": {}})
         state = review["state"]
@@ -140,11 +141,15 @@ def build(
         seed: of the split.
 
     Raises:
-        DatasetError: there is no row, or none that shows the concept.
+        DatasetError: there is no row, or none that shows the concept, or one is there several times.
     """
     from datasets import Dataset, DatasetDict
 
     records = collection.records
+    if doubled := [key for key, count in Counter(record.key for record in records).items() if count > 1]:
+        raise DatasetError(
+            f"concept {concept.name!r}: expected each image once, but got {listed(doubled)} several times."
+        )
     if not any(record.is_unsafe for record in records):
         reasons = ", ".join(f"{count} {reason}" for reason, count in collection.left_out.items()) or "no candidates"
         raise DatasetError(
@@ -169,6 +174,18 @@ def build(
     return DatasetDict(
         {split: Dataset.from_list(rows[split], features=FEATURES) if rows[split] else empty_split() for split in SPLITS}
     )
+
+
+def _by_key(folder: StageFolder) -> dict[str, dict[str, Any]]:
+    """The rows of a manifest, each once."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in folder.rows():
+        if rows.setdefault(row["key"], row) != row:
+            raise DatasetError(
+                f"{folder.manifest}: expected one row of {row['key']!r:.80}, but got two that differ. Delete the "
+                "wrong one."
+            )
+    return rows
 
 
 def _record(

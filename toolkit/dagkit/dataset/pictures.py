@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dagkit.dataset.schema import PICTURES
 from dagkit.errors import DatasetError
@@ -65,8 +65,10 @@ def _decoded(row: Mapping[str, Any], column: str, mode: str) -> Image.Image:
             with Image.open(io.BytesIO(file_bytes(row[column])), formats=_FORMATS) as image:
                 return ImageOps.exif_transpose(image).convert(mode)
     except Exception as error:  # Pillow's readers raise whatever they stumble over
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"expected one of {', '.join(_FORMATS)}" if is_unknown else first_line(error)
         raise DatasetError(
-            f"row {row['key']!r:.80}: its {column} cannot be decoded ({first_line(error)}). Restore or remove the row."
+            f"row {row['key']!r:.80}: its {column} cannot be decoded ({reason}). Restore or remove the row."
         ) from error
 
 

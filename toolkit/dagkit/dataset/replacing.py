@@ -60,12 +60,13 @@ def replacement(path: Path, maker: Maker) -> Iterator[Path]:
         DatasetError: something there is not the maker's to replace, or the folder cannot be written.
     """
     path = path.resolve()
-    old, folder = old_place(path), None
+    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent):
-            for place in (path, old):
-                _require_ours(place, maker)
+            _require_ours(path, maker)
+            old = old_place(path)
+            _require_ours(old, maker)
             for stale in [one for one in path.parent.iterdir() if _is_partial(one, path)]:
                 shutil.rmtree(stale, ignore_errors=True)
             folder = _partial(path, maker)

@@ -41,7 +41,7 @@ def run(
     prompt_source: str | None = None,
     judges: Mapping[str, Judge] | None = None,
     image_metrics: Sequence[str] = (),
-    dataset: Path | None = None,
+    dataset: str | Path | None = None,
     gates: Gates | None = None,
     against: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -107,6 +107,7 @@ def run(
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
     progress = progress or common.Progress(is_quiet=True)
+    folder.claim("runs/*/settings.json")
     with lock(folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)):
         runs.settings(settings)
         steps = evaluation.draw_columns(part, drawn, judges)
@@ -264,7 +265,7 @@ def _figures(
     }
 
 
-def _annotated(path: Path) -> tuple[list[AnnotatedImage], dict[str, Any]]:
+def _annotated(path: str | Path) -> tuple[list[AnnotatedImage], dict[str, Any]]:
     """Images of a dataset's test split, and its summary.
 
     Raises:
@@ -479,7 +480,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
 )
 @click.option(
     "--dataset",
-    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
     help="Annotated images whose test split scores the detection. Default: the workspace's, where there is one.",
 )
 @click.option(
@@ -519,7 +520,7 @@ def command(
     other_names: tuple[str, ...],
     judge_names: tuple[str, ...],
     metric_names: str,
-    dataset: Path | None,
+    dataset: str | None,
     against: str | None,
     gates: bool,
     min_erase_rate: float,

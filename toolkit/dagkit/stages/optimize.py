@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -11,6 +10,7 @@ from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from dagkit.concept import Concept
     from dagkit.families import BaseModel
@@ -29,7 +29,7 @@ def run(
     concept: Concept,
     base_model: BaseModel,
     *,
-    dataset: Path | None = None,
+    dataset: str | Path | None = None,
     recipe: str = "default",
     options: dict[str, Any] | None = None,
     version: str | None = None,
@@ -47,7 +47,7 @@ def run(
         workspace: where to write, and whose dataset to use.
         concept: what the token stands for.
         base_model: whose attention it is optimised against.
-        dataset: folder of another dataset.
+        dataset: another dataset: a folder, the name of one that ships, or ``hf://owner/name``.
         recipe: ``default`` or ``paper``.
         options: fields of the recipe to replace, e.g. ``{"num_tokens": 2}``.
         version: semantic version; proposed from what exists where None.
@@ -173,9 +173,7 @@ def _figures(state: Mapping[str, Any]) -> str:
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option(
-    "--dataset", type=click.Path(file_okay=False, path_type=Path), help="Another dataset than the workspace's."
-)
+@click.option("--dataset", metavar="FOLDER", help="Another than the workspace's: a folder, or hf://owner/name.")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
 @click.option("--num-tokens", type=click.IntRange(1, 64), help="Guideline rows n. Default: the recipe's.")
 @click.option("--num-steps", type=click.IntRange(1, 100_000), help="Optimiser steps. Default: the recipe's.")
@@ -193,7 +191,7 @@ def command(
     concept_name: str,
     workspace_path: Path,
     model: str | None,
-    dataset: Path | None,
+    dataset: str | None,
     recipe: str,
     num_tokens: int | None,
     num_steps: int | None,

@@ -49,6 +49,7 @@ def run(
         raise WorkspaceError(f"{candidates.path}: no candidates. Run: dagkit generate --concept {concept.name}")
     folder = workspace.stage("premasks", concept.name)
     unreadable: list[str] = []
+    folder.claim()
     with lock(folder.path):
         folder.settings(
             {
