@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -57,7 +57,8 @@ def upload(folder: Path, url: str, *, private: bool) -> None:
 
     repository, api = _repository(url), HfApi()
     try:
-        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        if not api.repo_exists(repository, repo_type="dataset"):
+            api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         names = [name for name in api.list_repo_files(repository, repo_type="dataset") if name != ".gitattributes"]
         if names and SUMMARY not in names:
             raise DatasetError(
@@ -82,7 +83,12 @@ def upload(folder: Path, url: str, *, private: bool) -> None:
 
 
 def _repository(url: str) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     name = url.removeprefix(_SCHEME)
-    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII):
-        raise DatasetError(f"{url:.200}: expected hf://owner/name.")
-    return name
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        if "/" in name and name.isprintable():
+            return name
+    raise DatasetError(f"{url!r:.200}: expected hf://owner/name.")

@@ -179,7 +179,11 @@ def _flush(path: Path) -> None:
 def _partial(path: Path, maker: Maker) -> Path:
     """A new folder beside ``path``, marked from the start, so that a later run knows it for dagkit's."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    _mark(folder, maker, {})
+    try:
+        _mark(folder, maker, {})
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
