@@ -1,5 +1,7 @@
 """A stage writes into a folder that is its own or empty, and refuses any other by name before it does anything."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from dagkit.concept import load_concept
 from dagkit.errors import LabelStudioError, WorkspaceError
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import premask, pull, push
-from dagkit.workspace import StageFolder, Workspace, lock
+from dagkit.workspace import StageFolder, Workspace
 from drawn_workspace import draw_workspace
 
 CONCEPT = load_concept("weapon")
@@ -61,10 +63,17 @@ def test_folders_that_dagkit_made_are_known(mark: str, tmp_path: Path):
 
 
 def test_what_a_killed_stage_left_is_its_own(tmp_path: Path):
+    program = """if True:
+        import os, sys
+        from pathlib import Path
+        from dagkit.workspace import StageFolder, lock
+        with lock(Path(sys.argv[1])):
+            StageFolder(Path(sys.argv[1])).write_bytes("images/a.png", b"before its first row")
+            os._exit(9)
+    """
     folder = StageFolder(tmp_path / "x")
-    folder.claim()
-    with lock(folder.path):
-        folder.write_bytes("images/a.png", b"of a run that was killed before its first row")
+    assert subprocess.run([sys.executable, "-c", program, folder.path]).returncode == 9
+    assert (folder.path / "images" / "a.png").exists()
     folder.claim()
 
 

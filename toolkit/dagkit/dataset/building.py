@@ -86,8 +86,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             which nothing was found are left out all the same: nobody knows what they show.
 
     Raises:
-        DatasetError: a mask is not as large as its image or has an unknown label, an unknown review state, or two
-            candidates with one key. A row that only stands there twice counts once.
+        DatasetError: a mask is not as large as its image or has an unknown label, or an unknown review state.
         WorkspaceError: a file is missing or unreadable; the message names it.
     """
     candidates, premasks, annotations = (
@@ -98,7 +97,8 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
     records: list[Record] = []
     left_out: Counter[str] = Counter()
     purged = candidates.purged()
-    for key, candidate in _by_key(candidates).items():
+    for candidate in candidates.rows():
+        key = candidate["key"]
         premask = premask_rows.get(key)
         review = annotation_rows.get(key, {"state": "unreviewed", "masks": {}})
         state = review["state"]
@@ -122,7 +122,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             paths = review["masks"] if is_reviewed else {k: v["path"] for k, v in (premask or {})["masks"].items()}
             masks_folder = annotations if is_reviewed else premasks
             records.append(_record(concept, candidates, candidate, premask, review, masks_folder, paths))
-    agreement = annotations.read_json("agreement.json") if annotations.inside("agreement.json").is_file() else None
+    agreement = annotations.read_json("agreement.json") if annotations.has("agreement.json") else None
     return Collection(records, dict(left_out), agreement)
 
 
@@ -141,14 +141,18 @@ def build(
         seed: of the split.
 
     Raises:
-        DatasetError: there is no row, or none that shows the concept, or one is there several times.
+        DatasetError: there is no row, none that shows the concept, or an image is there twice.
     """
     from datasets import Dataset, DatasetDict
 
     records = collection.records
-    if doubled := [key for key, count in Counter(record.key for record in records).items() if count > 1]:
+    keys = [record.key for record in records]
+    images = Counter(record.values["image"]["path"] for record in records)
+    doubled = [record.key for record in records if images[record.values["image"]["path"]] > 1]
+    if doubled or len(set(keys)) < len(keys):
         raise DatasetError(
-            f"concept {concept.name!r}: expected each image once, but got {listed(doubled)} several times."
+            f"concept {concept.name!r}: expected each image once, but rows repeat one ({listed(doubled or keys)}). "
+            "Delete them from the manifest of the candidates."
         )
     if not any(record.is_unsafe for record in records):
         reasons = ", ".join(f"{count} {reason}" for reason, count in collection.left_out.items()) or "no candidates"
@@ -156,7 +160,6 @@ def build(
             f"concept {concept.name!r}: {len(records)} usable images, and none shows the concept ({reasons} left out). "
             f"Review candidates with dagkit annotate --concept {concept.name}, or accept pre-masks with --unreviewed."
         )
-    keys = [record.key for record in records]
     twins = find_twins({record.key: record.perceptual_hash for record in records}, TWIN_DISTANCE)
     families = find_families(
         keys,
@@ -174,18 +177,6 @@ def build(
     return DatasetDict(
         {split: Dataset.from_list(rows[split], features=FEATURES) if rows[split] else empty_split() for split in SPLITS}
     )
-
-
-def _by_key(folder: StageFolder) -> dict[str, dict[str, Any]]:
-    """The rows of a manifest, each once."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in folder.rows():
-        if rows.setdefault(row["key"], row) != row:
-            raise DatasetError(
-                f"{folder.manifest}: expected one row of {row['key']!r:.80}, but got two that differ. Delete the "
-                "wrong one."
-            )
-    return rows
 
 
 def _record(
@@ -208,7 +199,13 @@ def _record(
     mask = combine(masks, concept.labels.negative, (image.height, image.width))
     state = review["state"]
     settings = candidate["settings"]
-    found = premask or {"proposers": [], "segmenter": {"name": None, "version": None}, "score": None, "masks": {}}
+    nothing: dict[str, Any] = {
+        "proposers": [],
+        "segmenter": {"name": None, "version": None},
+        "score": None,
+        "masks": {},
+    }
+    found = {**nothing, **(premask or {})}
     values = {
         "key": candidate["key"],
         "image": {"bytes": None, "path": str(candidates.inside(candidate["image"]))},

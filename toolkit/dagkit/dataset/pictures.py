@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def undecoded(split: Dataset, *columns: str) -> Iterator[dict[str, Any]]:

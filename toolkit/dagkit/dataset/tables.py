@@ -6,7 +6,6 @@ bytes: a row that names a file or a URL instead is refused, for whoever opened i
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from pathlib import Path
@@ -18,7 +17,9 @@ from pyarrow import parquet
 
 from dagkit.dataset.pictures import first_line
 from dagkit.dataset.schema import FEATURES, LABELS, NULLABLE, PICTURES, SPLITS, empty_split
-from dagkit.errors import DatasetError
+from dagkit.errors import DatasetError, WorkspaceError
+from dagkit.manifests import parse_json
+from dagkit.workspace import open_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,18 +74,14 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: there is none.
         ValueError: it is no plain file, not JSON, or larger than any file of a dataset that holds JSON.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
-    if not path.is_file():  # a pipe would never end
-        raise ValueError("not a plain file")
-    with path.open("rb") as file:
-        data = file.read(_MAX_JSON_BYTES + 1)
+    try:
+        with open_plain(path) as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+    except WorkspaceError as error:
+        raise ValueError("not a plain file") from error
     if len(data) > _MAX_JSON_BYTES:
         raise ValueError(f"larger than {_MAX_JSON_BYTES:,} bytes")
-    try:
-        return json.loads(data)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return parse_json(data)
 
 
 def _parquet_parts(files: list[Path]) -> dict[str, list[Path]]:

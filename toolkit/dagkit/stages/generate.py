@@ -61,8 +61,9 @@ def run(
         plan.append((f"{index:05d}-{sha256_json(identity)[7:15]}", prompt, image_seed))
 
     folder = workspace.stage("candidates", concept.name)
-    folder.claim()
+    folder.claim("settings.json")
     with lock(folder.path):
+        done = folder.keys()
         folder.settings(
             {
                 "model": base_model.source,
@@ -73,7 +74,6 @@ def run(
                 "sampling": settings,
             }
         )
-        done = folder.keys()
         todo = [item for item in plan if item[0] not in done]
         steps = common.batches(todo, batch_size)
         progress = progress or common.Progress(is_quiet=True)

@@ -49,8 +49,9 @@ def run(
         raise WorkspaceError(f"{candidates.path}: no candidates. Run: dagkit generate --concept {concept.name}")
     folder = workspace.stage("premasks", concept.name)
     unreadable: list[str] = []
-    folder.claim()
+    folder.claim("settings.json")
     with lock(folder.path):
+        done = folder.keys()
         folder.settings(
             {
                 "labels": concept.labels.model_dump(),
@@ -65,7 +66,6 @@ def run(
                 },
             }
         )
-        done = folder.keys()
         todo = [row for row in rows if row["key"] not in done]
         progress = progress or common.Progress(is_quiet=True)
         for row in progress.track(todo, total=len(todo), description="premask"):
@@ -77,7 +77,10 @@ def run(
             folder.append(_premask(folder, row, image, proposers, segmenter))
     if unreadable:
         num_done = len(todo) - len(unreadable)
-        raise WorkspaceError("\n".join([*unreadable, f"{num_done} other images were pre-masked and are kept."]))
+        more = [f"{len(unreadable) - 3} more cannot be read."] if len(unreadable) > 3 else []
+        raise WorkspaceError(
+            " ".join([*unreadable[:3], *more, f"{num_done} other images were pre-masked and are kept."])
+        )
 
     finished = [row for row in folder.rows() if row["key"] in {row["key"] for row in rows}]
     wanted = {row["key"] for row in rows if row["kind"] != "safe"}

@@ -85,7 +85,7 @@ def run(
         interface(label_config)
     progress = progress or common.Progress(is_quiet=True)
     folder = workspace.stage("labeling", concept.name)
-    folder.claim()
+    folder.claim("project.json")
     with lock(folder.path), ExitStack() as stack:
         client = client or stack.enter_context(connect(url, tell))
         project_id, config = find_project(client, folder, concept, label_config, num_annotators)
@@ -248,7 +248,7 @@ def find_project(
     from dagkit.errors import LabelStudioError
     from dagkit.workspace import sha256_bytes
 
-    if not (folder.path / "project.json").exists():
+    if not folder.has("project.json"):
         folder.write_json("project.json", {"title": f"dagkit {concept.name} {secrets.token_hex(4)}"})
     saved = folder.read_json("project.json")
     found = client.find_projects(saved["title"])
@@ -285,19 +285,17 @@ def _task(
     premasks: StageFolder,
     storage: Storage,
 ) -> Task:
-    import numpy as np
-
     from dagkit.labelstudio.tasks import Task, prediction
 
-    width, height = candidates.read_image(image).size
+    size = candidates.read_image(image).size
     masks, scores = {}, {}
     for label, found in row["masks"].items():
-        masks[label] = np.asarray(premasks.read_image(found["path"], "L")) > 127
+        masks[label] = premasks.read_mask(found["path"], size)
         scores[label] = found["score"]
     makers = [*row.get("proposers", []), *([row["segmenter"]] if row.get("segmenter") else [])]
     version = "+".join(f"{maker['name']}@{maker['version']}" for maker in makers) or "dagkit"
     proposed = (prediction(masks, scores, model_version=version),) if masks else ()
-    return Task(key, storage.place(candidates.inside(image)), width, height, proposed)
+    return Task(key, storage.place(candidates.inside(image)), *size, proposed)
 
 
 @click.command("push")
