@@ -64,6 +64,17 @@ def test_a_broken_image_leaves_the_older_dataset_alone(workspace: Workspace):
     assert sum(map(len, load_dataset(first.data["path"]).values())) == 12
 
 
+def test_a_damaged_older_dataset_is_not_replaced_unasked(workspace: Workspace):
+    """Nobody would know any more which rows were kept for tests."""
+    folder = export.run(workspace, CONCEPT, accept_unreviewed=True).data["path"]
+    (folder / "train" / "state.json").write_text("[]")
+    error = invoke("export", "--concept", "weapon", "--unreviewed", "--workspace", workspace.root).exception
+    assert isinstance(error, DatasetError)
+    assert str(error).endswith(f"If it cannot be restored, delete {folder} first: its rows get new splits.")
+    shutil.rmtree(folder)
+    assert export.run(workspace, CONCEPT, accept_unreviewed=True).done == 12
+
+
 @pytest.mark.slow
 def test_export_killed_half_way(workspace: Workspace, tmp_path: Path):
     where = ["export", "--concept", "weapon", "--unreviewed", "--json", "--workspace"]

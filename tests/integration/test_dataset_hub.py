@@ -103,6 +103,7 @@ def test_what_is_wrong_on_the_hub_is_named_and_nothing_is_written(folder: Path, 
             repository.commit({path: data.replace(b"HUB", hub.url.encode()) for path, data in files.items()})
             hub.repositories[f"acme/{name}"] = repository
         before = {name: dict(hub.repositories[f"acme/{name}"].refs) for name in repositories}
+        hub.broken = "acme/new/commit"
         outcomes = run(
             hub,
             tmp_path / "cache",
@@ -110,9 +111,9 @@ def test_what_is_wrong_on_the_hub_is_named_and_nothing_is_written(folder: Path, 
             ["dataset", "push", "hf://acme/theirs", folder],
             ["dataset", "check", "hf://acme/nowhere"],
             *(["dataset", "push", f"hf://{name}", folder] for name in ("", "acme", "a/b/c", "../x", "a/b\n")),
+            ["dataset", "push", "s3://acme/weapon", folder],
+            ["dataset", "push", "hf://acme/new", folder],
         )
-        hub.broken = "commit"
-        [refusal] = run(hub, tmp_path / "cache", ["dataset", "push", "hf://acme/new", folder])
         after = {name: dict(hub.repositories[f"acme/{name}"].refs) for name in repositories}
         asked = list(hub.requests)
     expected = [
@@ -125,10 +126,10 @@ def test_what_is_wrong_on_the_hub_is_named_and_nothing_is_written(folder: Path, 
         "hf://acme/theirs: not replaced: dagkit did not make this repository, and it holds README.md, weights.bin.",
         "hf://acme/nowhere: cannot be fetched from the Hub: ",
         *["': expected hf://owner/name."] * 5,
+        "'s3://acme/weapon': expected hf://owner/name, or a folder.",
+        "hf://acme/new: the Hub refused (507)",
     ]
-    for (status, error, message, _), words in zip(
-        [*outcomes, refusal], [*expected, "the Hub refused (507)"], strict=True
-    ):
+    for (status, error, message, _), words in zip(outcomes, expected, strict=True):
         assert (status, error) == (1, "DatasetError"), message
         assert words in message
         assert "\n" not in message

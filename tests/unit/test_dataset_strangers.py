@@ -449,7 +449,7 @@ def test_harmed_files_give_one_line_and_no_traceback(kind: str, copy: Callable[.
     folder = copy(kind)
     files = sorted(path for path in folder.rglob("*") if path.suffix in {".parquet", ".arrow"} or path.name in STATES)
     messages: list[str] = []
-    for _ in range(40):
+    for _ in range(25):
         path = draw.choice(files)
         good = path.read_bytes()
         path.write_bytes(harmed(good, draw))
@@ -458,7 +458,7 @@ def test_harmed_files_give_one_line_and_no_traceback(kind: str, copy: Callable[.
         except DagkitError as error:
             messages.append(str(error))
         path.write_bytes(good)
-    assert len(messages) >= 12
+    assert len(messages) >= 8
     assert all(len(message) < 800 and "\n" not in message for message in messages)
 
 

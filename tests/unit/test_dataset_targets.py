@@ -1,5 +1,6 @@
 """What a user names as a target stays theirs: only what dagkit itself put into a folder is ever replaced."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from datasets import DatasetDict
 from dagkit import dataset
 from dagkit.cli import command
 from dagkit.concept import load_concept
-from dagkit.dataset.replacing import EXPORT, MARKER, PUSH, foreign_names
+from dagkit.dataset.replacing import EXPORT, MARKER, PUSH, foreign_names, replacement
 from dagkit.errors import DatasetError
 from dagkit.stages import export
 from dagkit.workspace import Workspace
@@ -213,18 +214,29 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, workspace: Workspace):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "place"]
 
 
-def test_no_two_processes_write_beside_each_other(tmp_path: Path, workspace: Workspace):
-    import fcntl
-
-    descriptor = os.open(tmp_path, os.O_RDONLY)
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path, workspace: Workspace):
+    live, dead = tmp_path / ".target.a.partial", tmp_path / ".target.b.partial"
+    for folder in (live, dead):
+        folder.mkdir()
+        (folder / MARKER).write_text("{}")
+    descriptor = os.open(live, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        result = push(tmp_path / "target", workspace)
+        assert push(tmp_path / "target", workspace).exit_code == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, "target"]
     finally:
         os.close(descriptor)
-    assert isinstance(result.exception, DatasetError)
-    assert "another dagkit process is writing here" in str(result.exception)
     assert push(tmp_path / "target", workspace).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_came_while_it_was_written_is_not_replaced(tmp_path: Path):
+    target = tmp_path / "target"
+    with pytest.raises(DatasetError, match=r"not replaced: it holds notes\.txt"), replacement(target, PUSH) as folder:
+        (folder / "README.md").write_text("new")
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    assert all_files(tmp_path) == {"target/notes.txt": b"mine"}
 
 
 @pytest.mark.parametrize("target", [".", "/", "/proc/self", "a/file/target", "x" * 300])

@@ -86,7 +86,8 @@ def test_without_validation_images_figures_are_the_trainings(made: tuple[Path, P
     whole |= {split: data[split].select([]) for split in ("validation", "test")}
     save_dataset(DatasetDict(whole), tmp_path / "data", summarise(DatasetDict(whole), load_concept(str(concept))))
     options = ["--recipe", "paper", "--json"]
-    shown = json.loads(finish(*line((concept, tmp_path / "data"), tmp_path, 1), *options).splitlines()[-1])
+    result = CliRunner().invoke(command, [*line((concept, tmp_path / "data"), tmp_path, 1), *options])
+    shown = json.loads(result.stdout.splitlines()[-1])
     assert re.search(r", training IoU 0\.\d\d \(the dataset keeps no unsafe images apart", shown["message"])
     token = GuidelineToken.load(shown["path"])
     names = {*token.record.metrics, *shown["metrics"]}

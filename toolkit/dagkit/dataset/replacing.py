@@ -60,26 +60,26 @@ def replacement(path: Path, maker: Maker) -> Iterator[Path]:
         DatasetError: something there is not the maker's to replace, or the folder cannot be written.
     """
     path = path.resolve()
-    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent):
-            _require_ours(path, maker)
-            old = old_place(path)
-            _require_ours(old, maker)
-            for stale in [one for one in path.parent.iterdir() if _is_partial(one, path)]:
-                shutil.rmtree(stale, ignore_errors=True)
-            folder = _partial(path, maker)
+        _require_ours(path, maker)
+        old = old_place(path)
+        _require_ours(old, maker)
+        for stale in [one for one in path.parent.iterdir() if _is_dead(one, path)]:
+            shutil.rmtree(stale, ignore_errors=True)
+        with _partial(path, maker) as folder:
             yield folder
             folder.chmod(0o755)
             _sign(folder, maker)
+            _require_ours(path, maker)  # again: writing may have taken an hour
             _discard(old, path, maker)
             if path.exists():
                 path.rename(old)
             try:
                 folder.rename(path)
             except OSError:
-                old.rename(path)
+                if old.exists():
+                    old.rename(path)
                 raise
             _discard(old, path, maker)
     except OSError as error:
@@ -87,9 +87,6 @@ def replacement(path: Path, maker: Maker) -> Iterator[Path]:
             f"{path}: the dataset cannot be written: {error.strerror or error}. The older one, if any, is still there. "
             "Free some space or choose another place, and run the same command again."
         ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def old_place(path: Path) -> Path:
@@ -148,7 +145,9 @@ def _is_unchanged(path: Path, digest: str | None) -> bool:
 def _require_ours(path: Path, maker: Maker) -> None:
     if path.is_dir():
         names = foreign_names(path, maker)
-        problem = f"it holds {listed(names)}, which `{maker.command}` did not put there" if names else ""
+        problem = (
+            f"it holds {listed(names)}, which `{maker.command}` did not put there, or not as it is now" if names else ""
+        )
     else:
         problem = "it is no folder" if path.exists() else ""
     if problem:
@@ -176,39 +175,44 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _partial(path: Path, maker: Maker) -> Path:
-    """A new folder beside ``path``, marked from the start, so that a later run knows it for dagkit's."""
+@contextmanager
+def _partial(path: Path, maker: Maker) -> Iterator[Path]:
+    """A folder beside ``path``, deleted in the end; marked and held, so that a later run knows what a dead one left."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        _mark(folder, maker, {})
-    except OSError:
+        with _held(folder):
+            _mark(folder, maker, {})
+            yield folder
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
 
 
-def _is_partial(folder: Path, path: Path) -> bool:
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Locks a folder, and says whether that is possible: another process may hold it, or the disk know no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _is_dead(folder: Path, path: Path) -> bool:
     """Whether a folder is what a killed run left beside ``path``."""
     is_named = folder.name.startswith(f".{path.name}.") and folder.name.endswith(".partial")
-    return is_named and folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))
+    if not is_named or folder.is_symlink() or not folder.is_dir():
+        return False
+    with _held(folder) as is_free:
+        return is_free and ((folder / MARKER).is_file() or not any(folder.iterdir()))
 
 
 def _discard(old: Path, path: Path, maker: Maker) -> None:
     """Deletes a folder in two steps, so that a killed run leaves nothing half deleted that looks like somebody's."""
     if old.exists():
-        folder = _partial(path, maker)
-        old.rename(folder / "old")
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds a folder against other processes that replace something in it, and leaves nothing there."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise DatasetError(f"{folder}: another dagkit process is writing here. Wait for it.") from error
-    finally:
-        os.close(descriptor)
+        with _partial(path, maker) as folder:
+            old.rename(folder / "old")

@@ -210,6 +210,8 @@ def push_dataset(dataset: DatasetDict, to: str, summary: Mapping[str, Any], *, p
     Raises:
         DatasetError: the Hub refused, or something else is there.
     """
+    if "://" in to and not hub.is_url(to):
+        raise DatasetError(f"{to!r:.200}: expected hf://owner/name, or a folder.")
     if not hub.is_url(to):
         write_parquet(dataset, Path(to), summary)
         return to
@@ -308,10 +310,20 @@ def read_summary(path: str | Path) -> dict[str, Any]:
 
 
 def read_splits(path: Path) -> dict[str, str]:
-    """Key -> split of a dataset on disk; empty where there is none."""
+    """Key -> split of a dataset on disk; empty where there is none.
+
+    Raises:
+        DatasetError: it is damaged, so nobody knows which rows are for tests only.
+    """
     if not is_dataset(_current(path)):
         return {}
-    return {key: split for split, rows in load_dataset(path).items() for key in rows["key"]}
+    try:
+        dataset = load_dataset(path)
+    except DatasetError as error:
+        raise DatasetError(
+            f"{error} If it cannot be restored, delete {path} first: its rows get new splits."
+        ) from error
+    return {key: split for split, rows in dataset.items() for key in rows["key"]}
 
 
 def _current(path: Path) -> Path:
