@@ -1,5 +1,6 @@
 """What a user names as a target stays theirs: only what dagkit itself put into a folder is ever replaced."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -232,11 +233,12 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path, workspace
 
 def test_what_came_while_it_was_written_is_not_replaced(tmp_path: Path):
     target = tmp_path / "target"
-    with pytest.raises(DatasetError, match=r"not replaced: it holds notes\.txt"), replacement(target, PUSH) as folder:
-        (folder / "README.md").write_text("new")
-        target.mkdir()
-        (target / "notes.txt").write_text("mine")
-    assert all_files(tmp_path) == {"target/notes.txt": b"mine"}
+    with contextlib.ExitStack() as stack:
+        (stack.enter_context(replacement(target, PUSH)) / "README.md").write_text("new")
+        notes(target)
+        with pytest.raises(DatasetError, match="not replaced: it holds"):
+            stack.close()
+    assert set(all_files(tmp_path)) == {"target/deep/er/notes.txt", "target/bell\x07.txt"}
 
 
 @pytest.mark.parametrize("target", [".", "/", "/proc/self", "a/file/target", "x" * 300])
