@@ -226,6 +226,10 @@ def test_a_dataset_whose_files_lie_elsewhere_is_refused(name: Any, copy: Callabl
 
 
 def test_a_split_that_lies_elsewhere_is_refused(copy: Callable[..., Path], whole: Path):
+    folder = copy("parquet")
+    (folder / "data" / "bell\x07\n-0.parquet").write_bytes(b"")
+    assert r"but got 'bell\x07\n', test, train, validation" in refused(folder)
+    shutil.rmtree(folder)
     folder = copy("arrow")
     outside = str(whole / "arrow" / "train")
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", outside]}))

@@ -19,7 +19,7 @@ from dagkit.dataset.pictures import first_line
 from dagkit.dataset.schema import FEATURES, LABELS, NULLABLE, PICTURES, SPLITS, empty_split
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.manifests import parse_json
-from dagkit.workspace import open_plain
+from dagkit.workspace import listed, open_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,8 +59,8 @@ def read_tables(folder: Path, where: str) -> DatasetDict:
     parts = _parquet_parts(files) if files else _arrow_parts(folder, where)
     unknown = [split for split in parts if split not in SPLITS]
     if unknown or not parts:
-        got = ", ".join(parts) or "none"
-        raise DatasetError(f"{where}: expected the splits {', '.join(SPLITS)}, but got {got:.200}.")
+        got = listed([*parts]) or "none"
+        raise DatasetError(f"{where}: expected the splits {', '.join(SPLITS)}, but got {got}.")
     read = _read_parquet if files else _read_arrow
     return DatasetDict(
         {split: _split(split, parts[split], read, where) if split in parts else empty_split() for split in SPLITS}
@@ -96,7 +96,7 @@ def _arrow_parts(folder: Path, where: str) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {}
     try:
         for name in read_json(folder / "dataset_dict.json")["splits"]:
-            parts[name] = []
+            parts[str(name)] = []
             if name in SPLITS:
                 shards = [shard["filename"] for shard in read_json(folder / name / "state.json")["_data_files"]]
                 if not all(_SHARD.fullmatch(shard) for shard in shards):
