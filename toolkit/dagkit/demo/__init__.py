@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dagkit.families import BaseModel
     from dagkit.judges.demo import DemoJudge
 
-__all__ = ["judge_path", "load_judge", "load_model", "model_path", "sam_checkpoint", "unknown_words"]
+__all__ = ["claim", "judge_path", "load_judge", "load_model", "model_path", "sam_checkpoint", "unknown_words"]
 
 
 def _data(name: str) -> Path:
@@ -35,6 +35,24 @@ def judge_path() -> Path:
 def sam_checkpoint() -> Path:
     """Weights of the small SAM, safetensors; `dagkit.segmenters.sam_tiny.build_sam_tiny` reads them."""
     return _data("sam_tiny.safetensors")
+
+
+def claim(folder: Path, *marks: str) -> None:
+    """Ends a command whose ``--out`` holds something and is none of its own, by which its folders are known.
+
+    Args:
+        folder: where it would write.
+        marks: glob patterns of what it leaves there.
+    """
+    import click
+
+    from dagkit.errors import WorkspaceError
+    from dagkit.workspace import StageFolder
+
+    try:
+        StageFolder(folder).claim(*marks)
+    except WorkspaceError as error:
+        raise click.ClickException(str(error).replace("--workspace", "--out")) from error
 
 
 def load_model(name: str = "demo", device: str = "cpu") -> BaseModel:

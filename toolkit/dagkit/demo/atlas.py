@@ -13,6 +13,8 @@ from typing import Final
 import click
 from PIL import Image, ImageDraw, ImageFont
 
+from dagkit.demo import claim
+
 GLYPHS: Final[dict[str, str]] = {
     "cat": "🐱", "dog": "🐶", "apple": "🍎", "banana": "🍌", "car": "🚗", "house": "🏠", "flower": "🌻", "ball": "⚽",
     "fish": "🐠", "tree": "🌳", "cup": "🍵", "book": "📕", "duck": "🦆", "mushroom": "🍄", "guitar": "🎸",
@@ -59,6 +61,7 @@ def render(font_path: Path, folder: Path) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path(__file__).parent / "data")
 def main(font: Path, out: Path) -> None:
     """Command line of ``render``."""
+    claim(out, "sprites.json")
     render(font, out)
 
 

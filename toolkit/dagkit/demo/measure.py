@@ -214,6 +214,8 @@ def main(
     """Command line of the measurement."""
     from dagkit.judges.demo import DemoJudge
 
+    if sheet is not None and sheet.exists():
+        raise click.ClickException(f"{sheet}: there is such a file already. Choose another name.")
     wanted = only or ("base", "judge", "sam")
     judge = DemoJudge.from_checkpoint(judge_file or judge_path())
     result: dict[str, Any] = {}

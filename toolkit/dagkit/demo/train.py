@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dagkit.demo import claim
 from dagkit.demo.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -156,6 +157,9 @@ def main(
     """Command line of the training."""
     import torch
 
+    from dagkit.demo.training import CHECKPOINT_NAME
+
+    claim(out, f"*/{CHECKPOINT_NAME}", "model/model_index.json", "judge.safetensors", "sam_tiny.safetensors")
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     recipe = with_steps(Recipe(), steps) if steps else Recipe()
