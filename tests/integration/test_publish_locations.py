@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,32 @@ def test_a_published_version_never_changes(place: Place, tmp_path: Path):
     assert place.files() == before
     same = registry.pack(tmp_path / "one" / "weapon" / "1.0.0")
     assert registry.published(same, registry.open_location(place.url).read_index())
+
+
+def test_publishing_again_brings_back_what_is_missing_or_damaged(place: Place, tmp_path: Path):
+    for number, version in enumerate(["1.0.0", "1.1.0"]):
+        publish(place, tmp_path, version, seed=number)
+    parcel = registry.pack(tmp_path / "weapon" / "1.1.0")
+    location = registry.open_location(place.url)
+    entry = location.read_index().entry("1.1.0")
+    assert registry.damaged_files(location, entry) == []
+    names = [sorted(name for name in place.files() if name.endswith(end))[-1] for end in ("token.json", "README.md")]
+    place.remove(names[0])
+    place.write(names[1], b"changed")
+
+    assert sorted(registry.damaged_files(location, entry)) == ["README.md", "token.json"]
+    with pytest.raises((TokenError, PublishError)):
+        registry.load_token(f"{place.url}@1.1.0")
+    with pytest.raises(PublishError, match=r"has weapon@1.1.0 already, with other content"):
+        publish(place, tmp_path / "other", "1.1.0", seed=7)
+    again = registry.publish(parcel, location)
+
+    assert (again.content, again.published) == (entry.content, entry.published)
+    assert is_equal(registry.load_token(f"{place.url}@1.1.0"), small_token("1.1.0", seed=1))
+    assert "1.1.0" not in registry.check(location)[1]
+    before = place.files()
+    assert registry.publish(parcel, location) == again
+    assert place.files() == before
 
 
 def test_one_location_one_concept(place: Place, tmp_path: Path):
@@ -200,6 +227,59 @@ def test_two_publishers_at_once(bucket: BucketPlace, tmp_path: Path, monkeypatch
     ):
         publish(bucket, tmp_path / "a", "1.1.0", seed=1)
     assert is_equal(registry.load_token(f"{bucket.url}@1.1.0"), small_token("1.1.0", seed=7))
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, writes: tuple[tuple[object, str], ...], number: int, action: object):
+    """Does something once, from inside the ``number``-th of the writes of what follows."""
+    count = 0
+
+    def wrap(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            nonlocal count
+            count += 1
+            if count == number:
+                action()
+            return original(*arguments, **named)
+
+        return call
+
+    for owner, name in writes:
+        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(("where", "number"), [("bucket", 1), ("bucket", 5), ("hub", 1), ("hub", 2), ("hub", 3)])
+def test_two_publishers_of_equal_content_both_succeed(
+    request: pytest.FixtureRequest, tmp_path: Path, where: str, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The other one begins and ends inside one of the first one's writes: files, tag, index."""
+    place = HubPlace(request.getfixturevalue(where)) if where == "hub" else request.getfixturevalue(where)
+    publish(place, tmp_path, "1.0.0")
+    save_small_token(tmp_path, "1.1.0", seed=1)
+    entries = []
+    with monkeypatch.context() as patched:
+        meanwhile(patched, place.writes, number, lambda: entries.append(publish(place, tmp_path, "1.1.0")))
+        entries.append(publish(place, tmp_path, "1.1.0"))
+
+    assert [entry.content for entry in entries] == [entries[0].content] * 2
+    assert is_equal(registry.load_token(f"{place.url}@1.1.0"), small_token("1.1.0", seed=1))
+    assert registry.check(registry.open_location(place.url))[1] == {}
+
+
+def test_two_publishers_of_equal_content_in_one_folder(tmp_path: Path):
+    parcel = registry.pack(save_small_token(tmp_path, "1.0.0"))
+    location = registry.open_location(f"file://{tmp_path}/published")
+    with ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(lambda _: registry.publish(parcel, location), range(4)))
+    assert [entry.published for entry in entries] == [entries[0].published] * 4
+    assert registry.check(location)[1] == {}
+
+
+def test_records_that_name_local_paths_are_not_published(tmp_path: Path):
+    model = small_token().record.base_model.model_copy(update={"id": "/home/alice/models/sd15"})
+    folder = small_token(base_model=model).save(tmp_path / "weapon" / "1.0.0")
+    with pytest.raises(PublishError, match=r"weapon@1.0.0 was not published: its token.json names a place") as refused:
+        registry.pack(folder)
+    assert "dagkit optimize" in str(refused.value)
 
 
 def test_hub_moves_on_while_publishing(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -165,8 +165,11 @@ def test_full_disk(full_disk: Path, tmp_path: Path):
     assert registry.load_token(f"file://{full_disk}/published").name == "weapon@1.0.0"
 
 
-def test_two_writers_of_one_folder(published: Path, tmp_path: Path):
+def test_two_writers_of_one_folder(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from dagkit.registry.locations import folder
     from dagkit.workspace import lock
+
+    monkeypatch.setattr(folder, "PATIENCE_S", 0.2)
 
     parcel = registry.pack(save_small_token(tmp_path, "1.1.0"))
     with lock(published), pytest.raises(PublishError, match=r"another dagkit process is writing here"):

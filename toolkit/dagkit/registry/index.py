@@ -104,8 +104,9 @@ class Index(_Strict):
         return next((entry for entry in self.versions if entry.version == version), None)
 
     def with_entry(self, entry: Entry) -> Index:
-        """A new index that also has ``entry``."""
-        entries = sorted([*self.versions, entry], key=lambda one: version_key(one.version))
+        """A new index that has ``entry``, in place of one of its version."""
+        others = (one for one in self.versions if one.version != entry.version)
+        entries = sorted([*others, entry], key=lambda one: version_key(one.version))
         return Index(concept=self.concept, versions=tuple(entries))
 
     def to_bytes(self) -> bytes:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 from dagkit.errors import PublishError, WorkspaceError
 from dagkit.registry.index import Entry
 from dagkit.registry.locations.keyed import KeyedLocation
-from dagkit.workspace import atomic_write, lock, sha256_bytes
+from dagkit.workspace import StageFolder, atomic_write, lock, sha256_bytes
+
+PATIENCE_S: Final = 10.0
+"""How long a publisher waits for another one that is writing into the same folder."""
 
 
 class Folder(KeyedLocation):
@@ -28,31 +33,60 @@ class Folder(KeyedLocation):
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        with _publish_errors(), lock(self.root):
+        with _publish_errors(), _patient_lock(self.root):
             yield
 
     def _get(self, key: str, limit: int) -> tuple[bytes, str] | None:
-        path = self.root / key
-        if path.parent.resolve() != (self.root.resolve() / key).parent:
-            raise PublishError(f"{path} leads through a symbolic link, which no published token does. Remove it.")
+        path = self._path(key)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise PublishError(f"{path} cannot be read: {error.strerror}. Check its rights and kind.") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise PublishError(f"{path} is not a plain file, as all files of a token are. Remove it.")
         with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise PublishError(f"{path} is not a plain file, as all files of a token are. Remove it.")
             data = file.read(limit + 1)
         return data, sha256_bytes(data)
 
     def _put(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        if path.is_dir():
+            raise PublishError(f"{path} is a folder, but a file of the token belongs there. Remove it.")
         with _publish_errors():
-            atomic_write(self.root / key, data)
+            atomic_write(path, data)
+
+    def _path(self, key: str) -> Path:
+        """Where a file lies; never outside the folder, and never through a link."""
+        path = self.root / key
+        try:
+            is_plain = StageFolder(self.root).inside(key).parent.resolve() == (self.root.resolve() / key).parent
+        except (WorkspaceError, OSError, RuntimeError):  # out of the folder, or links in a loop
+            is_plain = False
+        if not is_plain:
+            raise PublishError(f"{path} leads through a symbolic link, which no published token does. Remove it.")
+        return path
 
     def _replace(self, key: str, data: bytes, state: str | None) -> None:
         self._put(key, data)  # the lock is held since the index was read
+
+
+@contextmanager
+def _patient_lock(folder: Path) -> Iterator[None]:
+    """As `lock`, but waits for another publisher: it may be about to publish the very same."""
+    end = time.monotonic() + PATIENCE_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock(folder))
+                break
+            except WorkspaceError as error:
+                if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
+        yield
 
 
 @contextmanager

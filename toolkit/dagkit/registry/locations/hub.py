@@ -7,6 +7,7 @@ commit), the tag, and last the index (one commit): readers go by the index, whic
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ from dagkit.registry.index import (
     page,
     parse_index,
 )
-from dagkit.registry.locations.keyed import extend
+from dagkit.registry.locations.keyed import ConflictError, MissingFileError, damaged_files, extend, has
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -65,10 +66,7 @@ class Hub:
     def read_index(self) -> Index | None:
         """What is published, or None where there is no index or no repository that we may see."""
         with self._errors("read"):
-            try:
-                return self._index(_MAIN)
-            except (RevisionNotFoundError, RepositoryNotFoundError):
-                return None
+            return self._index_or_none()
 
     def read(self, entry: Entry, name: str) -> bytes:
         """One file of a version, at the commit that the index pins."""
@@ -76,17 +74,39 @@ class Hub:
             try:
                 return self._download(name, entry.revision or f"v{entry.version}", entry.files[name].size)
             except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
-                raise PublishError(
+                raise MissingFileError(
                     f"{self.url}: the index names {name} of {entry.version}, but it is not there. Publish it again."
                 ) from error
 
     def publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
-        """Writes the files, then the tag, then the index that names them."""
+        """Writes the files, then the tag, then the index that names them.
+
+        A version that is there and lacks files gets a new commit and tag. Where somebody else writes at the same time,
+        it is looked whether they publish the very same.
+        """
+        with self._errors("read"):
+            begun = self._index_or_none()
+        for pause_s in (0.2, 0.5, None):
+            try:
+                return self._publish(concept, entry, files)
+            except ConflictError:
+                with self._errors("read"):
+                    there = self._index_or_none()
+                is_same = there is not None and has(there, concept, entry)
+                if pause_s is None or not (is_same or there == begun):
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
         api = HfApi()
         with self._errors("written"):
             info = self._repository(api)
             before = self._index(info.sha or _MAIN)
             extend(before, concept, entry, self.url)
+            known = before.entry(entry.version) if before else None
+            if before is not None and known is not None and not damaged_files(self, known):
+                return before
             stale = {
                 sibling.rfilename
                 for sibling in info.siblings or ()
@@ -102,7 +122,9 @@ class Hub:
                 parent_commit=info.sha,
             )
             self._tag(api, f"v{entry.version}", commit.oid)
-            index = extend(before, concept, entry.model_copy(update={"revision": commit.oid}), self.url)
+            index = (before or Index(concept=concept)).with_entry(
+                (known or entry).model_copy(update={"revision": commit.oid})
+            )
             api.create_commit(
                 self._repo,
                 [
@@ -139,8 +161,16 @@ class Hub:
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
-            api.delete_tag(self._repo, tag=tag)  # left by a publish that was interrupted: no index names it
+            if api.model_info(self._repo, revision=tag).sha == revision:
+                return
+            api.delete_tag(self._repo, tag=tag)  # left by a publish that was interrupted, or of files that are gone
             api.create_tag(self._repo, tag=tag, revision=revision)
+
+    def _index_or_none(self) -> Index | None:
+        try:
+            return self._index(_MAIN)
+        except (RevisionNotFoundError, RepositoryNotFoundError):
+            return None
 
     def _index(self, revision: str) -> Index | None:
         try:
@@ -153,7 +183,9 @@ class Hub:
         url = hf_hub_url(self._repo, name, revision=revision)
         size = get_hf_file_metadata(url).size
         if size is not None and size > limit:
-            raise PublishError(f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it.")
+            raise MissingFileError(
+                f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it."
+            )
         with tempfile.TemporaryDirectory() as folder:
             return Path(hf_hub_download(self._repo, name, revision=revision, local_dir=folder)).read_bytes()
 
@@ -176,7 +208,8 @@ class Hub:
                 412: "Somebody else published there at the same time. Run the same command again.",
             }.get(status, "Try again later.")
             reason = error.server_message or error.response.reason_phrase
-            raise PublishError(f"{self.url} cannot be {what}: HTTP {status} {reason}. {advice}") from error
+            kind = ConflictError if status in (409, 412) else PublishError
+            raise kind(f"{self.url} cannot be {what}: HTTP {status} {_short(reason)}. {advice}") from error
         except RuntimeError as error:  # huggingface_hub and hf_xet, when an upload fails
             raise PublishError(
                 f"{self.url} cannot be {what}: {_line(error.__cause__ or error)}. Run the same command again."
@@ -189,4 +222,8 @@ class Hub:
 
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:1] + lines[-1:] if len(lines) > 1 else lines) or type(error).__name__
+    return _short("; ".join(lines[:1] + lines[-1:] if len(lines) > 1 else lines)) or type(error).__name__
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:297]}..."
