@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dagkit.errors import WorkspaceError
+
 _PACKAGE = Path(__file__).parent
 
 
@@ -22,4 +24,18 @@ def shipped_folder(name: str) -> Path:
 
 def user_cache_folder() -> Path:
     """``dagkit`` in the user's cache: ``$XDG_CACHE_HOME``, by default ``~/.cache``. It need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dagkit"
+    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "dagkit"
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` or ``~name`` at its beginning replaced.
+
+    Raises:
+        WorkspaceError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WorkspaceError(
+            f"{str(path)[:200]!r}: there is no such home folder on this machine. Write the whole path, or set HOME."
+        ) from error

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Final
 import httpx
 
 from dagkit.errors import LabelStudioError
-from dagkit.resources import user_cache_folder
+from dagkit.resources import expanded, user_cache_folder
 from dagkit.workspace import atomic_write, lock
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def cache_folder() -> Path:
 
 def data_folder() -> Path:
     """``$XDG_DATA_HOME/dagkit/label-studio``, by default under ``~/.local/share``."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "dagkit" / "label-studio"
+    return Path(os.environ.get("XDG_DATA_HOME") or expanded("~/.local/share")) / "dagkit" / "label-studio"
 
 
 class EmbeddedServer:

@@ -25,6 +25,7 @@ PAGE_FILE: Final = "INDEX.md"
 SIGNATURE_FILE: Final = "model.sig"
 FIGURES_FILE: Final = "figures.json"
 EXAMPLES: Final = "examples/"
+PAGE_MARK: Final = "Written by `dagkit publish`; a version never changes once it is listed here."
 INDEX_SCHEMA: Final = 1
 MAX_INDEX_BYTES: Final = 4 << 20
 MAX_FILE_BYTES: Final = 16 << 20
@@ -129,23 +130,32 @@ def parse_index(data: bytes, where: str) -> Index:
     try:
         value: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise PublishError(f"{where} is not JSON: {error}. It is damaged; publish again or restore it.") from error
+        raise PublishError(
+            f"{where} is not JSON: {str(error)[:200]}. It is damaged; publish again or restore it."
+        ) from error
     if not isinstance(value, dict):
         raise PublishError(f"{where}: expected a JSON object, but got {type(value).__name__}. Restore it.")
     schema = value.get("schema_version")
     if isinstance(schema, int) and schema > INDEX_SCHEMA:
         raise PublishError(
-            f"{where} has schema {schema}, but this dagkit knows {INDEX_SCHEMA} at most. Upgrade dagkit."
+            f"{where} has schema {str(schema)[:20]}, but this dagkit knows {INDEX_SCHEMA} at most. Upgrade dagkit."
         )
     checksum = value.pop("sha256", None)
     try:
         index = Index.model_validate(value)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
-        raise PublishError(f"{where} does not fit the schema: {problems}. Restore it.") from error
+        raise PublishError(f"{where} does not fit the schema: {problems(error)}. Restore it.") from error
     if checksum != sha256_json(index.model_dump(mode="json")) or index.to_bytes() != data:
         raise PublishError(f"{where} was changed by hand or damaged: its checksum does not fit. Restore it.")
     return index
+
+
+def problems(error: ValidationError, num: int = 3) -> str:
+    """The first problems that a schema found, on one line of bounded length, without the values."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[:num]
+    return "; ".join(
+        f"{'.'.join(str(part)[:40] for part in one['loc'][:6]) or 'file'}: {one['msg'][:120]}" for one in found
+    )
 
 
 def page(index: Index, url: str) -> str:
@@ -153,7 +163,7 @@ def page(index: Index, url: str) -> str:
     lines = [
         f"# {index.concept}: {len(index.versions)} published version{'' if len(index.versions) == 1 else 's'}",
         "",
-        "Written by `dagkit publish`; a version never changes once it is listed here.",
+        PAGE_MARK,
         "",
         "| version | published | base model | signed | figures | content |",
         "|---|---|---|---|---|---|",

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagkit.errors import TokenError
+from dagkit.errors import TokenError, WorkspaceError
 from dagkit.registry import roots as token_folders
 from dagkit.registry.cache import fetch
 from dagkit.registry.reference import is_version, parse
 from dagkit.registry.signing import load_signed
+from dagkit.resources import expanded
 from dagkit.token import RECORD_FILE, GuidelineToken
 
 
@@ -49,7 +50,7 @@ def resolve(
     """
     parsed = parse(str(reference)) if not isinstance(reference, Path) else None
     if parsed is None or parsed.folder is not None:
-        return ResolvedToken(str(reference), _folder(Path(reference).expanduser()))
+        return ResolvedToken(str(reference), _folder(reference))
     if parsed.name is not None:
         path = token_folders.find(parsed, token_folders.token_roots(workspace) if roots is None else roots)
         return ResolvedToken(parsed.text, path, concept=parsed.name, version=path.name)
@@ -87,7 +88,17 @@ def load_resolved(resolved: ResolvedToken, *, public_key: str | Path | None = No
     return token
 
 
-def _folder(path: Path) -> Path:
+def _folder(text: str | Path) -> Path:
+    try:
+        return _token_folder(expanded(text))
+    except (WorkspaceError, OSError, ValueError) as error:  # no such home; a name too long, with a NUL, or forbidden
+        problem = error.strerror if isinstance(error, OSError) else str(error)
+        raise TokenError(
+            f"{str(text)[:200]!r} cannot be read: {problem}. See what there is with: dagkit token list"
+        ) from error
+
+
+def _token_folder(path: Path) -> Path:
     if (path / RECORD_FILE).is_file():
         return path
     if path.name == RECORD_FILE and path.is_file():

@@ -19,6 +19,7 @@ from typing import Any
 
 from dagkit.errors import TokenError
 from dagkit.registry.index import SIGNATURE_FILE
+from dagkit.registry.plain import read_plain
 from dagkit.token import MAX_BYTES, GuidelineToken
 from dagkit.workspace import atomic_write
 
@@ -125,8 +126,7 @@ def read_file(path: Path, limit: int) -> bytes:
     if path.is_symlink() or not path.is_file():
         raise TokenError(f"{path} is missing or not a plain file, as all files of a token are. Fetch it again.")
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        data = read_plain(path, limit)
     except OSError as error:
         raise TokenError(f"{path} cannot be read: {error.strerror}. Check its rights.") from error
     if len(data) > limit:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import stat
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +11,12 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from dagkit.errors import PublishError, WorkspaceError
-from dagkit.registry.index import Entry
+from dagkit.registry.index import PAGE_FILE, Entry
 from dagkit.registry.locations.keyed import KeyedLocation
+from dagkit.registry.plain import read_plain
 from dagkit.workspace import StageFolder, atomic_write, lock, sha256_bytes
 
+_OWN: Final = re.compile(rf"\.lock|{PAGE_FILE}|\..*\.part|\d+\.\d+\.\d+-[0-9a-f]{{16}}")
 PATIENCE_S: Final = 10.0
 """How long a publisher waits for another one that is writing into the same folder."""
 
@@ -39,16 +40,11 @@ class Folder(KeyedLocation):
     def _get(self, key: str, limit: int) -> tuple[bytes, str] | None:
         path = self._path(key)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            data = read_plain(path, limit)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise PublishError(f"{path} cannot be read: {error.strerror}. Check its rights and kind.") from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise PublishError(f"{path} is not a plain file, as all files of a token are. Remove it.")
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(limit + 1)
         return data, sha256_bytes(data)
 
     def _put(self, key: str, data: bytes) -> None:
@@ -71,6 +67,15 @@ class Folder(KeyedLocation):
 
     def _replace(self, key: str, data: bytes, state: str | None) -> None:
         self._put(key, data)  # the lock is held since the index was read
+
+    def _strangers(self) -> list[str]:
+        try:
+            names = [path.name for path in self.root.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise PublishError(f"{self.root} cannot be read: {error.strerror}. Publish to another place.") from error
+        return sorted([*(name for name in names if not _OWN.fullmatch(name)), *super()._strangers()])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ commit), the tag, and last the index (one commit): readers go by the index, whic
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from dagkit.errors import PublishError
 from dagkit.registry.index import (
     EXAMPLES,
+    FIGURES_FILE,
     INDEX_FILE,
     MAX_INDEX_BYTES,
     PAGE_FILE,
@@ -43,7 +45,8 @@ from dagkit.registry.index import (
     page,
     parse_index,
 )
-from dagkit.registry.locations.keyed import ConflictError, MissingFileError, damaged_files, extend, has
+from dagkit.registry.locations.keyed import ConflictError, MissingFileError, damaged_files, extend, has, not_ours
+from dagkit.token import MAX_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -104,14 +107,13 @@ class Hub:
             info = self._repository(api)
             before = self._index(info.sha or _MAIN)
             extend(before, concept, entry, self.url)
+            if before is None and (strangers := sorted(_names(info) - _own_names(info))):
+                raise PublishError(not_ours(self.url, strangers).replace("/tokens.", "-tokens."))
             known = before.entry(entry.version) if before else None
             if before is not None and known is not None and not damaged_files(self, known):
                 return before
-            stale = {
-                sibling.rfilename
-                for sibling in info.siblings or ()
-                if sibling.rfilename.startswith(EXAMPLES) or sibling.rfilename == SIGNATURE_FILE
-            } - set(files)
+            own = _names(info) if before is not None else ()
+            stale = {name for name in own if name.startswith(EXAMPLES) or name == SIGNATURE_FILE} - set(files)
             commit = api.create_commit(
                 self._repo,
                 [
@@ -218,6 +220,16 @@ class Hub:
             raise PublishError(
                 f"{self.url} cannot be {what}: {_line(error)}. Check the network and HF_ENDPOINT."
             ) from error
+
+
+def _names(info: ModelInfo) -> set[str]:
+    return {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def _own_names(info: ModelInfo) -> set[str]:
+    """Files that a new repository has, or that an interrupted publish may have left."""
+    fixed = {".gitattributes", *MAX_BYTES, SIGNATURE_FILE, FIGURES_FILE, PAGE_FILE}
+    return {name for name in _names(info) if name in fixed or re.fullmatch(rf"{EXAMPLES}\d\d\.png", name)}
 
 
 def _line(error: BaseException) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dagkit.errors import PublishError
-from dagkit.registry.index import INDEX_FILE, MAX_INDEX_BYTES, PAGE_FILE, Entry, Index, page, parse_index
+from dagkit.registry.index import INDEX_FILE, MAX_INDEX_BYTES, PAGE_FILE, PAGE_MARK, Entry, Index, page, parse_index
 from dagkit.workspace import sha256_bytes
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class KeyedLocation(ABC):
 
     def publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
         """Writes the files, then the index that names them; of a version that is there, only what it lacks."""
+        if self.read_index() is None and (strangers := self._strangers()):  # before anything is written
+            raise PublishError(not_ours(self.url, strangers))
         with self._exclusive():
             before, state = self._index()
             index = extend(before, concept, entry, self.url)
@@ -85,6 +87,11 @@ class KeyedLocation(ABC):
     def write_page(self, index: Index) -> None:
         """Writes ``INDEX.md`` anew."""
         self._put(PAGE_FILE, page(index, self.url).encode())
+
+    def _strangers(self) -> list[str]:
+        """What lies where a first version is to be published and is not dagkit's."""
+        found = self._get(PAGE_FILE, MAX_INDEX_BYTES)
+        return [PAGE_FILE] if found is not None and PAGE_MARK not in found[0].decode("utf-8", "replace") else []
 
     def _index(self) -> tuple[Index | None, str | None]:
         found = self._get(INDEX_FILE, MAX_INDEX_BYTES)
@@ -115,6 +122,15 @@ def extend(index: Index | None, concept: str, entry: Entry, url: str) -> Index:
             "raise the version and publish that."
         )
     return index.with_entry(entry)
+
+
+def not_ours(url: str, strangers: Sequence[str]) -> str:
+    """What to say of a place without an index that holds something else."""
+    shown = ", ".join(name[:60] for name in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+    return (
+        f"{url} is not empty, and dagkit has published nothing there: it holds {shown}. Name an empty or new place, "
+        f"e.g. {url}/tokens."
+    )
 
 
 def has(index: Index, concept: str, entry: Entry) -> bool:
