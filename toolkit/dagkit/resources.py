@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dagkit.errors import WorkspaceError
+from dagkit.errors import DagkitError
 
 _PACKAGE = Path(__file__).parent
 
@@ -23,19 +23,29 @@ def shipped_folder(name: str) -> Path:
 
 
 def user_cache_folder() -> Path:
-    """``dagkit`` in the user's cache: ``$XDG_CACHE_HOME``, by default ``~/.cache``. It need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache")) / "dagkit"
-
-
-def expanded(path: str | Path) -> Path:
-    """A path with ``~`` or ``~name`` at its beginning replaced.
+    """``dagkit`` in the user's cache: ``$XDG_CACHE_HOME``, by default ``~/.cache``. It need not exist.
 
     Raises:
-        WorkspaceError: there is no such home folder.
+        DagkitError: as for `expanded`.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else expanded("~/.cache", "the user's cache")) / "dagkit"
+
+
+def expanded(path: str | Path, where: str) -> Path:
+    """A path in which ``~`` and ``~name`` are somebody's home.
+
+    Args:
+        path: as a user wrote it.
+        where: what named it, for the message.
+
+    Raises:
+        DagkitError: there is no such home.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise WorkspaceError(
-            f"{str(path)[:200]!r}: there is no such home folder on this machine. Write the whole path, or set HOME."
+        raise DagkitError(
+            f"{where}: expected a path, but {str(path)[:200]!r} begins with a home folder that is not known. "
+            "Write the whole path, or set HOME."
         ) from error
