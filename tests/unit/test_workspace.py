@@ -15,7 +15,7 @@ from dagkit.workspace import StageFolder, Workspace, atomic_write, checked_name,
 
 @pytest.fixture
 def folder(tmp_path: Path) -> StageFolder:
-    return Workspace(tmp_path).stage("candidates", "weapon")
+    return Workspace(tmp_path).stage("notes", "weapon")
 
 
 def test_rows_come_back_in_order(folder: StageFolder):
@@ -102,7 +102,7 @@ def test_file_where_a_folder_is_needed(tmp_path: Path):
     (tmp_path / "runs").write_text("")
 
     with pytest.raises(WorkspaceError, match="A file stands where a folder is needed"):
-        Workspace(tmp_path / "runs").stage("candidates", "weapon").append({"key": "a"})
+        Workspace(tmp_path / "runs").stage("notes", "weapon").append({"key": "a"})
 
 
 def test_one_writer_at_a_time(tmp_path: Path):
@@ -112,19 +112,11 @@ def test_one_writer_at_a_time(tmp_path: Path):
         pass
 
 
-def test_lock_sweeps_what_a_killed_writer_left(tmp_path: Path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / ".a.png.x1.part").write_bytes(b"half")
-
-    with lock(tmp_path):
-        assert not list(tmp_path.rglob("*.part"))
-
-
 def test_killed_writer_loses_at_most_the_last_row(tmp_path: Path):
     script = f"""
 import os, itertools
 from dagkit.workspace import Workspace
-folder = Workspace({str(tmp_path)!r}).stage("candidates", "weapon")
+folder = Workspace({str(tmp_path)!r}).stage("notes", "weapon")
 for index in itertools.count():
     folder.write_bytes(f"files/{{index}}", b"x" * 1000)
     folder.append({{"key": str(index)}})
@@ -136,14 +128,14 @@ for index in itertools.count():
     process.kill()
     process.communicate()
 
-    folder = Workspace(tmp_path).stage("candidates", "weapon")
+    folder = Workspace(tmp_path).stage("notes", "weapon")
     keys = [row["key"] for row in folder.rows()]
     assert keys[: len(seen)] == [line.strip() for line in seen]
     assert all((folder.path / "files" / key).stat().st_size == 1000 for key in keys)
 
 
 def test_full_disk_is_named_and_loses_nothing(full_disk: Path):
-    folder = Workspace(full_disk).stage("candidates", "weapon")
+    folder = Workspace(full_disk).stage("notes", "weapon")
     folder.write_bytes("a", b"kept")
     folder.append({"key": "a"})
 
@@ -157,7 +149,7 @@ def test_full_disk_is_named_and_loses_nothing(full_disk: Path):
 
 
 def test_full_disk_tears_no_row(full_disk: Path):
-    folder = Workspace(full_disk).stage("candidates", "weapon")
+    folder = Workspace(full_disk).stage("notes", "weapon")
     folder.append({"key": "a"})
 
     with pytest.raises(WorkspaceError, match="no space left"):

@@ -66,6 +66,14 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = (error.strerror or type(error).__name__).lower()
+        click.echo(
+            f"{click.style('error:', fg='red')} {str(error.filename)[:300]}: {reason}. Mend that path.", err=True
+        )
+        sys.exit(1)
 
 
 def _prepare_libraries() -> None:

@@ -98,9 +98,7 @@ def _uncertainty(
     if token is None:
         return 0.0 if candidate["kind"] == "safe" else 1.0 - float(premask["score"])
     image = candidates.read_image(candidate["image"])
-    masks = {
-        label: np.asarray(premasks.read_image(mask["path"], "L")) > 127 for label, mask in premask["masks"].items()
-    }
+    masks = {label: premasks.read_mask(mask["path"], image.size) for label, mask in premask["masks"].items()}
     expected = combine(masks, concept.labels.negative, (image.height, image.width))
     return disagreement(token.region(image, candidate["prompt"], candidate["seed"]), expected)
 

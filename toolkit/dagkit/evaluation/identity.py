@@ -2,17 +2,105 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from dagkit.errors import TokenError
+from pydantic import Field, ValidationError, model_validator
+
+from dagkit.errors import TokenError, WorkspaceError
+from dagkit.manifests import Part, explain, parse_json, quoted
 from dagkit.token import safetensors_bytes
-from dagkit.workspace import sha256_bytes, sha256_json
+from dagkit.workspace import MAX_JSON_BYTES, open_plain, sha256_bytes, sha256_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dagkit.token import GuidelineToken
+
+
+class ColumnSettings(Part):
+    """One column of an evaluation."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+class EvaluationSettings(Part):
+    """What was compared, and with which model."""
+
+    model: str
+    columns: list[ColumnSettings]
+
+
+class Outcome(Part):
+    """How one column did on one prompt."""
+
+    is_present: bool
+    lost: list[str]
+    num_fired: int
+
+
+class PromptOutcome(Part):
+    """How the columns did on one prompt."""
+
+    key: str
+    kind: str
+    columns: dict[str, Outcome]
+
+
+class CheckOutcome(Part):
+    """One gate."""
+
+    name: str
+    text: str
+    is_passed: bool
+
+
+class MeasuredToken(Part):
+    """Which token was measured."""
+
+    name: str
+
+
+class Figure(Part):
+    """One figure; None where nothing could be counted."""
+
+    value: float | None = None
+
+
+class Figures(Part):
+    """What ``figures.json`` holds, as far as a later command reads it."""
+
+    schema_version: int = Field(alias="schema")
+    column: str
+    token: MeasuredToken
+    settings: EvaluationSettings
+    prompts: list[PromptOutcome]
+    results: dict[str, dict[str, dict[str, Any]]]
+    checks: list[CheckOutcome] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _whole(self) -> Figures:
+        names = {column.name for column in self.settings.columns}
+        if self.column not in names or any(self.column not in row.columns for row in self.prompts):
+            raise ValueError(f"expected figures of the column {quoted(self.column)}, but some are missing")
+        for results in self.results.values():
+            for name in ("erase_rate", "preservation", "fired"):
+                Figure.model_validate(results.get(self.column, {}).get(name) or {})
+        return self
+
+
+def parse_figures(data: bytes) -> dict[str, Any]:
+    """Reads the content of a ``figures.json``.
+
+    Raises:
+        ValueError: it is no evaluation; the message says what is wrong.
+    """
+    figures = parse_json(data)
+    try:
+        Figures.model_validate(figures)
+    except ValidationError as error:
+        raise ValueError(explain(error)) from None
+    return dict(figures)
 
 
 def token_identity(token: GuidelineToken) -> dict[str, str]:
@@ -32,18 +120,14 @@ def read_figures(path: Path, token: GuidelineToken) -> dict[str, Any]:
     """
     again = f"Run: dagkit evaluate --token {token.name}"
     try:
-        figures: dict[str, Any] = json.loads(path.read_bytes())
-        columns = {column["name"]: column["settings"] for column in figures["settings"]["columns"]}
-        measured, rows = columns[figures["column"]], figures["prompts"]
-        is_whole = all(figures["column"] in row["columns"] for row in rows) and "schema" in figures
-    except OSError as error:
-        raise TokenError(
-            f"{token.name} has no evaluation: {path} cannot be read ({error.strerror}). {again}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise TokenError(f"{path} is not an evaluation ({error!r}). {again}") from error
-    if not is_whole:
-        raise TokenError(f"{path} is not an evaluation (rows or schema are missing). {again}")
+        with open_plain(path) as file:
+            figures = parse_figures(file.read(MAX_JSON_BYTES))
+    except (OSError, WorkspaceError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TokenError(f"{token.name} has no evaluation: {path} cannot be read ({reason}). {again}") from error
+    except ValueError as error:
+        raise TokenError(f"{path} is not an evaluation ({quoted(str(error))[1:-1]}). {again}") from error
+    measured = next(one["settings"] for one in figures["settings"]["columns"] if one["name"] == figures["column"])
     if any(measured.get(key) != value for key, value in token_identity(token).items()):
         raise TokenError(f"{path} is the evaluation of another {token.name}: it was trained anew since. {again}")
     return figures

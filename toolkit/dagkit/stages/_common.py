@@ -90,6 +90,18 @@ class Progress:
             )
 
 
+class WorkspacePath(click.Path):
+    """A folder of runs, there already or not; one that could never be made is refused before anything is done."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from dagkit.workspace import checked_root
+
+        return checked_root(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
 def concept_option(command: Command) -> Command:
     """``--concept NAME``: a concept's name or file."""
     return click.option(
@@ -102,7 +114,7 @@ def workspace_option(command: Command) -> Command:
     return click.option(
         "--workspace",
         "workspace_path",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=WorkspacePath(),
         default=Path("runs"),
         show_default=True,
         envvar="DAGKIT_WORKSPACE",

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 GUARDED: Final = "dagkit"
 DEFAULT_COLUMNS: Final = ("none", GUARDED, "negative_prompt")
+REPORT_PATIENCE_S: Final = 3600.0
+"""How long a run whose images are all there waits while another one writes the report: both then write the same."""
+
 SLD_PRESETS: Final = ("weak", "medium", "strong", "max")
 COLUMNS: Final = ("none", GUARDED, "negative_prompt", *(f"sld_{preset}" for preset in SLD_PRESETS), "sega")
 _LABELS: Final = {"none": "No guard", "negative_prompt": "Negative prompt", "sega": "SEGA"}
@@ -93,8 +96,10 @@ def run(
         WorkspaceError: the folder cannot be written.
     """
     from dagkit import evaluation, plugins
+    from dagkit.token import now
     from dagkit.workspace import StageFolder, lock, sha256_json
 
+    now()  # a wrong SOURCE_DATE_EPOCH is found before anything is drawn
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
     judges = judges or {
         concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))
@@ -106,7 +111,8 @@ def run(
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
     progress = progress or common.Progress(is_quiet=True)
-    with lock(folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)):
+    own = folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)
+    with lock(own, writes_below=folder.path if shard is None else runs.path):
         runs.settings(settings)
         steps = evaluation.draw_columns(part, drawn, judges)
         total = part.num_batches * len(drawn)
@@ -116,7 +122,7 @@ def run(
     if missing:
         message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
         return common.StageResult("evaluate", done, found, message, {"missing": missing})
-    with lock(folder.path):
+    with lock(folder.path, patience_s=REPORT_PATIENCE_S):  # other shards may end at the same time
         figures = _figures(concept, token, part, drawn, judges, metrics, settings)
         figures["detection"] = _detection(base_model, token, dataset, seed, batch_size)
         figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
