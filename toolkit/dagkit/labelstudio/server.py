@@ -80,7 +80,8 @@ def cache_folder() -> Path:
 
 def data_folder() -> Path:
     """``$XDG_DATA_HOME/dagkit/label-studio``, by default under ``~/.local/share``."""
-    return Path(os.environ.get("XDG_DATA_HOME") or expanded("~/.local/share")) / "dagkit" / "label-studio"
+    given = os.environ.get("XDG_DATA_HOME")
+    return (Path(given) if given else expanded("~/.local/share", "the user's data")) / "dagkit" / "label-studio"
 
 
 class EmbeddedServer:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from dagkit.errors import PublishError
+from dagkit.manifests import explain, parse_json, quoted
 from dagkit.registry.reference import version_key
 from dagkit.token import MAX_BYTES
 from dagkit.token.record import Name, Version
@@ -128,34 +129,26 @@ def parse_index(data: bytes, where: str) -> Index:
         PublishError: it is damaged, changed by hand, or of a schema that this dagkit does not know.
     """
     try:
-        value: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value: Any = parse_json(data)
+    except ValueError as error:
         raise PublishError(
-            f"{where} is not JSON: {str(error)[:200]}. It is damaged; publish again or restore it."
+            f"{where} is not JSON: {quoted(str(error))[1:-1]}. It is damaged; publish again or restore it."
         ) from error
     if not isinstance(value, dict):
         raise PublishError(f"{where}: expected a JSON object, but got {type(value).__name__}. Restore it.")
     schema = value.get("schema_version")
     if isinstance(schema, int) and schema > INDEX_SCHEMA:
         raise PublishError(
-            f"{where} has schema {str(schema)[:20]}, but this dagkit knows {INDEX_SCHEMA} at most. Upgrade dagkit."
+            f"{where} has schema {quoted(schema)}, but this dagkit knows {INDEX_SCHEMA} at most. Upgrade dagkit."
         )
     checksum = value.pop("sha256", None)
     try:
         index = Index.model_validate(value)
     except ValidationError as error:
-        raise PublishError(f"{where} does not fit the schema: {problems(error)}. Restore it.") from error
+        raise PublishError(f"{where} does not fit the schema: {explain(error)}. Restore it.") from error
     if checksum != sha256_json(index.model_dump(mode="json")) or index.to_bytes() != data:
         raise PublishError(f"{where} was changed by hand or damaged: its checksum does not fit. Restore it.")
     return index
-
-
-def problems(error: ValidationError, num: int = 3) -> str:
-    """The first problems that a schema found, on one line of bounded length, without the values."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)[:num]
-    return "; ".join(
-        f"{'.'.join(str(part)[:40] for part in one['loc'][:6]) or 'file'}: {one['msg'][:120]}" for one in found
-    )
 
 
 def page(index: Index, url: str) -> str:

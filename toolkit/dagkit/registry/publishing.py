@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagkit.errors import PublishError, TokenError
+from dagkit.manifests import quoted
 from dagkit.provenance import local_paths
 from dagkit.registry.cache import read_verified
 from dagkit.registry.index import (
@@ -27,6 +28,7 @@ from dagkit.registry.locations.keyed import has
 from dagkit.registry.reference import version_key
 from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file
 from dagkit.token import RECORD_FILE, GuidelineToken, now
+from dagkit.workspace import open_plain
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def pack(
     if private := local_paths(token.record.model_dump(mode="json")):
         raise PublishError(
             f"{token.name} was not published: its {RECORD_FILE} names a place on somebody's machine "
-            f"({private[0][:200]!r}), and its checksums forbid to change that. Make it anew: delete its folder, then "
+            f"({quoted(private[0])}), and its checksums forbid to change that. Make it anew: delete its folder, then "
             "run dagkit optimize and dagkit evaluate, which keep only the name."
         )
     files = artifact_files(folder)
@@ -164,14 +166,14 @@ def check(location: Location) -> tuple[Index, dict[str, str]]:
 
 
 def _image(path: Path) -> bytes:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with open_plain(path) as file, Image.open(file) as image:
             plain = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a decoder that is fed foreign bytes may raise anything
         raise PublishError(
-            f"{path}: expected an image, but it cannot be read ({error}). Name another example."
+            f"{path}: expected an image, but it cannot be read ({quoted(str(error))[1:-1]}). Name another example."
         ) from error
     plain.info = {}
     buffer = io.BytesIO()

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagkit.errors import TokenError, WorkspaceError
+from dagkit.errors import TokenError
+from dagkit.manifests import quoted
 from dagkit.registry import roots as token_folders
 from dagkit.registry.cache import fetch
 from dagkit.registry.reference import is_version, parse
 from dagkit.registry.signing import load_signed
-from dagkit.resources import expanded
 from dagkit.token import RECORD_FILE, GuidelineToken
 
 
@@ -90,11 +90,11 @@ def load_resolved(resolved: ResolvedToken, *, public_key: str | Path | None = No
 
 def _folder(text: str | Path) -> Path:
     try:
-        return _token_folder(expanded(text))
-    except (WorkspaceError, OSError, ValueError) as error:  # no such home; a name too long, with a NUL, or forbidden
+        return _token_folder(Path(text).expanduser())
+    except (RuntimeError, OSError, ValueError) as error:  # no such home; a name too long, with a NUL, or forbidden
         problem = error.strerror if isinstance(error, OSError) else str(error)
         raise TokenError(
-            f"{str(text)[:200]!r} cannot be read: {problem}. See what there is with: dagkit token list"
+            f"{quoted(str(text))} cannot be read: {problem}. See what there is with: dagkit token list"
         ) from error
 
 

@@ -11,6 +11,7 @@ import click
 
 from dagkit import provenance
 from dagkit.errors import PublishError
+from dagkit.manifests import quoted
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def _compare(
 ) -> list[str]:
     """Refuses a token that is worse than the version it replaces, or that cannot be compared with it."""
     from dagkit import evaluation, registry
+    from dagkit.evaluation.identity import parse_figures
     from dagkit.registry import FIGURES_FILE
 
     if before.version.split(".")[0] != token.version.split(".")[0]:
@@ -141,11 +143,12 @@ def _compare(
         return [f"{before.version} was published without an evaluation, so there is nothing to compare with"]
     old = f"{token.concept}@{before.version}"
     try:
-        older = json.loads(published)
+        older = parse_figures(published)
         differing = evaluation.comparable(figures, older)
         rows = [] if differing else evaluation.compare(figures, older, figures["column"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({error!r}).") from error
+    except ValueError as error:
+        problem = quoted(str(error))[1:-1]
+        raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({problem}).") from error
     if differing:
         problem = (
             f"{token.name} and {old} were evaluated with different {', '.join(differing)}, so nobody can say whether "
