@@ -368,12 +368,22 @@ def _with_margin(since: str | None) -> str | None:
 
 
 def _pushed_to(project: Mapping[str, Any]) -> str | None:
-    """The server that holds the tasks, or None where that is the embedded one, which is then started."""
+    """The server that holds the tasks, or None where that is the embedded one, which is then started.
+
+    The embedded one may have been on another port then. Where `dagkit push` did not note which of the two it was, an
+    address of its form is taken for its own, unless somebody named a token, as for a team's server.
+    """
+    import os
+
+    from dagkit.labelstudio.access import TOKEN_VARIABLE
     from dagkit.labelstudio.server import EmbeddedServer
 
     login = EmbeddedServer().login()
-    url = project.get("url")
-    return None if login is not None and url == login.url else url
+    url: str | None = project.get("url")
+    if login is None or url is None:
+        return url
+    looks_embedded = url.startswith("http://127.0.0.1:") and TOKEN_VARIABLE not in os.environ
+    return None if login.is_at(url) or project.get("is_embedded", looks_embedded) else url
 
 
 def _png(mask: Any) -> bytes:
