@@ -31,6 +31,8 @@ def one_line(caught: pytest.ExceptionInfo[LabelStudioError]) -> str:
         ("", "expected http:// or https:// and a host"),
         ("http://host:port", "is not the address of a server"),
         ("http://me:secret@host", "Leave user and password out of the address"),
+        ("http://me:secret@[::1", "'http://...@[::1' is not the address of a server"),
+        ("http://" + "x" * 70_000, "is not the address of a server: URL too long"),
     ],
 )
 def test_addresses_that_cannot_be(url: str, expected: str) -> None:

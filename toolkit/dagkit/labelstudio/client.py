@@ -356,15 +356,16 @@ def checked_url(url: str) -> str:
         LabelStudioError: it has no scheme or host, or holds a password.
     """
     example = "Write e.g. http://localhost:8080"
+    shown = quoted(re.sub(r"//[^/]*@", "//...@", url))
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL as error:
-        raise LabelStudioError(f"{url!r} is not the address of a server: {error}. {example}.") from error
+        raise LabelStudioError(f"{shown} is not the address of a server: {error}. {example}.") from error
     if parsed.userinfo:
         raise LabelStudioError(f"Leave user and password out of the address. {example}, and set LABEL_STUDIO_API_KEY.")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise LabelStudioError(
-            f"{url!r} is not the address of a server: expected http:// or https:// and a host. {example}."
+            f"{shown} is not the address of a server: expected http:// or https:// and a host. {example}."
         )
     return str(parsed).split("?")[0].split("#")[0].rstrip("/")
 
