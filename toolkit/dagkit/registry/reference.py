@@ -22,7 +22,7 @@ from dagkit.manifests import quoted
 SCHEMES: Final = ("file", "hf", "s3")
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 LATEST: Final = "latest"
-_MAX_LENGTH: Final = 2048
+_MAX_LENGTH: Final = 1024
 _NUMBER: Final = r"(0|[1-9]\d{0,5})"
 _VERSION: Final = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
 _CARET: Final = re.compile(rf"\^{_NUMBER}(?:\.{_NUMBER})?(?:\.{_NUMBER})?")

@@ -105,6 +105,12 @@ def _token_folder(path: Path) -> Path:
         return path.parent
     versions = sorted(child.name for child in path.iterdir() if is_version(child.name)) if path.is_dir() else []
     if versions:
-        raise TokenError(f"{path} holds versions, not a token. Write {path / versions[-1]}.")
+        raise TokenError(f"{_shown(path)} holds versions, not a token. Write {_shown(path / versions[-1])}.")
     what = "is not a token's folder: it has no token.json" if path.is_dir() else "does not exist"
-    raise TokenError(f"{path} {what}. See what there is with: dagkit token list")
+    raise TokenError(f"{_shown(path)} {what}. See what there is with: dagkit token list")
+
+
+def _shown(path: Path) -> str:
+    """A path on one line of bounded length."""
+    text = " ".join(str(path).split())
+    return text if len(text) <= 300 else quoted(text)
