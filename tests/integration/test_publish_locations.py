@@ -15,7 +15,7 @@ from published_places import BucketPlace, HubPlace, Place
 from s3fs import S3FileSystem
 
 from dagkit import registry
-from dagkit.errors import PublishError, TokenError
+from dagkit.errors import PublishError, TokenError, WorkspaceError
 from dagkit.registry.index import INDEX_FILE, PAGE_FILE
 from dagkit.registry.locations.bucket import Bucket
 from loopback_hub import LoopbackHub
@@ -372,6 +372,25 @@ def test_a_damaged_cache_is_fetched_again(bucket: BucketPlace, tmp_path: Path, c
         pin.write_bytes(b"{")
     assert registry.load_token(f"{bucket.url}@1.0.0").name == "weapon@1.0.0"
     assert [folder.name for folder in (cache / "tokens").iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("what", ["tokens/*/token.json", "pins/*/*.json"])
+def test_a_cache_with_pipes_and_folders_in_it_is_fetched_again(
+    bucket: BucketPlace, tmp_path: Path, cache: Path, what: str
+):
+    publish(bucket, tmp_path, "1.0.0")
+    for put in (os.mkfifo, os.mkdir):
+        registry.load_token(f"{bucket.url}@1.0.0")
+        [path] = cache.glob(what)
+        path.unlink()
+        put(path)
+        if what.startswith("pins") and put is os.mkdir:
+            with pytest.raises(
+                (PublishError, WorkspaceError), match=r"1.0.0.json: .*folder stands where a file is needed"
+            ):
+                registry.load_token(f"{bucket.url}@1.0.0")
+        else:
+            assert registry.load_token(f"{bucket.url}@1.0.0").name == "weapon@1.0.0"
 
 
 def test_a_version_that_was_replaced_behind_the_index_is_refused(bucket: BucketPlace, tmp_path: Path, cache: Path):
