@@ -18,7 +18,9 @@ from dagkit import registry
 from dagkit.errors import PublishError, TokenError, WorkspaceError
 from dagkit.registry.index import INDEX_FILE, PAGE_FILE
 from dagkit.registry.locations.bucket import Bucket
-from loopback_hub import LoopbackHub
+from dagkit.stages import publish as stage
+from dagkit.workspace import Workspace
+from loopback_hub import LoopbackHub, Repository
 from small_tokens import is_equal, save_small_token, small_token
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -83,6 +85,29 @@ def test_publishing_again_brings_back_what_is_missing_or_damaged(place: Place, t
     assert "1.1.0" not in registry.check(location)[1]
     before = place.files()
     assert registry.publish(parcel, location) == again
+    assert place.files() == before
+
+
+def test_places_that_are_somebody_elses_are_left_alone(place: Place, hub: LoopbackHub, tmp_path: Path):
+    name = "INDEX.md" if isinstance(place, BucketPlace) else "weights.bin"
+    if isinstance(place, HubPlace):
+        hub.repositories[place.name] = Repository(is_private=True)
+        hub.repositories[place.name].commit({"README.md": b"theirs", name: b"theirs"})
+    else:
+        (tmp_path / "published").mkdir()
+        place.write(name, b"theirs")
+    before = place.files()
+    for is_dry_run in (True, False):
+        with pytest.raises(
+            PublishError, match=f"is not empty, and dagkit has published nothing there: it holds {name}."
+        ):
+            stage.run(
+                Workspace(tmp_path),
+                str(save_small_token(tmp_path / str(is_dry_run))),
+                place.url,
+                is_dry_run=is_dry_run,
+                is_unmeasured_allowed=True,
+            )
     assert place.files() == before
 
 

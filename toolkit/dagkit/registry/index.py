@@ -162,10 +162,10 @@ def page(index: Index, url: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in reversed(index.versions):
-        figures = ", ".join(f"{_cell(name)} {value:.3g}" for name, value in entry.figures.items()) or "-"
+        figures = ", ".join(f"{plain(name)} {value:.3g}" for name, value in entry.figures.items()) or "-"
         signed = "yes" if SIGNATURE_FILE in entry.files else "no"
         lines.append(
-            f"| {entry.version} | {_cell(entry.published)} | {_cell(entry.base_model)} ({entry.architecture}) "
+            f"| {entry.version} | {plain(entry.published)} | {plain(entry.base_model)} ({entry.architecture}) "
             f"| {signed} | {figures} | `{entry.content[7:19]}` |"
         )
     newest = index.versions[-1].version if index.versions else "latest"
@@ -173,7 +173,8 @@ def page(index: Index, url: str) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def plain(text: str) -> str:
+    """A text of an index without what could break a page, or drive a terminal."""
     return re.sub(r"[^\w ./:@,+-]", "_", text)
 
 

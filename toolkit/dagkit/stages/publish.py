@@ -80,6 +80,8 @@ def run(
         notes += [f"its evaluation fails a gate: {text}" for text in failed]
         if before is not None:
             notes += _compare(token, figures, location, before, is_worse_allowed)
+    if index is None:
+        registry.refuse_strangers(location)
     data: dict[str, Any] = {"url": url, "files": registry.written_files(parcel), "notes": notes}
     if is_dry_run:
         sizes = sum(size or 0 for size in data["files"].values())

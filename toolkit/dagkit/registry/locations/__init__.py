@@ -50,6 +50,14 @@ class Location(Protocol):
         """
         ...
 
+    def strangers(self) -> list[str]:
+        """Names of what lies there and is not dagkit's: a first version is not published among it.
+
+        Raises:
+            PublishError: it cannot be read.
+        """
+        ...
+
     def write_page(self, index: Index) -> None:
         """Writes ``INDEX.md`` anew.
 

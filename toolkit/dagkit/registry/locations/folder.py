@@ -61,14 +61,15 @@ class Folder(KeyedLocation):
     def _replace(self, key: str, data: bytes, state: str | None) -> None:
         self._put(key, data)  # the lock is held since the index was read
 
-    def _strangers(self) -> list[str]:
+    def strangers(self) -> list[str]:
+        """What lies there and is not dagkit's."""
         try:
             names = [path.name for path in self.root.iterdir()]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise PublishError(f"{self.root} cannot be read: {error.strerror}. Publish to another place.") from error
-        return sorted([*(name for name in names if not _OWN.fullmatch(name)), *super()._strangers()])
+        return sorted([*(name for name in names if not _OWN.fullmatch(name)), *super().strangers()])
 
 
 @contextmanager

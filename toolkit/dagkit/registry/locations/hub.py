@@ -45,7 +45,14 @@ from dagkit.registry.index import (
     page,
     parse_index,
 )
-from dagkit.registry.locations.keyed import ConflictError, MissingFileError, damaged_files, extend, has, not_ours
+from dagkit.registry.locations.keyed import (
+    ConflictError,
+    MissingFileError,
+    damaged_files,
+    extend,
+    has,
+    refuse_strangers,
+)
 from dagkit.token import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -107,8 +114,8 @@ class Hub:
             info = self._repository(api)
             before = self._index(info.sha or _MAIN)
             extend(before, concept, entry, self.url)
-            if before is None and (strangers := sorted(_names(info) - _own_names(info))):
-                raise PublishError(not_ours(self.url, strangers).replace("/tokens.", "-tokens."))
+            if before is None:
+                refuse_strangers(self)
             known = before.entry(entry.version) if before else None
             if before is not None and known is not None and not damaged_files(self, known):
                 return before
@@ -146,6 +153,15 @@ class Hub:
                 [CommitOperationAdd(PAGE_FILE, page(index, self.url).encode())],
                 commit_message="Write the index page anew",
             )
+
+    def strangers(self) -> list[str]:
+        """What lies there and is not dagkit's."""
+        with self._errors("read"):
+            try:
+                info = HfApi().model_info(self._repo, revision=_MAIN)
+            except (RevisionNotFoundError, RepositoryNotFoundError):
+                return []
+        return sorted(_names(info) - _own_names(info))
 
     def _repository(self, api: HfApi) -> ModelInfo:
         try:

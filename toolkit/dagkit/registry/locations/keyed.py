@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +66,8 @@ class KeyedLocation(ABC):
 
     def publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
         """Writes the files, then the index that names them; of a version that is there, only what it lacks."""
-        if self.read_index() is None and (strangers := self._strangers()):  # before anything is written
-            raise PublishError(not_ours(self.url, strangers))
+        if self.read_index() is None:
+            refuse_strangers(self)  # before anything is written
         with self._exclusive():
             before, state = self._index()
             index = extend(before, concept, entry, self.url)
@@ -88,8 +88,8 @@ class KeyedLocation(ABC):
         """Writes ``INDEX.md`` anew."""
         self._put(PAGE_FILE, page(index, self.url).encode())
 
-    def _strangers(self) -> list[str]:
-        """What lies where a first version is to be published and is not dagkit's."""
+    def strangers(self) -> list[str]:
+        """What lies there and is not dagkit's."""
         found = self._get(PAGE_FILE, MAX_INDEX_BYTES)
         return [PAGE_FILE] if found is not None and PAGE_MARK not in found[0].decode("utf-8", "replace") else []
 
@@ -124,13 +124,18 @@ def extend(index: Index | None, concept: str, entry: Entry, url: str) -> Index:
     return index.with_entry(entry)
 
 
-def not_ours(url: str, strangers: Sequence[str]) -> str:
-    """What to say of a place without an index that holds something else."""
-    shown = ", ".join(name[:60] for name in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-    return (
-        f"{url} is not empty, and dagkit has published nothing there: it holds {shown}. Name an empty or new place, "
-        f"e.g. {url}/tokens."
-    )
+def refuse_strangers(location: Location) -> None:
+    """Makes sure that a place without an index is nobody else's.
+
+    Raises:
+        PublishError: it holds something that dagkit did not put there, or cannot be read.
+    """
+    if strangers := location.strangers():
+        shown = ", ".join(name[:60] for name in strangers[:5]) + (", ..." if len(strangers) > 5 else "")
+        raise PublishError(
+            f"{location.url} is not empty, and dagkit has published nothing there: it holds {shown}. Name an empty or "
+            "new place."
+        )
 
 
 def has(index: Index, concept: str, entry: Entry) -> bool:
