@@ -190,24 +190,31 @@ def test_examples_leave_only_when_named_and_without_metadata(place: Place, tmp_p
     assert registry.load_token(place.url).version == "1.1.0"
 
 
+def meanwhile(
+    patch: Callable[..., None], writes: tuple[tuple[object, str], ...], number: int, action: Callable[[], object]
+) -> None:
+    """Does something once, from inside the ``number``-th of the writes of what follows; ``patch`` is a setattr."""
+    count = 0
+
+    def wrap(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            nonlocal count
+            count += 1
+            if count == number:
+                action()
+            return original(*arguments, **named)
+
+        return call
+
+    for owner, name in writes:
+        patch(owner, name, wrap(getattr(owner, name)))
+
+
 def dying(number: int, writes: tuple[tuple[object, str], ...], action: Callable[[], object]) -> bool:
     """Does something in a forked process that is killed (SIGKILL) at one of its writes; whether it came that far."""
     child = os.fork()
     if child == 0:
-        count = 0
-
-        def wrap(original: Callable[..., object]) -> Callable[..., object]:
-            def call(*arguments: object, **named: object) -> object:
-                nonlocal count
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments, **named)
-
-            return call
-
-        for owner, name in writes:
-            setattr(owner, name, wrap(getattr(owner, name)))
+        meanwhile(setattr, writes, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
         try:
             action()
         finally:
@@ -254,24 +261,6 @@ def test_two_publishers_at_once(bucket: BucketPlace, tmp_path: Path, monkeypatch
     assert is_equal(registry.load_token(f"{bucket.url}@1.1.0"), small_token("1.1.0", seed=7))
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, writes: tuple[tuple[object, str], ...], number: int, action: object):
-    """Does something once, from inside the ``number``-th of the writes of what follows."""
-    count = 0
-
-    def wrap(original: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **named: object) -> object:
-            nonlocal count
-            count += 1
-            if count == number:
-                action()
-            return original(*arguments, **named)
-
-        return call
-
-    for owner, name in writes:
-        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
-
-
 @pytest.mark.parametrize(("where", "number"), [("bucket", 1), ("bucket", 5), ("hub", 1), ("hub", 2), ("hub", 3)])
 def test_two_publishers_of_equal_content_both_succeed(
     request: pytest.FixtureRequest, tmp_path: Path, where: str, number: int, monkeypatch: pytest.MonkeyPatch
@@ -282,7 +271,7 @@ def test_two_publishers_of_equal_content_both_succeed(
     save_small_token(tmp_path, "1.1.0", seed=1)
     entries = []
     with monkeypatch.context() as patched:
-        meanwhile(patched, place.writes, number, lambda: entries.append(publish(place, tmp_path, "1.1.0")))
+        meanwhile(patched.setattr, place.writes, number, lambda: entries.append(publish(place, tmp_path, "1.1.0")))
         entries.append(publish(place, tmp_path, "1.1.0"))
 
     assert [entry.content for entry in entries] == [entries[0].content] * 2
