@@ -10,6 +10,7 @@ import click
 
 from dagkit._version import __version__
 from dagkit.errors import DagkitError
+from dagkit.resources import source_date
 from dagkit.stages import OTHER_COMMANDS, STAGES
 
 
@@ -53,6 +54,7 @@ def command() -> None:
 
     Try it on any CPU, offline:  dagkit demo
     """
+    source_date()  # numpy reads it, too, and would end in a traceback
 
 
 def main() -> None:
@@ -92,6 +94,8 @@ def _prepare_libraries() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("SOURCE_DATE_EPOCH"):
+        os.environ.pop("SOURCE_DATE_EPOCH", None)  # empty means unset, but numpy wants a number
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def checked_relative(path: str) -> str:
     Raises:
         ValueError: it is empty, absolute, too long, or holds ``..`` or a NUL.
     """
-    is_plain = path and "\0" not in path and len(path.encode(errors="replace")) <= _MAX_PATH_BYTES
-    if not is_plain or path.startswith("/") or ".." in PurePosixPath(path).parts:
+    parts = PurePosixPath(path).parts
+    is_plain = "\0" not in path and len(path.encode(errors="replace")) <= _MAX_PATH_BYTES
+    if not is_plain or not parts or parts[0].startswith("/") or ".." in parts:
         raise ValueError(f"expected a path inside this folder, but got {quoted(path)}")
     return path
 
@@ -56,9 +57,11 @@ def _checked_key(key: str) -> str:
 
 def _checked_time(text: str) -> str:
     try:
-        datetime.fromisoformat(text)
+        is_possible = 1970 <= datetime.fromisoformat(text).year < 9999
     except ValueError:
-        raise ValueError(f"expected an ISO 8601 time, but got {quoted(text)}") from None
+        is_possible = False
+    if not is_possible:
+        raise ValueError(f"expected an ISO 8601 time since 1970, but got {quoted(text)}")
     return text
 
 
@@ -74,6 +77,8 @@ Time = Annotated[str, AfterValidator(_checked_time)]
 Int32 = Annotated[int, Field(ge=0, lt=2**31)]
 Int64 = Annotated[int, Field(ge=0, lt=2**63)]
 PairIou = Annotated[list[str | float | None], AfterValidator(_checked_pair)]
+Short = Annotated[str, Field(max_length=200)]
+Float32 = Annotated[float, Field(gt=-3e38, lt=3e38)]
 Kind = Literal["unsafe", "hinted", "safe"]
 
 
@@ -92,9 +97,9 @@ class Row(Part):
 class Sampling(Part):
     """How an image was drawn."""
 
-    scheduler: str | None = None
+    scheduler: Short | None = None
     num_inference_steps: Int32 | None = None
-    guidance_scale: float | None = None
+    guidance_scale: Float32 | None = None
     width: Int32 | None = None
     height: Int32 | None = None
 
@@ -115,26 +120,26 @@ class Candidate(Row):
 class Maker(Part):
     """What made a mask."""
 
-    name: str
-    version: str
+    name: Short
+    version: Short
 
 
 class PremaskOfLabel(Part):
     """The mask of one label."""
 
     path: RelativePath
-    score: float
-    proposal_score: float | None = None
+    score: Float32
+    proposal_score: Float32 | None = None
     is_positive: bool | None = None
 
 
 class Premask(Row):
     """What proposers and segmenter found in one candidate; no masks where they found nothing."""
 
-    masks: dict[str, PremaskOfLabel]
+    masks: dict[Key, PremaskOfLabel]
     proposers: list[Maker] = []
     segmenter: Maker | None = None
-    score: float
+    score: Float32
 
 
 class SentTask(Row):
@@ -146,11 +151,11 @@ class SentTask(Row):
 class Annotation(Row):
     """What annotators made of one candidate, as far as a dataset needs it."""
 
-    state: str
-    masks: dict[str, RelativePath]
-    iou_to_premask: float | None = None
-    annotators: list[str] = []
-    seconds: float | None = None
+    state: Short
+    masks: dict[Key, RelativePath]
+    iou_to_premask: Float32 | None = None
+    annotators: list[Short] = []
+    seconds: Float32 | None = None
     created: Time | None = None
     updated: Time | None = None
     pair_ious: list[PairIou] = []
@@ -159,23 +164,23 @@ class Annotation(Row):
 class Answer(Part):
     """One annotator's answer."""
 
-    annotator: str
-    state: str
-    labels: list[str]
+    annotator: Short
+    state: Short
+    labels: list[Short]
 
 
 class Review(Part):
     """Who reviewed a task, and when."""
 
-    annotator: str
-    updated: str
+    annotator: Short
+    updated: Time
 
 
 class PulledAnnotation(Annotation):
     """As `Annotation`, with what a later pull needs."""
 
     task_id: Int64
-    reasons: list[str]
+    reasons: list[Short]
     reviewed: Review | None
     answers: list[Answer]
 
@@ -259,8 +264,8 @@ class Settings(RootModel[dict[str, Any]]):
 class Project(Part):
     """The Label Studio project of a workspace; where it is, once it was made."""
 
-    title: str
-    url: str = ""
+    title: Short
+    url: Annotated[str, Field(max_length=1000)] = ""
     project_id: Int64 = 0
     page: str = ""
 
@@ -360,8 +365,8 @@ def explain(error: ValidationError) -> str:
         return f"{field}missing"
     if first["type"] == "value_error":
         return field + first["msg"].removeprefix("Value error, ")
-    expected = first["msg"].replace("Input should be", "expected").replace("expected a valid", "expected a")
-    return f"{field}{expected}, but got {quoted(first['input'])}"
+    expected = first["msg"].replace("Input should be", "expected").replace("a valid integer", "an integer")
+    return f"{field}{expected.replace(' a valid ', ' a ')}, but got {quoted(first['input'])}"
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 from dagkit.errors import DagkitError
@@ -30,6 +31,22 @@ def user_cache_folder() -> Path:
     """
     given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else expanded("~/.cache", "the user's cache")) / "dagkit"
+
+
+def source_date() -> datetime | None:
+    """The time that ``SOURCE_DATE_EPOCH`` puts in the place of now; None where it is not set.
+
+    Raises:
+        DagkitError: it is no time.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC) if epoch else None
+    except (ValueError, OverflowError, OSError) as error:
+        raise DagkitError(
+            f"SOURCE_DATE_EPOCH: expected whole seconds since 1970 up to the year 9999, but got {str(epoch)[:60]!r}. "
+            "Set it to the output of `date +%s`, or unset it."
+        ) from error
 
 
 def expanded(path: str | Path, where: str) -> Path:

@@ -39,6 +39,7 @@ Row = dict[str, Any]
 _MAX_LINE_BYTES: Final = 64 * 2**20
 MAX_JSON_BYTES: Final = 256 * 2**20
 _IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no format that calls another program
+_LOCK: Final = b"dagkit\n"
 _held: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("held", default=())
 """Of this writer's locks: below which folder it writes, and how the parts of its files are called there."""
 
@@ -347,15 +348,17 @@ def lock(folder: Path, *, writes_below: Path | None = None, patience_s: float = 
     Raises:
         WorkspaceError: another process is writing there.
     """
-    mark = f".dagkit-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]}-"
-    below = (writes_below or folder).resolve()
+    mark = f".dagkit-{hashlib.sha256(os.fsencode(_real(folder))).hexdigest()[:12]}-"
+    below = _real(writes_below or folder)
     with _named_errors(folder):
         made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _locked_file(folder, patience_s):
-            for stale in below.rglob(f"{mark}*.part"):
-                with contextlib.suppress(OSError):
-                    stale.unlink()
+            for parent, _, names in os.walk(below):
+                for name in names:
+                    if name.startswith(mark) and name.endswith(".part"):
+                        with contextlib.suppress(OSError):
+                            Path(parent, name).unlink()
             token = _held.set((*_held.get(), (below, mark)))
             try:
                 yield
@@ -369,15 +372,11 @@ def lock(folder: Path, *, writes_below: Path | None = None, patience_s: float = 
 
 @contextmanager
 def _locked_file(folder: Path, patience_s: float) -> Iterator[None]:
-    """Locks ``.lock`` in a folder. Whoever made this file deletes it again, so what is locked may be gone already."""
+    """Locks ``.lock`` in a folder. Its holder deletes it in the end, so what is locked may be gone already."""
     path, deadline = folder / ".lock", time.monotonic() + patience_s
     while True:
         with _named_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor, is_ours = _open_lock(path)
-            except FileNotFoundError:
-                continue  # deleted by its maker just now, perhaps with the folder
+            descriptor = _open_lock(path)
         with os.fdopen(descriptor):
             if not _is_free(descriptor, folder):
                 if time.monotonic() >= deadline:
@@ -390,7 +389,7 @@ def _locked_file(folder: Path, patience_s: float) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    if is_ours:
+                    if os.pread(descriptor, len(_LOCK) + 1, 0) == _LOCK:  # else it is another program's
                         path.unlink(missing_ok=True)
                 return
 
@@ -446,12 +445,23 @@ def _last_byte(file: BinaryIO) -> bytes:
     return file.read(1)
 
 
-def _open_lock(path: Path) -> tuple[int, bool]:
-    """Opens a lock's file; whether this made it."""
-    try:
-        return _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW), True
-    except FileExistsError:
-        return _open(path, os.O_RDWR | os.O_NOFOLLOW), False
+def _open_lock(path: Path) -> int:
+    """Opens a lock's file, made if it is not there, and returns its descriptor."""
+    for pause_s in (*[0.001] * 100, None):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+            except FileExistsError:
+                return _open(path, os.O_RDWR | os.O_NOFOLLOW)
+            with contextlib.suppress(OSError):  # on a full disk the file stays behind, and locks as well
+                os.write(descriptor, _LOCK)
+            return descriptor
+        except (FileNotFoundError, FileExistsError):  # another holder may just have deleted file and folder
+            if pause_s is None:
+                raise
+            time.sleep(pause_s)
+    raise AssertionError
 
 
 def _is_free(descriptor: int, folder: Path) -> bool:
@@ -474,8 +484,13 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _part_prefix(path: Path) -> str:
     """How a file that is being written is called: with the mark of the innermost lock under which that happens."""
-    parent = path.parent.resolve()
+    parent = _real(path.parent)
     return next((mark for below, mark in reversed(_held.get()) if parent.is_relative_to(below)), ".dagkit-")
+
+
+def _real(path: Path) -> Path:
+    """A path without links; unlike ``Path.resolve`` it bears with links in a circle, which are named when opened."""
+    return Path(os.path.realpath(path))
 
 
 def _json(value: Any, path: Path, **layout: Any) -> bytes:
@@ -490,13 +505,13 @@ def _json(value: Any, path: Path, **layout: Any) -> bytes:
 
 def _reason(error: Exception) -> str:
     """The message of a foreign error in brackets, on one line and not too long; nothing where it has none."""
-    text = " ".join(str(error).split())
-    return f" ({text[:120]})" if text else ""
+    text = quoted(" ".join(str(error).split()))[1:-1]
+    return f" ({text})" if text else ""
 
 
 def _shown(path: Path) -> str:
-    """A path for a message; the middle of a very long one is left out."""
-    text = str(path)
+    """A path for a message, on one line; the middle of a very long one is left out."""
+    text = str(path) if str(path).isprintable() else repr(str(path))[1:-1]
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 

@@ -155,7 +155,7 @@ def layout_features(image: Image.Image) -> NDArray[np.float64]:
 
 
 def latent_features(image: Image.Image, base_model: BaseModel) -> NDArray[np.float32]:
-    """(C * 16 * 16,) float32 at most: the base model's own latents of an image, averaged over cells if they are finer.
+    """(C * 16 * 16,) float32: the base model's own latents of an image, averaged over cells, or repeated to fill them.
 
     Args:
         image: any size; resized to what the model takes.
@@ -166,8 +166,7 @@ def latent_features(image: Image.Image, base_model: BaseModel) -> NDArray[np.flo
     from dagkit.proposers.attention import fit_to_model
 
     latents = base_model.latents([fit_to_model(image, base_model)]).float()
-    height, width = (min(side, _LATENT_CELLS) for side in latents.shape[-2:])
-    cells = F.adaptive_avg_pool2d(latents, (height, width))
+    cells = F.adaptive_avg_pool2d(latents, (_LATENT_CELLS, _LATENT_CELLS))
     features: NDArray[np.float32] = cells.flatten().cpu().numpy()
     return features
 

@@ -147,6 +147,21 @@ def output_options(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")(command)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that a user names.
+
+    Raises:
+        DagkitError: it is not UTF-8, or cannot be read.
+    """
+    from dagkit.errors import DagkitError
+
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = "it is not UTF-8" if isinstance(error, ValueError) else str(error.strerror).lower()
+        raise DagkitError(f"{path}: expected a text file, but {reason}. Save it as UTF-8, or name another.") from error
+
+
 def resolve_device(device: str) -> str:
     """Turns ``auto`` into the best device that there is.
 

@@ -96,10 +96,8 @@ def run(
         WorkspaceError: the folder cannot be written.
     """
     from dagkit import evaluation, plugins
-    from dagkit.token import now
     from dagkit.workspace import StageFolder, lock, sha256_json
 
-    now()  # a wrong SOURCE_DATE_EPOCH is found before anything is drawn
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
     judges = judges or {
         concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))

@@ -66,10 +66,9 @@ def run(
     from dagkit import registry
     from dagkit.errors import TokenError
     from dagkit.optimization import RECIPES, Example, optimize
-    from dagkit.token import DatasetInfo, now
+    from dagkit.token import DatasetInfo
     from dagkit.workspace import lock, sha256_json
 
-    now()  # a wrong SOURCE_DATE_EPOCH is found before anything is optimised
     folder = dataset or workspace.stage("dataset", concept.name).path
     splits = data.load_dataset(folder)
     summary = data.read_summary(folder)

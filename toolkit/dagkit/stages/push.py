@@ -367,7 +367,7 @@ def command(
         keys=choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token),
         storage=place,
         url=url,
-        label_config=label_config.read_text(encoding="utf-8") if label_config else None,
+        label_config=common.read_text(label_config) if label_config else None,
         num_annotators=num_annotators,
         batch_size=batch_size,
         progress=common.Progress(is_quiet),

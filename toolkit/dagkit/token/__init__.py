@@ -35,7 +35,8 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from dagkit._version import __version__
-from dagkit.errors import DagkitError, TokenError
+from dagkit.errors import TokenError
+from dagkit.resources import source_date
 from dagkit.token.card import card
 from dagkit.token.record import SCHEMA_VERSION, BaseModelInfo, DatasetInfo, Guidance, Thresholds, TokenRecord
 
@@ -247,15 +248,7 @@ def now() -> str:
     Raises:
         DagkitError: ``SOURCE_DATE_EPOCH`` is no time.
     """
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    try:
-        moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-    except (ValueError, OverflowError, OSError) as error:
-        raise DagkitError(
-            f"SOURCE_DATE_EPOCH: expected whole seconds since 1970 up to the year 9999, but got {epoch[:60]!r}. "
-            "Set it to the output of date +%s, or unset it."
-        ) from error
-    return moment.isoformat(timespec="seconds")
+    return (source_date() or datetime.now(UTC)).isoformat(timespec="seconds")
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
