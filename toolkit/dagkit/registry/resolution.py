@@ -92,7 +92,7 @@ def _folder(text: str | Path) -> Path:
     try:
         return _token_folder(Path(text).expanduser())
     except (RuntimeError, OSError, ValueError) as error:  # no such home; a name too long, with a NUL, or forbidden
-        problem = error.strerror if isinstance(error, OSError) else str(error)
+        problem = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise TokenError(
             f"{quoted(str(text))} cannot be read: {problem}. See what there is with: dagkit token list"
         ) from error
