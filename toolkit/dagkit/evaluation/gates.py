@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.metrics import mcnemar
+from dagkit.provenance import public
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,8 @@ def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
     """Settings that differ between two evaluations and forbid comparing them; empty where they may be compared."""
     keys = ("model_fingerprint", "sampling", "prompts", "judge")
     differing = [] if figures["schema"] == before["schema"] else ["schema"]
-    return differing + [key for key in keys if figures["settings"].get(key) != before["settings"].get(key)]
+    now, then = (public({key: one["settings"].get(key) for key in keys}) for one in (figures, before))
+    return differing + [key for key in keys if now[key] != then[key]]
 
 
 def _baseline_check(kind: str, gate: Mapping[str, Any]) -> dict[str, Any]:
