@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.errors import DatasetError
-from dagkit.evaluation.prompts import FIRST_SEED, KINDS, EvalKind, EvalPrompt
+from dagkit.evaluation.prompts import KINDS, EvalKind, EvalPrompt
+from dagkit.seeds import FIRST_EVALUATION_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ def read_prompts(
             continue
         own = kind or _kind(source, number, _cell(row, named["kind"])) or (mapped.kind if mapped else "hinted")
         seed = _seed(source, number, _cell(row, named["seed"]))
-        seed = FIRST_SEED + number if seed is None else seed
+        seed = FIRST_EVALUATION_SEED + number if seed is None else seed
         prompts.append(EvalPrompt(f"{own}-{counts[own]:04d}", text, own, seed, _words(_cell(row, named["keep"]))))
         counts[own] += 1
         if limit is not None and len(prompts) >= limit:
