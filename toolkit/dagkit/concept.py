@@ -11,8 +11,7 @@ import difflib
 import hashlib
 import random
 import re
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, product
 from math import prod
 from pathlib import Path
@@ -33,7 +32,7 @@ from pydantic import (
 from dagkit.errors import ConceptError, PromptRefused, brief, quoted, reason
 from dagkit.plain_yaml import Document, read_yaml
 from dagkit.prompts import refuse_sexualised_minors
-from dagkit.resources import shipped_folder
+from dagkit.resources import exists, is_file, shipped_folder
 
 PromptKind = Literal["unsafe", "safe", "hinted"]
 PROMPT_KINDS: Final[tuple[PromptKind, ...]] = ("unsafe", "safe", "hinted")
@@ -45,7 +44,7 @@ MAX_PROMPTS: Final = 100_000
 
 MAX_PROMPT_LENGTH: Final = 1000
 MAX_CHECKED: Final = 150_000
-"""Characters of all templates, each with the values of its slots: `refuse_sexualised_minors` reads them at every start."""
+"""Characters of all templates, each with the values of its slots: the check for minors reads all of it."""
 
 MIN_SPLIT: Final = 20
 """Prompts of a kind from which on a part of them is kept for tests; fewer are too few to be divided."""
@@ -55,9 +54,11 @@ MAX_MISTAKES: Final = 20
 
 
 def _once(items: list[Item]) -> list[Item]:
-    twice = next((item for index, item in enumerate(items) if item in items[:index]), None) if items else None
-    if len(set(items)) < len(items):
-        raise ValueError(f"{quoted(twice, 60)} stands there twice. Remove one.")
+    seen: set[Item] = set()
+    for item in items:
+        if item in seen:
+            raise ValueError(f"{quoted(item, 60)} stands there twice. Remove one.")
+        seen.add(item)
     return items
 
 
@@ -73,6 +74,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max
 Names = Annotated[list[Name], Field(max_length=100), AfterValidator(_once)]
 Texts = Annotated[list[Text], Field(max_length=2000), AfterValidator(_once)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_no_flag)]
+Number = Annotated[float, BeforeValidator(_no_flag)]
 Count = Annotated[int, BeforeValidator(_no_flag)]
 _SLOT: Final = re.compile(r"\{([a-z][a-z_]*?)(_\d+)?\}")
 
@@ -94,6 +96,35 @@ class Plugin(BaseModel):
         return dict(self.model_extra or {})
 
 
+class PluginOptions(_Strict):
+    """What a concept file may say beside a plugin's name; each plugin has a schema of its own, this one has none."""
+
+
+Options = TypeVar("Options", bound=PluginOptions)
+
+
+def checked_options(where: str, options: Mapping[str, Any], schema: type[Options]) -> Options:
+    """Reads the options of a plugin.
+
+    Args:
+        where: how to name the plugin in an error.
+        options: as of `Plugin.options`.
+        schema: the plugin's own.
+
+    Raises:
+        ConceptError: an option that the plugin does not have, or a value that is none for it.
+    """
+    try:
+        return schema.model_validate(dict(options))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name, given = brief(".".join(map(str, problem["loc"])), 60), quoted(problem["input"], 60)
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(schema.model_fields) or "none"
+        raise ConceptError(f"{where}: unknown option {name!r}.{_near(name, schema.model_fields)} It takes {known}.")
+    raise ConceptError(f"{where}: {name}: {problem['msg'][0].lower()}{problem['msg'][1:]}, but got {given}. Mend it.")
+
+
 def _as_plugin(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -101,6 +132,13 @@ def _as_plugin(value: Any) -> Any:
 def _as_plugins(value: Any) -> Any:
     return [_as_plugin(item) for item in (value if isinstance(value, list) else [value])]
 
+
+def _as_texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+OneOrMoreTexts = Annotated[list[Text], BeforeValidator(_as_texts)]
+"""A text, or a list of texts."""
 
 OnePlugin = Annotated[Plugin, BeforeValidator(_as_plugin)]
 ManyPlugins = Annotated[list[Plugin], BeforeValidator(_as_plugins), Field(min_length=1, max_length=20)]
@@ -145,7 +183,7 @@ class Sampling(_Strict):
     """How candidates and samples are drawn."""
 
     num_inference_steps: Count = Field(50, ge=1, le=1000)
-    guidance_scale: Annotated[float, BeforeValidator(_no_flag)] = Field(7.5, ge=1, le=100)
+    guidance_scale: Number = Field(7.5, ge=1, le=100)
     width: Count = Field(512, ge=8, le=4096, multiple_of=8)
     height: Count = Field(512, ge=8, le=4096, multiple_of=8)
 
@@ -366,7 +404,7 @@ class Concept(_Strict):
 
 def concept_names() -> list[str]:
     """Names of all concepts that ``load_concept`` finds by name, sorted."""
-    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml") if _is_file(path)})
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml") if is_file(path)})
 
 
 def concept_path(name: str) -> Path:
@@ -376,12 +414,12 @@ def concept_path(name: str) -> Path:
         ConceptError: there is none.
     """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        if _is_file(Path(name)):
+        if is_file(Path(name)):
             return Path(name)
-        what = "not a plain file, as a concept is" if _exists(Path(name)) else "no such concept file"
+        what = "not a plain file, as a concept is" if exists(Path(name)) else "no such concept file"
         raise ConceptError(f"{brief(name)}: {what}. Write one with: dagkit concept new NAME")
     for folder in _folders():
-        if _is_file(folder / f"{name}.yaml"):
+        if is_file(folder / f"{name}.yaml"):
             return folder / f"{name}.yaml"
     near = _near(name, concept_names())
     raise ConceptError(
@@ -398,7 +436,7 @@ def page_path(concept: Concept) -> Path | None:
     """
     beside = [concept.file.parent] if concept.file is not None else []
     paths = (folder / f"{concept.name}.xml" for folder in [*beside, *_folders()])
-    return next(filter(_exists, paths), None)
+    return next(filter(exists, paths), None)
 
 
 def load_concept(name: str | Path) -> Concept:
@@ -425,7 +463,7 @@ def read_text(path: Path) -> str:
     """
     where = brief(str(path))
     try:
-        if not _is_file(path):
+        if not is_file(path):
             raise ConceptError(f"{where}: expected a plain file. Put a text file there.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConceptError(f"{where}: expected at most {MAX_FILE_BYTES:,} bytes, but got {path.stat().st_size:,}.")
@@ -476,21 +514,6 @@ def _as_error(source: str, lines: Sequence[str], num: int) -> ConceptError:
 
 def _folders() -> Sequence[Path]:
     return [folder for folder in (Path("annotation_configs"), shipped_folder("annotation_configs")) if folder.is_dir()]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        path.lstat()
-    except (OSError, ValueError):  # among them: a name that is too long, or holds a NUL
-        return False
-    return True
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
 
 
 def _slot(name: str) -> str:

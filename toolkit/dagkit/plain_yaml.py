@@ -114,9 +114,8 @@ class _Reader:
         if event.anchor is not None:
             self._refuse(line, "anchors (&name) are not allowed. Remove it.")
         if event.tag is not None:
-            self._refuse(
-                line, f"tags are not allowed, but there is {quoted(event.tag.replace(_TAG, '!!'), 60)}. Remove it."
-            )
+            shown = quoted(event.tag.replace(_TAG, "!!"), 60)
+            self._refuse(line, f"tags are not allowed, but there is {shown}. Remove it.")
         if isinstance(event, yaml.ScalarEvent):
             if found := _UNPRINTABLE.search(event.value):
                 self._refuse(line, f"the character {found[0]!r} cannot stand in a text. Remove it.")
@@ -206,11 +205,7 @@ def _kind(value: Any) -> str:
     return {bool: "a yes or no", type(None): "nothing"}.get(type(value), "a number")
 
 
-class _Implicit(Resolver):  # type: ignore[misc]
-    """YAML's rules for what an unquoted scalar is."""
-
-
-_RESOLVER: Final = _Implicit()
+_RESOLVER: Final[Any] = Resolver()
 _CONSTRUCTOR: Final = SafeConstructor()
 
 

@@ -52,8 +52,9 @@ def run(
 ) -> common.StageResult:
     """Draws and judges every prompt in every column and writes ``reports/<concept>/<version>/``.
 
-    Whatever is wrong with what it was given is found before the first image is drawn. Beside ``report.html``, ``figures.json`` and ``figures.csv`` the folder holds all images with their judgements,
-    below ``runs/``; a run that was interrupted goes on where it stopped, and one with more columns draws only those.
+    Whatever is wrong with what it was given is found before the first image is drawn. Beside ``report.html``,
+    ``figures.json`` and ``figures.csv`` the folder holds all images with their judgements, below ``runs/``; a run that
+    was interrupted goes on where it stopped, and one with more columns draws only those.
 
     Args:
         workspace: where to write.
