@@ -244,7 +244,8 @@ def check_label(concept: Concept, where: str, label: str) -> bool:
     known = [*concept.labels.positive, *concept.labels.negative]
     if label not in known:
         raise ConceptError(
-            f"{where}: {quoted(label, 60)} is not a label of the concept ({brief(', '.join(known))}). Add it under labels."
+            f"{where}: {quoted(label, 60)} is not a label of the concept ({brief(', '.join(known))}). "
+            "Add it under labels."
         )
     return label in concept.labels.positive
 

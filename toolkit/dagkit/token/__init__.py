@@ -326,8 +326,8 @@ def _parse_record(path: Path, data: bytes) -> TokenRecord:
     schema = value.get("schema_version") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA_VERSION:
         raise TokenError(
-            f"{path} has schema {quoted(schema, 20)}, but dagkit {__version__} knows those up to {SCHEMA_VERSION}. Upgrade "
-            "dagkit."
+            f"{path} has schema {quoted(schema, 20)}, but dagkit {__version__} knows schemas up to {SCHEMA_VERSION}. "
+            "Upgrade dagkit."
         )
     try:
         return TokenRecord.model_validate(value)
@@ -350,7 +350,8 @@ def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     required, allowed = {"guideline", "start_of_text"}, {"guideline", "start_of_text", "background", "head_weights"}
     if not required <= set(tensors) <= allowed:
         raise TokenError(
-            f"{path} holds {quoted(sorted(tensors))}; expected {sorted(required)}, at most {sorted(allowed - required)}."
+            f"{path} holds {quoted(sorted(tensors))}; expected {sorted(required)} and at most "
+            f"{sorted(allowed - required)}."
         )
     return tensors
 
