@@ -29,7 +29,8 @@ MAX_QUOTED: Final = 200
 MAX_MESSAGE: Final = 4000
 """Characters of a message: twenty mistakes of a file, each with its line."""
 
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that are no text: control characters but tab and line feed, and lone surrogates, which no file can hold."""
 
 
 def quoted(value: object, limit: int = MAX_QUOTED) -> str:
@@ -61,7 +62,7 @@ def _printable(message: str) -> str:
     if len(message) > MAX_MESSAGE:
         head, tail = MAX_MESSAGE * 3 // 4, MAX_MESSAGE // 5
         message = f"{message[:head]}... [{len(message) - head - tail:,} characters left out] ...{message[-tail:]}"
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
 
 
 class DagkitError(Exception):

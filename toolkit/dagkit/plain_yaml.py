@@ -7,7 +7,6 @@ the file, reading it takes time and memory in proportion to its size.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Final
@@ -16,7 +15,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 from yaml.resolver import Resolver
 
-from dagkit.errors import quoted, reason
+from dagkit.errors import CONTROL, quoted, reason
 
 MAX_DEPTH: Final = 20
 """Levels of mappings and lists inside each other."""
@@ -25,7 +24,6 @@ MAX_DIGITS: Final = 40
 """Characters of a number."""
 
 _LOADER: Final[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_UNPRINTABLE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 _TAG: Final = "tag:yaml.org,2002:"
 
 Path = tuple[str | int, ...]
@@ -60,7 +58,7 @@ def read_yaml(text: str) -> Document:
         ValueError: it is not YAML, or nested too deeply; the message is one line that begins with the line's number.
     """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if found := _UNPRINTABLE.search(text):
+    if found := CONTROL.search(text):
         line = text.count("\n", 0, found.start()) + 1
         raise ValueError(f"line {line}: the character {found[0]!r} cannot stand in a text. Remove it.")
     reader = _Reader()
@@ -117,7 +115,7 @@ class _Reader:
             shown = quoted(event.tag.replace(_TAG, "!!"), 60)
             self._refuse(line, f"tags are not allowed, but there is {shown}. Remove it.")
         if isinstance(event, yaml.ScalarEvent):
-            if found := _UNPRINTABLE.search(event.value):
+            if found := CONTROL.search(event.value):
                 self._refuse(line, f"the character {found[0]!r} cannot stand in a text. Remove it.")
             is_plain = event.implicit[0] and event.tag is None
             is_key = self._is_at_key()
