@@ -30,7 +30,7 @@ MAX_MESSAGE: Final = 4000
 """Characters of a message: twenty mistakes of a file, each with its line."""
 
 CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Characters that are no text: control characters but tab and line feed, and lone surrogates, which no file can hold."""
+"""Characters that are no text: control characters but tab and line feed, and lone surrogates."""
 
 
 def quoted(value: object, limit: int = MAX_QUOTED) -> str:

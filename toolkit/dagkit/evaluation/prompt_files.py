@@ -120,9 +120,8 @@ def read_prompts(
         own = kind or _kind(where, number, _cell(row, named["kind"])) or (mapped.kind if mapped else "hinted")
         seed = _seed(where, number, _cell(row, named["seed"]))
         seed = FIRST_EVALUATION_SEED + number if seed is None else seed
-        prompts.append(
-            EvalPrompt(f"{own}-{counts[own]:04d}", text, own, seed, _keep(where, number, _cell(row, named["keep"])))
-        )
+        keep = _keep(where, number, _cell(row, named["keep"]))
+        prompts.append(EvalPrompt(f"{own}-{counts[own]:04d}", text, own, seed, keep))
         counts[own] += 1
         if limit is not None and len(prompts) >= limit:
             break
