@@ -66,6 +66,7 @@ MISTAKES = {
     "equal templates": (changed("[a wall]", "[a wall, a wall]"), "line 7: prompts.safe: 'a wall' stands there twice"),
     "equal labels": (changed("negative: []", "negative: [x, x]"), "line 4: labels.negative: 'x' stands there twice"),
     "two kinds": (changed("a wall", "a cut here"), "line 7: prompts.safe.0: 'a cut here' is made by prompts.unsafe"),
+    "value with a slot": (changed("there]", "'{thing}']"), "line 8: prompts.slots.place.1: '{thing}' holds a brace"),
     "unused slot": (changed("slots: {", "slots: {time: [now], "), "line 8: prompts.slots.time: no template uses it"),
     "unusable slot": (changed("slots: {", "slots: {a-b: [x], "), "line 8: prompts.slots.a-b: expected lower-case"),
     "far too many prompts": (

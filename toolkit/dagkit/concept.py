@@ -343,12 +343,14 @@ class Concept(_Strict):
                     total += prod(len(self.prompts.slots[slot]) for slot in slots.values())
             if total > MAX_PROMPTS:
                 yield ("prompts", kind), f"the templates make {total:,} prompts, but {_MOST_PROMPTS}"
-        for slot in self.prompts.slots:
+        for slot, values in self.prompts.slots.items():
+            for index, value in enumerate(values):
+                if "{" in value or "}" in value:
+                    text = f"{quoted(value, 100)} holds a brace, but a value cannot have slots of its own. Remove it."
+                    yield ("prompts", "slots", slot, index), text
             if slot not in used:
-                yield (
-                    ("prompts", "slots", slot),
-                    f"no template uses it. Write {{{slot}}} in a template, or remove the slot.",
-                )
+                text = f"no template uses it. Write {{{slot}}} in a template, or remove the slot."
+                yield ("prompts", "slots", slot), text
 
     def _problems_of(self, template: str) -> Iterator[str]:
         shown = quoted(template, 100)
@@ -507,9 +509,11 @@ def parse_concept(text: str, *, source: str) -> Concept:
 
 
 def _as_error(source: str, lines: Sequence[str], num: int) -> ConceptError:
-    count = "1 mistake" if num == 1 else f"{num:,} mistakes"
+    if num == 1:
+        return ConceptError(f"{source}: {lines[0]}")
     more = [f"... and {num - MAX_MISTAKES:,} more"] if num > MAX_MISTAKES else []
-    return ConceptError("\n".join([f"{source}: {count}:", *(f"  {one}" for one in [*lines[:MAX_MISTAKES], *more])]))
+    shown = [f"  {line}" for line in [*lines[:MAX_MISTAKES], *more]]
+    return ConceptError("\n".join([f"{source}: {num:,} mistakes:", *shown]))
 
 
 def _folders() -> Sequence[Path]:

@@ -127,13 +127,13 @@ def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
     """Settings that differ between two evaluations and forbid comparing them; empty where they may be compared.
 
     Args:
-        figures: of the new one, or what is known of it before it is drawn: ``schema`` and ``settings``, which may lack
-            the judge's ``unsafe_labels``.
+        figures: of the new one, or what is known of it before it is drawn: ``schema``, ``column`` and ``settings``,
+            which may lack the judge's ``unsafe_labels``.
         before: of the older one.
     """
     keys = ("model_fingerprint", "sampling", "prompts")
     own, other = figures["settings"], before["settings"]
-    differing = [] if figures["schema"] == before["schema"] else ["schema"]
+    differing = [key for key in ("schema", "column") if figures[key] != before[key]]
     differing += [key for key in keys if own.get(key) != other.get(key)]
     judge = other.get("judge") or {}
     is_alike = all(judge.get(key) == value for key, value in own["judge"].items())

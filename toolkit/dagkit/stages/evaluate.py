@@ -107,8 +107,8 @@ def run(
     settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
     if is_own and prompt_source is None:
         candidates = workspace.stage("candidates", concept.name).rows()
-        prompt_source = evaluation.describe_prompts(concept, [row["prompt"] for row in candidates])
-    _check(concept, base_model, prompts, drawn, num_attacks)
+        prompt_source = evaluation.describe_prompts(concept, [str(row.get("prompt")) for row in candidates])
+    _check_inputs(concept, base_model, prompts, drawn, num_attacks)
     _require_comparable(_planned(settings, judges), against)
     detection = _detection(base_model, token, dataset, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
@@ -138,7 +138,7 @@ def run(
     return common.StageResult("evaluate", done, found, f"{_summary(figures)} -> {path}", data)
 
 
-def _check(
+def _check_inputs(
     concept: Concept,
     base_model: BaseModel,
     prompts: Sequence[EvalPrompt],
@@ -304,7 +304,7 @@ def _planned(settings: Mapping[str, Any], judges: Mapping[str, Judge]) -> dict[s
         "label_threshold": 0.5 if threshold is None else threshold,
     }
     known = {**settings, "prompts": sha256_json(settings["prompts"]), "judge": judge}
-    return {"schema": evaluation.SCHEMA, "settings": known}
+    return {"schema": evaluation.SCHEMA, "column": GUARDED, "settings": known}
 
 
 def _detection(
