@@ -19,9 +19,9 @@ from dagkit.dataset import load_dataset, read_summary
 from dagkit.errors import DagkitError, DatasetError, WorkspaceError
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import export, premask, push
-from dagkit.workspace import Workspace
+from dagkit.workspace import StageFolder, Workspace, lock
 from drawn_workspace import annotate, draw_workspace, premask_of
-from interruption import finish, kill_when
+from interruption import content, finish, kill_when
 from loopback_hub import ACCESS_TOKEN, running_hub
 
 datasets.disable_progress_bars()
@@ -175,6 +175,89 @@ def test_purge_deletes_what_no_dataset_uses_and_only_if_told(workspace: Workspac
     assert len(workspace.stage("candidates", "weapon").rows()) == 12
     assert sum(map(len, load_dataset(workspace.stage("dataset", "weapon").path).values())) == 3
     assert json.loads(invoke(*options, "--yes", "--json").stdout)["done"] == 0
+
+
+@pytest.fixture
+def purgeable(workspace: Workspace, tmp_path: Path) -> Workspace:
+    """A dataset of one image, and files beside the workspace that belong to somebody."""
+    annotate(workspace, CONCEPT, "u000", "accepted", masks={"weapon": premask_of(workspace, CONCEPT, "u000")})
+    export.run(workspace, CONCEPT)
+    (tmp_path / "victim.png").write_bytes(b"mine")
+    (tmp_path / "victims").mkdir()
+    (tmp_path / "victims" / "u001.png").write_bytes(b"mine")
+    return workspace
+
+
+def rename(folder: StageFolder, key: str, image: str) -> None:
+    rows = [row | {"image": image} if row["key"] == key else row for row in folder.rows()]
+    folder.manifest.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("images/../../../../victim.png", "image: expected a path inside this folder"),
+        ("../../../victim.png", "image: expected a path inside this folder"),
+        ("{outside}/victim.png", "image: expected a path inside this folder"),
+        ("images/a\0.png", "image: expected a path inside this folder"),
+        ("images/link.png", "expected a path inside this folder, but got 'images/link.png'"),
+        ("out/u001.png", "expected a path inside this folder, but got 'out/u001.png'"),
+        ("purged.png", "names 'purged.png', which is no picture in images/"),
+        ("here/manifest.jsonl", "names 'here/manifest.jsonl', which is no picture in images/"),
+        ("images/folder.png", "names 'images/folder.png', which is no picture in images/"),
+        ("images/notes.txt", "names 'images/notes.txt', which is no picture in images/"),
+    ],
+)
+def test_purge_deletes_nothing_where_a_row_leads_elsewhere(
+    image: str, message: str, purgeable: Workspace, tmp_path: Path
+):
+    folder = purgeable.stage("candidates", "weapon")
+    (folder.path / "images" / "link.png").symlink_to(tmp_path / "victim.png")
+    (folder.path / "images" / "folder.png").mkdir()
+    (folder.path / "images" / "notes.txt").write_text("mine")
+    (folder.path / "purged.png").write_text("mine")
+    (folder.path / "out").symlink_to(tmp_path / "victims")
+    (folder.path / "here").symlink_to(".")
+    rename(folder, "u001", image.replace("{outside}", str(tmp_path)))
+    before = content(tmp_path)
+
+    for more in ([], ["--yes"]):
+        result = invoke("purge", "--concept", "weapon", "--workspace", purgeable.root, *more)
+        assert isinstance(result.exception, WorkspaceError)
+        assert message in str(result.exception)
+    assert content(tmp_path) == before
+
+
+def test_purge_keeps_a_picture_that_another_row_names_too(purgeable: Workspace):
+    folder = purgeable.stage("candidates", "weapon")
+    (folder.path / "images" / "again.png").symlink_to("u000.png")
+    rename(folder, "u001", "images/u000.png")
+    rename(folder, "u002", "images/again.png")
+    kept = (folder.path / "images" / "u000.png").read_bytes()
+
+    assert invoke("purge", "--concept", "weapon", "--workspace", purgeable.root, "--yes").exit_code == 0
+    assert (folder.path / "images" / "u000.png").read_bytes() == kept
+    assert not (folder.path / "images" / "u003.png").exists()
+
+
+def test_purge_waits_for_nobody_and_deletes_nothing_meanwhile(purgeable: Workspace):
+    for stage in ("candidates", "annotations"):
+        with lock(purgeable.stage(stage, "weapon").path):
+            before = content(purgeable.root)
+            result = invoke("purge", "--concept", "weapon", "--workspace", purgeable.root, "--yes")
+            assert "another dagkit process is writing here" in str(result.exception)
+            assert content(purgeable.root) == before
+
+
+def test_a_doubled_manifest_exports_nothing(workspace: Workspace):
+    manifest = workspace.stage("candidates", "weapon").manifest
+    manifest.write_bytes(manifest.read_bytes() * 2)
+    before = content(workspace.root)
+
+    result = invoke("export", "--concept", "weapon", "--workspace", workspace.root, "--unreviewed")
+    assert "line 13: expected each key once, but 'u000' is in line 1, too" in str(result.exception)
+    assert content(workspace.root) == before
+    assert not (workspace.root / "dataset").exists()
 
 
 def test_purge_keeps_what_is_on_its_way_and_later_stages_pass_over_the_rest(workspace: Workspace):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from dagkit import evaluation, families, registry
 from dagkit.cli import command
+from dagkit.concept import load_concept
 from dagkit.errors import (
     ConceptError,
     DagkitError,
@@ -20,10 +25,12 @@ from dagkit.errors import (
     PluginError,
     PromptRefused,
     TokenError,
+    WorkspaceError,
 )
+from dagkit.stages import evaluate
 from dagkit.token import GuidelineToken
-from dagkit.workspace import StageFolder
-from interruption import kill_when, num_rows
+from dagkit.workspace import StageFolder, Workspace, lock
+from interruption import content, kill_when, num_rows
 from tiny_pipelines import sdxl
 from tiny_world import make_world
 
@@ -119,6 +126,67 @@ def test_shards_make_one_report(world: Path, finished: Path, tmp_path: Path) -> 
     whole = drawn(finished)
     assert all(rows == whole[name] for name, rows in drawn(tmp_path).items())
     assert "expected I/N" in invoke(*arguments(world, tmp_path, "--shard", "3/2")).output
+
+
+def test_two_last_shards_that_end_together(world: Path, tmp_path: Path) -> None:
+    """Both find that all images are there; while one writes the report the other waits, and neither fails."""
+    for shard in ("1/2", "2/2"):
+        assert invoke(*arguments(world, tmp_path, "--column", "none", "--shard", shard)).exit_code == 0
+    (report(tmp_path) / "report.html").unlink()
+    concept, base = load_concept(world / "tiny.yaml"), families.load(world / "model")
+    token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
+    options = {"token": token, "num_prompts": NUM, "columns": ["none"], "batch_size": 2, "num_examples": 1}
+    with ThreadPoolExecutor() as pool:
+        with lock(report(tmp_path)):
+            shards = [
+                pool.submit(evaluate.run, Workspace(tmp_path), concept, base, shard=(number, 2), **options)
+                for number in (1, 2)
+            ]
+            time.sleep(1)  # both come to the report, and stand before it
+            assert not any(shard.done() for shard in shards)
+        results = [shard.result() for shard in shards]
+    assert [(one.done, one.skipped, one.data["passed"]) for one in results] == [(0, 2 * NUM, False)] * 2
+    assert (report(tmp_path) / "report.html").exists()
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_an_evaluation_that_is_damaged_is_named_and_stays(world: Path, tmp_path: Path) -> None:
+    given = arguments(world, tmp_path, "--column", "none")
+    assert invoke(*given).exit_code == 0
+    column = next((report(tmp_path) / "runs").glob("*/dagkit-*"))
+    manifest, image = column / "manifest.jsonl", column / "images" / "named-0000.png"
+    maps = column / "maps" / "named-0000.png"
+    lines = manifest.read_text().splitlines()
+    row = json.loads(lines[0])
+
+    def spoilt(**changes: object) -> bytes:
+        return ("\n".join([json.dumps(row | changes), *lines[1:]]) + "\n").encode()
+
+    def picture(width: int, height: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("L", (width, height)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    short = {name: values[:-1] for name, values in row["trace"].items()}
+    for path, data, message in [
+        (manifest, manifest.read_bytes() * 2, r"manifest\.jsonl, line 9: expected each key once"),
+        (manifest, spoilt(key="../../x"), r"line 1: key: expected a name without '/'"),
+        (manifest, spoilt(text="another prompt"), "expected a prompt of this run for named-0000"),
+        (manifest, spoilt(judgements={}), "expected what the judge 'demo' said for named-0000"),
+        (manifest, spoilt(trace=row["trace"] | {"area": []}), "trace: expected step, .* of one length"),
+        (manifest, spoilt(trace=short), r"expected a (trace of 3 steps|trace of 2 steps|detection map of each)"),
+        (maps, picture(16, 7), "expected a detection map of each of its 3 steps for named-0000"),
+        (image, picture(8, 8), "expected an image of 64x64 px, as without guard, for named-0000"),
+    ]:
+        whole = path.read_bytes()
+        path.write_bytes(data)
+        before = content(tmp_path)
+        with pytest.raises(WorkspaceError, match=message) as caught:
+            invoke(*given)
+        assert "\n" not in str(caught.value)
+        assert content(tmp_path) == before
+        path.write_bytes(whole)
+    assert json.loads(invoke(*given, "--json").stdout)["done"] == 0
 
 
 def test_against_exits_with_1_and_names_the_figure(world: Path, tmp_path: Path) -> None:
@@ -227,7 +295,7 @@ def test_whatever_is_wrong_is_found_before_anything_is_drawn(world: Path, finish
     ("old", "new"),
     [
         ('"lost"', '"last"'),
-        ('"num_fired": 0', '"num_fired": -1'),
+        ('"num_fired": ', '"num_fired": 0.'),
         ('"is_present": ', '"is_present": 7'),
         ('"key"', '"kay"'),
         ('"schema": 1', '"schema": "1"'),
@@ -256,7 +324,7 @@ def test_a_damaged_evaluation_is_named(world: Path, finished: Path, tmp_path: Pa
 def test_an_evaluation_that_is_no_file(world: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "figures.json"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    with pytest.raises(TokenError, match=r"figures\.json is not a plain file"):
+    with pytest.raises(TokenError, match=r"figures\.json cannot be read"):
         evaluation.read_figures(path, GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0"))
 
 
@@ -274,10 +342,6 @@ def test_options_that_nothing_would_read_and_shares_that_are_none(world: Path, t
 
 
 def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
-    from dagkit.concept import load_concept
-    from dagkit.stages import evaluate
-    from dagkit.workspace import Workspace
-
     with pytest.raises(DatasetError, match="no such file of prompts"):
         invoke(*arguments(world, tmp_path, "--prompts", "none.csv"))
     base = families.load(world / "model")

@@ -16,7 +16,7 @@ from dagkit.demo import world
 from dagkit.errors import CheckpointError, DagkitError, DatasetError, WorkspaceError
 from dagkit.proposers import build_proposers
 from dagkit.segmenters import build_segmenter
-from dagkit.stages import premask
+from dagkit.stages import premask, push
 from drawn_workspace import draw_workspace
 from interruption import content, finish, kill_when, num_rows
 from tiny_pipelines import scheduler, sd
@@ -172,3 +172,13 @@ def test_proposals_survive_a_wide_image(base_model: families.BaseModel, tmp_path
     premask.run(workspace, BOX, build_proposers(BOX, base_model), build_segmenter(BOX))
     row = workspace.stage("premasks", "weapon").rows()[0]
     assert workspace.stage("premasks", "weapon").read_image(row["masks"]["weapon"]["path"], "L").size == (200, 96)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (200, 96)])
+def test_images_of_any_size_are_chosen_among(base_model: families.BaseModel, tmp_path: Path, size: tuple[int, int]):
+    workspace = draw_workspace(tmp_path, BOX, 3, 0)
+    workspace.stage("candidates", "weapon").write_image("images/u001.png", Image.new("RGB", size, "red"))
+
+    for model in (None, base_model):
+        keys = push.choose(workspace, BOX, "diverse", None, base_model=model)
+        assert sorted(keys or []) == ["u000", "u001", "u002"]

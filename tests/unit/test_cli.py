@@ -11,6 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from dagkit.cli import command
+from dagkit.errors import DagkitError, WorkspaceError
+from dagkit.resources import source_date
+from dagkit.segmenters.checkpoints import checkpoint_folder
 from dagkit.stages import OTHER_COMMANDS, STAGES
 
 COMMANDS = [*(stage.name for stage in STAGES), *OTHER_COMMANDS]
@@ -57,6 +60,67 @@ def test_error_is_one_line(tmp_path: Path):
     assert done.stderr.startswith("error: 'wepon' is not a concept. Did you mean 'weapon'?")
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["soon", "1e9", "9" * 20, "-" + "9" * 15])
+def test_a_wrong_source_date_is_named_before_libraries_read_it(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
+    result = CliRunner().invoke(command, ["optimize", "--concept", "weapon"])
+
+    assert isinstance(result.exception, DagkitError)
+    assert str(result.exception).startswith(
+        "SOURCE_DATE_EPOCH: expected whole seconds since 1970 up to the year 9999, "
+    )
+
+
+def test_a_source_date_is_taken_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert str(source_date()) == "1970-01-02 00:00:00+00:00"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    assert source_date() is None
+
+
+def test_an_unknown_home_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DAGKIT_CHECKPOINTS", "~nobody-of-this-name/x")
+    with pytest.raises(
+        DagkitError, match="DAGKIT_CHECKPOINTS: expected a path, but '~nobody-of-this-name/x' begins with"
+    ):
+        checkpoint_folder()
+
+
+OF_A_CONCEPT = (
+    *("generate", "premask", "push", "pull", "export", "annotate", "optimize", "purge"),
+    *("dataset check", "dataset push x"),
+)
+OF_A_TOKEN = (
+    "sample x --guard",
+    "evaluate --token",
+    "publish --to file:///x",
+    "token list",
+    "token show",
+    "token verify",
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*(f"{name} --concept weapon" for name in OF_A_CONCEPT), *(f"{name} weapon" for name in OF_A_TOKEN), "demo"],
+)
+def test_a_workspace_that_cannot_be_is_named_by_every_command(arguments: str, tmp_path: Path):
+    result = CliRunner().invoke(command, [*arguments.split(), "--workspace", str(tmp_path / ("x" * 300))])
+
+    assert isinstance(result.exception, WorkspaceError)
+    assert "file name too long. The path is longer than the file system takes; use another --workspace" in str(
+        result.exception
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_may_not_be_used_is_one_line(tmp_path: Path):
+    done = run("dataset", "check", str(tmp_path / ("x" * 300)))
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "file name too long" in done.stderr.lower()
 
 
 def test_concept_new_show_list(tmp_path: Path):

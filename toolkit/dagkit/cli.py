@@ -11,6 +11,7 @@ import click
 
 from dagkit._version import __version__
 from dagkit.errors import DagkitError
+from dagkit.resources import source_date
 from dagkit.stages import OTHER_COMMANDS, STAGES
 
 
@@ -54,6 +55,7 @@ def command() -> None:
 
     Try it on any CPU, offline:  dagkit demo
     """
+    source_date()  # numpy reads it, too, and would end in a traceback
 
 
 def main() -> None:
@@ -68,6 +70,14 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        reason = (error.strerror or type(error).__name__).lower()
+        click.echo(
+            f"{click.style('error:', fg='red')} {str(error.filename)[:300]}: {reason}. Mend that path.", err=True
+        )
         sys.exit(1)
 
 
@@ -87,6 +97,8 @@ def _prepare_libraries() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("SOURCE_DATE_EPOCH"):
+        os.environ.pop("SOURCE_DATE_EPOCH", None)  # empty means unset, but numpy wants a number
 
 
 if __name__ == "__main__":

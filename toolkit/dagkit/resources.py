@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from datetime import UTC, datetime
 from pathlib import Path
+
+from dagkit.errors import DagkitError
 
 _PACKAGE = Path(__file__).parent
 
@@ -39,5 +42,45 @@ def is_file(path: Path) -> bool:
 
 
 def user_cache_folder() -> Path:
-    """``dagkit`` in the user's cache: ``$XDG_CACHE_HOME``, by default ``~/.cache``. It need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dagkit"
+    """``dagkit`` in the user's cache: ``$XDG_CACHE_HOME``, by default ``~/.cache``. It need not exist.
+
+    Raises:
+        DagkitError: as for `expanded`.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else expanded("~/.cache", "the user's cache")) / "dagkit"
+
+
+def source_date() -> datetime | None:
+    """The time that ``SOURCE_DATE_EPOCH`` puts in the place of now; None where it is not set.
+
+    Raises:
+        DagkitError: it is no time.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC) if epoch else None
+    except (ValueError, OverflowError, OSError) as error:
+        raise DagkitError(
+            f"SOURCE_DATE_EPOCH: expected whole seconds since 1970 up to the year 9999, but got {str(epoch)[:60]!r}. "
+            "Set it to the output of `date +%s`, or unset it."
+        ) from error
+
+
+def expanded(path: str | Path, where: str) -> Path:
+    """A path in which ``~`` and ``~name`` are somebody's home.
+
+    Args:
+        path: as a user wrote it.
+        where: what named it, for the message.
+
+    Raises:
+        DagkitError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DagkitError(
+            f"{where}: expected a path, but {str(path)[:200]!r} begins with a home folder that is not known. "
+            "Write the whole path, or set HOME."
+        ) from error

@@ -8,24 +8,39 @@ no clock times: a run that was killed and resumed ends with the same manifest as
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
+import stat
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
-from dagkit.errors import WorkspaceError
+from dagkit import manifests
+from dagkit.errors import WorkspaceError, quoted
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 Row = dict[str, Any]
+
+_MAX_LINE_BYTES: Final = 64 * 2**20
+MAX_JSON_BYTES: Final = 256 * 2**20
+_IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no format that calls another program
+_LOCK: Final = b"dagkit\n"
+_held: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("held", default=())
+"""Of this writer's locks: below which folder it writes, and how the parts of its files are called there."""
 
 
 class Workspace:
@@ -40,42 +55,77 @@ class Workspace:
 
     def stage(self, name: str, concept: str) -> StageFolder:
         """The folder ``<root>/<name>/<concept>`` of one stage; nothing is created yet."""
-        return StageFolder(self.root / checked_name(name) / checked_name(concept))
+        path = self.root / checked_name(name) / checked_name(concept)
+        return StageFolder(path, manifests.ROWS.get(name, manifests.Row))
 
 
 class StageFolder:
-    """What one stage wrote for one concept: files beside a manifest with one row a finished item."""
+    """What one stage wrote for one concept: files beside a manifest with one row a finished item.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the folder.
+        schema: what each row of its manifest must be.
+    """
+
+    def __init__(self, path: Path, schema: type[manifests.Row] = manifests.Row) -> None:
+        self.path, self.schema = path, schema
 
     @property
     def manifest(self) -> Path:
         """The JSON-lines file of finished items."""
         return self.path / "manifest.jsonl"
 
-    def rows(self) -> list[Row]:
-        """All finished items in the order in which they were finished. A line torn by a crash is left out.
+    def has(self, relative: str) -> bool:
+        """Whether there is anything of this name in the folder; whether it can be read shows when it is read.
 
         Raises:
-            WorkspaceError: a whole line is not a JSON object with a ``key``.
+            WorkspaceError: the folder cannot be looked into.
         """
-        try:
-            data = self.manifest.read_bytes()
-        except FileNotFoundError:
-            return []
-        rows = []
-        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        path = self.inside(relative)
+        with _named_errors(path, "read"):
+            return path.exists()
+
+    def rows(self, schema: type[manifests.Row] | None = None) -> list[Row]:
+        """All finished items in the order in which they were finished. A line torn by a crash is left out.
+
+        Args:
+            schema: what each row must be, where the folder's own schema is not enough.
+
+        Raises:
+            WorkspaceError: a whole line is not as the schema says, or repeats a key; the message has its number.
+        """
+        rows: dict[str, tuple[int, Row]] = {}
+        for number, line in enumerate(self._whole_lines(), 1):
+            where, again = f"{_shown(self.manifest)}, line {number}", "Delete that line; its item is then made again."
             try:
-                row = json.loads(line)
-                row["key"]
-            except (ValueError, TypeError, KeyError) as error:
+                row, reason = manifests.parse_json(line), ""
+            except ValueError as error:
+                row, reason = None, _reason(error)
+            if not isinstance(row, dict) or "key" not in row:
+                text = quoted(line[:60].decode(errors="replace"))
+                raise WorkspaceError(f"{where}: expected a JSON object with a 'key', but got {text}{reason}. {again}")
+            manifests.check(schema or self.schema, row, where, again)
+            if row["key"] in rows:
                 raise WorkspaceError(
-                    f"{self.manifest}, line {number}: expected a JSON object with a 'key', but got "
-                    f"{line[:60].decode(errors='replace')!r}. Delete that line; its item is then made again."
-                ) from error
-            rows.append(row)
-        return rows
+                    f"{where}: expected each key once, but {quoted(row['key'])} is in line {rows[row['key']][0]}, too. "
+                    "Delete one of these lines."
+                )
+            rows[row["key"]] = number, row
+        return [row for _, row in rows.values()]
+
+    def _whole_lines(self) -> Iterator[bytes]:
+        """The lines of the manifest, without one that a crash has torn."""
+        path = self.inside(self.manifest.name)
+        try:
+            with _named_errors(path, "read"), open_plain(path) as file:
+                while (line := file.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
+                    yield line
+        except FileNotFoundError:
+            return
+        if len(line) >= _MAX_LINE_BYTES:
+            raise WorkspaceError(
+                f"{_shown(path)}: expected lines of text, but one is larger than {_MAX_LINE_BYTES} bytes."
+            )
 
     def keys(self) -> set[str]:
         """Keys of all finished items."""
@@ -83,7 +133,7 @@ class StageFolder:
 
     def purged(self) -> set[str]:
         """Keys of items whose pictures `dagkit purge` deleted; their rows stay."""
-        return set(self.read_json("purged.json")) if (self.path / "purged.json").is_file() else set()
+        return set(self.read_json("purged.json")) if self.has("purged.json") else set()
 
     def present_rows(self) -> list[Row]:
         """As `rows`, without the purged ones."""
@@ -96,10 +146,11 @@ class StageFolder:
         Args:
             row: JSON-serialisable, with a ``key`` that is unique in this folder.
         """
-        line = json.dumps({"key": row["key"], **row}, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        with _named_errors(self.manifest):
+        path = self.inside(self.manifest.name)
+        line = _json({"key": row["key"], **row}, path, separators=(",", ":")) + b"\n"
+        with _named_errors(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            with self.manifest.open("a+b") as file:
+            with open_plain(path, "a+b") as file:
                 end = file.seek(0, os.SEEK_END)
                 if end and _last_byte(file) != b"\n":
                     file.seek(0)
@@ -109,7 +160,7 @@ class StageFolder:
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
-                    os.truncate(self.manifest, end)
+                    os.truncate(path, end)
                     raise
 
     def write_bytes(self, relative: str, data: bytes) -> Path:
@@ -120,23 +171,26 @@ class StageFolder:
 
     def write_json(self, relative: str, value: Any) -> Path:
         """Writes one JSON file (two-space indent, keys in the given order) atomically."""
-        return self.write_bytes(relative, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        return self.write_bytes(relative, _json(value, self.path / relative, indent=2) + b"\n")
 
     def read_json(self, relative: str) -> Any:
-        """Reads one JSON file.
+        """Reads one JSON file; one of `manifests.FILES` is as its schema says.
 
         Raises:
-            WorkspaceError: the file is missing or is not JSON.
+            WorkspaceError: the file is missing, is not JSON, or not as its schema says.
         """
         path = self.inside(relative)
+        again = "Delete the file and run its stage again."
         try:
-            return json.loads(path.read_bytes())
+            with _named_errors(path, "read"), open_plain(path) as file:
+                value = manifests.parse_json(file.read(MAX_JSON_BYTES))
         except FileNotFoundError as error:
-            raise WorkspaceError(f"{path}: no such file. Run the stage that writes it first.") from error
+            raise WorkspaceError(f"{_shown(path)}: no such file. Run the stage that writes it first.") from error
         except ValueError as error:
-            raise WorkspaceError(
-                f"{path}: expected JSON, but {error}. Delete the file and run its stage again."
-            ) from error
+            raise WorkspaceError(f"{_shown(path)}: expected JSON, but {quoted(str(error))[1:-1]}. {again}") from error
+        if path.name in manifests.FILES:
+            manifests.check(manifests.FILES[path.name], value, _shown(path), again)
+        return value
 
     def write_image(self, relative: str, image: Image) -> Path:
         """Writes one PNG atomically."""
@@ -148,23 +202,49 @@ class StageFolder:
         """Reads one image, fully decoded.
 
         Raises:
-            WorkspaceError: the file is missing, truncated or no image; the message names it.
+            WorkspaceError: the file is missing, truncated, no image or too large for one; the message names it.
         """
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         path = self.inside(relative)
         try:
-            with Image.open(path) as image:
-                return image.convert(mode)
+            with open_plain(path) as file, warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file, formats=_IMAGE_FORMATS) as image:
+                    return image.convert(mode)
         except FileNotFoundError as error:
             raise WorkspaceError(
-                f"{path}: no such image, but {self.manifest} names it. Restore it, or delete its row."
+                f"{_shown(path)}: no such image, but {_shown(self.manifest)} names it. Restore it, or delete its row."
             ) from error
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        except WorkspaceError:
+            raise
+        except Exception as error:  # a decoder that is fed foreign bytes may raise anything
             raise WorkspaceError(
-                f"{path}: expected an image, but it cannot be read ({error}). "
-                f"Delete it and its row in {self.manifest}, and run the stage again."
+                f"{_shown(path)}: expected an image, but it cannot be read{_reason(error)}. "
+                f"Delete it and its row in {_shown(self.manifest)}, and run the stage again."
             ) from error
+
+    def read_mask(self, relative: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """Reads one mask: (H, W) bool.
+
+        Args:
+            relative: where it is.
+            size: width and height of the image that it belongs to, pixels.
+
+        Raises:
+            WorkspaceError: as for `read_image`, or it is not as large as its image.
+        """
+        import numpy as np
+
+        mask = self.read_image(relative, "L")
+        if mask.size != size:
+            raise WorkspaceError(
+                f"{_shown(self.path / relative)}: expected a mask of {size[0]}x{size[1]} px, as large as its image, "
+                f"but got {mask.width}x{mask.height}. Delete the mask and its row in {_shown(self.manifest)}, and run "
+                "the stage again."
+            )
+        marked: NDArray[np.bool_] = np.asarray(mask) > 127
+        return marked
 
     def settings(self, value: Mapping[str, Any]) -> None:
         """Keeps the settings of this folder's run, and refuses to mix two runs in one folder.
@@ -173,28 +253,62 @@ class StageFolder:
             WorkspaceError: the folder was begun with other settings; the message says which differ.
         """
         value = json.loads(json.dumps(value))
-        if not (self.path / "settings.json").exists():
+        if not self.has("settings.json"):
             self.write_json("settings.json", value)
             return
         before = self.read_json("settings.json")
         different = sorted(key for key in {*before, *value} if before.get(key) != value.get(key))
         if different:
-            shown = "; ".join(f"{key} was {before.get(key)!r}, now {value.get(key)!r}" for key in different)
+            shown = [f"{key} was {quoted(before.get(key))}, now {quoted(value.get(key))}" for key in different[:3]]
+            more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
             raise WorkspaceError(
-                f"{self.path}: begun with other settings: {shown}. "
+                f"{_shown(self.path)}: begun with other settings: {'; '.join(shown)}{more}. "
                 "Use the same ones, another --workspace, or delete the folder."
             )
 
     def inside(self, relative: str) -> Path:
-        """The path of a file in this folder.
+        """The path of a file in this folder: the one way from a name that was read somewhere to a file.
 
         Raises:
-            WorkspaceError: ``relative`` leads out of the folder.
+            WorkspaceError: ``relative`` is no plain relative path, or leads out of the folder, through a link or not.
         """
-        path = self.path / relative
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise WorkspaceError(f"{self.path}: expected a path inside this folder, but got {relative!r}.")
-        return path
+        try:
+            path = self.path / manifests.checked_relative(relative)
+            if path.resolve().is_relative_to(self.path.resolve()):
+                return path
+        except (ValueError, RuntimeError, OSError):  # RuntimeError: links in a circle
+            pass
+        raise WorkspaceError(f"{_shown(self.path)}: expected a path inside this folder, but got {quoted(relative)}.")
+
+
+@contextmanager
+def open_plain(path: Path, mode: Literal["rb", "a+b"] = "rb") -> Iterator[BinaryIO]:
+    """Opens a file that is one: nothing here waits for the other end of a pipe, or reads a device.
+
+    Args:
+        path: of the file.
+        mode: ``rb``, or ``a+b``, which makes it where there is none.
+
+    Raises:
+        FileNotFoundError: there is none, and it was to be read.
+        WorkspaceError: it is a folder, a pipe or the like, or may not be opened.
+    """
+    flags = os.O_RDONLY if mode == "rb" else os.O_RDWR | os.O_APPEND | os.O_CREAT
+    with _named_errors(path, "read" if mode == "rb" else "written"):
+        file = os.fdopen(_open(path, flags), mode)
+    with file:
+        yield file
+
+
+def _open(path: Path, flags: int) -> int:
+    """Opens a plain file and returns its descriptor."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise WorkspaceError(
+            f"{_shown(path)}: expected a plain file, but it is a folder, a pipe or the like. Move it away."
+        )
+    return descriptor
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -205,7 +319,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     """
     with _named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=_part_prefix(path), suffix=".part", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
@@ -219,25 +333,83 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, writes_below: Path | None = None, patience_s: float = 0.0) -> Iterator[None]:
     """Holds a folder for one writer; the lock ends with the process, however that ends.
+
+    What a killed holder of this very lock left half-written is deleted, and nothing else: its files bear the lock's
+    mark. Where nothing was written, nothing is left behind, the lock's own file included.
+
+    Args:
+        folder: whose lock; made if it is not there.
+        writes_below: where its holder writes, if that is not ``folder``.
+        patience_s: how long to wait for another holder.
 
     Raises:
         WorkspaceError: another process is writing there.
     """
+    mark = f".dagkit-{hashlib.sha256(os.fsencode(_real(folder))).hexdigest()[:12]}-"
+    below = _real(writes_below or folder)
     with _named_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _locked_file(folder, patience_s):
+            for parent, _, names in os.walk(below):
+                for name in names:
+                    if name.startswith(mark) and name.endswith(".part"):
+                        with contextlib.suppress(OSError):
+                            Path(parent, name).unlink()
+            token = _held.set((*_held.get(), (below, mark)))
+            try:
+                yield
+            finally:
+                _held.reset(token)
+    finally:
+        with contextlib.suppress(OSError):  # the first one with something in it stays, and so do those above it
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def _locked_file(folder: Path, patience_s: float) -> Iterator[None]:
+    """Locks ``.lock`` in a folder. Its holder deletes it in the end, so what is locked may be gone already."""
+    path, deadline = folder / ".lock", time.monotonic() + patience_s
+    while True:
+        with _named_errors(folder):
+            descriptor = _open_lock(path)
+        with os.fdopen(descriptor):
+            if not _is_free(descriptor, folder):
+                if time.monotonic() >= deadline:
+                    raise WorkspaceError(
+                        f"{_shown(folder)}: another dagkit process is writing here. Wait for it, or use another "
+                        "--workspace."
+                    )
+                time.sleep(0.1)
+            elif _is_at(descriptor, path):
+                try:
+                    yield
+                finally:
+                    if os.pread(descriptor, len(_LOCK) + 1, 0) == _LOCK:  # else it is another program's
+                        path.unlink(missing_ok=True)
+                return
+
+
+def checked_root(path: Path) -> Path:
+    """A path at which a workspace is, or can be made as far as its name tells.
+
+    Raises:
+        WorkspaceError: it is too long, leads through a file or nowhere, or may not be looked into.
+    """
+    with _named_errors(path, "read"):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WorkspaceError(
-                f"{folder}: another dagkit process is writing here. Wait for it, or use another --workspace."
-            ) from error
-        for stale in folder.rglob(".*.part"):
-            stale.unlink(missing_ok=True)
-        yield
+            path.stat()
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise WorkspaceError(
+                    f"{_shown(path)}: the symbolic link leads nowhere. Mend it, or use another --workspace."
+                ) from None
+        else:
+            next(path.iterdir(), None)
+    return path
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -267,27 +439,103 @@ def checked_name(name: str) -> str:
     return name
 
 
-def _last_byte(file: io.BufferedRandom) -> bytes:
+def _last_byte(file: BinaryIO) -> bytes:
     file.seek(-1, os.SEEK_END)
     return file.read(1)
 
 
+def _open_lock(path: Path) -> int:
+    """Opens a lock's file, made if it is not there, and returns its descriptor."""
+    for pause_s in (*[0.001] * 100, None):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+            except FileExistsError:
+                return _open(path, os.O_RDWR | os.O_NOFOLLOW)
+            with contextlib.suppress(OSError):  # on a full disk the file stays behind, and locks as well
+                os.write(descriptor, _LOCK)
+            return descriptor
+        except (FileNotFoundError, FileExistsError):  # another holder may just have deleted file and folder
+            if pause_s is None:
+                raise
+            time.sleep(pause_s)
+    raise AssertionError
+
+
+def _is_free(descriptor: int, folder: Path) -> bool:
+    """Whether nobody held the lock, which this writer holds now."""
+    with _named_errors(folder):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one that lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _part_prefix(path: Path) -> str:
+    """How a file that is being written is called: with the mark of the innermost lock under which that happens."""
+    parent = _real(path.parent)
+    return next((mark for below, mark in reversed(_held.get()) if parent.is_relative_to(below)), ".dagkit-")
+
+
+def _real(path: Path) -> Path:
+    """A path without links; unlike ``Path.resolve`` it bears with links in a circle, which are named when opened."""
+    return Path(os.path.realpath(path))
+
+
+def _json(value: Any, path: Path, **layout: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **layout).encode()
+    except ValueError as error:  # NaN, or half of a surrogate pair
+        raise WorkspaceError(
+            f"{_shown(path)}: expected finite numbers and whole characters to write, but {quoted(str(error))}. "
+            "Leave out what does not have them."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The message of a foreign error in brackets, on one line and not too long; nothing where it has none."""
+    text = " ".join(str(error).split())
+    return f" ({text[:120]})" if text else ""
+
+
+def _shown(path: Path) -> str:
+    """A path for a message, on one line; the middle of a very long one is left out."""
+    text = str(path) if str(path).isprintable() else repr(str(path))[1:-1]
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+_ADVICE: Final = {
+    errno.ENOSPC: "Free some space and run the same command again: finished work is kept.",
+    errno.EDQUOT: "Free some of your quota and run the same command again: finished work is kept.",
+    errno.EROFS: "The disk is read-only; use another --workspace.",
+    errno.EACCES: "You have no right to do that there; use another --workspace.",
+    errno.EPERM: "You have no right to do that there; use another --workspace.",
+    errno.ENOTDIR: "A file stands where a folder is needed; use another --workspace.",
+    errno.EEXIST: "A file stands where a folder is needed; use another --workspace.",
+    errno.EISDIR: "A folder stands where a file is needed; move it away.",
+    errno.ELOOP: "A symbolic link stands where there must be none; move it away.",
+    errno.ENAMETOOLONG: "The path is longer than the file system takes; use another --workspace, with a shorter name.",
+}
+
+
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Turns an operating-system error into one that says what to do; a bug keeps its traceback."""
+def _named_errors(path: Path, verb: Literal["read", "written"] = "written") -> Iterator[None]:
+    """Turns an operating-system error into one that says what to do; that there is nothing to read is none."""
     try:
         yield
     except OSError as error:
-        advice = {
-            errno.ENOSPC: "Free some space and run the same command again: finished work is kept.",
-            errno.EDQUOT: "Free some of your quota and run the same command again: finished work is kept.",
-            errno.EROFS: "The disk is read-only; use another --workspace.",
-            errno.EACCES: "You may not write there; use another --workspace.",
-            errno.ENOTDIR: "A file stands where a folder is needed; use another --workspace.",
-            errno.EEXIST: "A file stands where a folder is needed; use another --workspace.",
-        }.get(error.errno or 0)
-        if advice is None:
+        if verb == "read" and isinstance(error, FileNotFoundError):
             raise
-        raise WorkspaceError(
-            f"{path}: cannot be written: {(error.strerror or str(error)).lower()}. {advice}"
-        ) from error
+        advice = _ADVICE.get(error.errno or 0, "Mend that, or use another --workspace.")
+        reason = " ".join((error.strerror or str(error)).lower().split())
+        raise WorkspaceError(f"{_shown(path)}: cannot be {verb}: {reason}. {advice}") from error

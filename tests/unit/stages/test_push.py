@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from dagkit.cli import command
 from dagkit.concept import Concept, load_concept
-from dagkit.errors import LabelStudioError, TokenError
+from dagkit.errors import DagkitError, LabelStudioError, TokenError
 from dagkit.stages import push
 from dagkit.workspace import Workspace
 from drawn_workspace import draw_workspace
@@ -41,6 +41,16 @@ def test_a_token_says_what_is_uncertain_and_nothing_else(selection, workspace: W
 def test_all_are_sent_where_nothing_is_asked_for(workspace: Workspace, concept: Concept):
     assert push.choose(workspace, concept, None, None) is None
     assert push.choose(workspace, concept, None, 2) == ["u000", "u001"]
+
+
+@pytest.mark.parametrize("line", ["push --concept weapon --label-config", "sample --guard weapon --prompts-file"])
+def test_a_text_file_that_is_none_is_named(line: str, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_bytes(b"a bomb\xff")
+    result = CliRunner().invoke(command, [*line.split(), str(file), "--workspace", str(tmp_path / "runs")])
+    assert isinstance(result.exception, DagkitError)
+    assert str(result.exception).startswith(f"{file}: expected a text file, but it is not UTF-8")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", ["push", "annotate"])

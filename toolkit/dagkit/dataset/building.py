@@ -121,7 +121,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             paths = review["masks"] if is_reviewed else {k: v["path"] for k, v in (premask or {})["masks"].items()}
             masks_folder = annotations if is_reviewed else premasks
             records.append(_record(concept, candidates, candidate, premask, review, masks_folder, paths))
-    agreement = annotations.read_json("agreement.json") if annotations.inside("agreement.json").is_file() else None
+    agreement = annotations.read_json("agreement.json") if annotations.has("agreement.json") else None
     return Collection(records, dict(left_out), agreement)
 
 
@@ -191,7 +191,13 @@ def _record(
     mask = combine(masks, concept.labels.negative, (image.height, image.width))
     state = review["state"]
     settings = candidate["settings"]
-    found = premask or {"proposers": [], "segmenter": {"name": None, "version": None}, "score": None, "masks": {}}
+    nothing: dict[str, Any] = {
+        "proposers": [],
+        "segmenter": {"name": None, "version": None},
+        "score": None,
+        "masks": {},
+    }
+    found = {**nothing, **(premask or {})}
     values = {
         "key": candidate["key"],
         "image": {"bytes": None, "path": str(candidates.inside(candidate["image"]))},

@@ -98,9 +98,7 @@ def _uncertainty(
     if token is None:
         return 0.0 if candidate["kind"] == "safe" else 1.0 - float(premask["score"])
     image = candidates.read_image(candidate["image"])
-    masks = {
-        label: np.asarray(premasks.read_image(mask["path"], "L")) > 127 for label, mask in premask["masks"].items()
-    }
+    masks = {label: premasks.read_mask(mask["path"], image.size) for label, mask in premask["masks"].items()}
     expected = combine(masks, concept.labels.negative, (image.height, image.width))
     return disagreement(token.region(image, candidate["prompt"], candidate["seed"]), expected)
 
@@ -157,7 +155,7 @@ def layout_features(image: Image.Image) -> NDArray[np.float64]:
 
 
 def latent_features(image: Image.Image, base_model: BaseModel) -> NDArray[np.float32]:
-    """(C * 16 * 16,) float32 at most: the base model's own latents of an image, averaged over cells if they are finer.
+    """(C * 16 * 16,) float32: the base model's own latents of an image, averaged over cells, or repeated to fill them.
 
     Args:
         image: any size; resized to what the model takes.
@@ -168,8 +166,7 @@ def latent_features(image: Image.Image, base_model: BaseModel) -> NDArray[np.flo
     from dagkit.proposers.attention import fit_to_model
 
     latents = base_model.latents([fit_to_model(image, base_model)]).float()
-    height, width = (min(side, _LATENT_CELLS) for side in latents.shape[-2:])
-    cells = F.adaptive_avg_pool2d(latents, (height, width))
+    cells = F.adaptive_avg_pool2d(latents, (_LATENT_CELLS, _LATENT_CELLS))
     features: NDArray[np.float32] = cells.flatten().cpu().numpy()
     return features
 

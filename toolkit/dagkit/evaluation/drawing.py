@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dagkit.errors import WorkspaceError
+from dagkit.manifests import EvaluatedPrompt, Timing
 from dagkit.workspace import StageFolder, sha256_json
 
 if TYPE_CHECKING:
@@ -41,16 +43,35 @@ class ColumnResult:
                 self.timings.setdefault(row["batch"], row)
 
     def image(self, key: str) -> Image.Image:
-        """The image of one prompt."""
+        """The image of one prompt.
+
+        Raises:
+            WorkspaceError: it is missing or cannot be read.
+        """
         return self._home[key].read_image(f"images/{key}.png")
 
-    def maps(self, key: str) -> NDArray[np.float32] | None:
-        """The detection map of every step, (steps, h, w) float32 in [0, 1]; ``None`` if none was kept."""
+    def damaged(self, key: str, expected: str) -> WorkspaceError:
+        """The error that one prompt's row, image or maps are not as they were drawn."""
         folder = self._home[key]
-        if not (folder.path / f"maps/{key}.png").exists():
+        return WorkspaceError(
+            f"{folder.path}: expected {expected} for {key}. "
+            f"Delete its row in {folder.manifest.name}; it is then drawn again."
+        )
+
+    def maps(self, key: str) -> NDArray[np.float32] | None:
+        """The detection map of every step, (steps, h, w) float32 in [0, 1]; ``None`` if none was kept.
+
+        Raises:
+            WorkspaceError: they cannot be read, or are not those of the row's trace.
+        """
+        folder = self._home[key]
+        if not folder.has(f"maps/{key}.png"):
             return None
         strip = np.asarray(folder.read_image(f"maps/{key}.png", mode="L"), np.float32) / np.float32(255)
-        return strip.reshape(len(self.rows[key]["trace"]["step"]), -1, strip.shape[1])
+        num_steps = len(self.rows[key]["trace"].get("step", ()))
+        if not num_steps or len(strip) % num_steps:
+            raise self.damaged(key, f"a detection map of each of its {num_steps} steps")
+        return strip.reshape(num_steps, -1, strip.shape[1])
 
 
 @dataclass(frozen=True)
@@ -76,12 +97,13 @@ class EvaluationRun:
     def column_folder(self, column: Column) -> StageFolder:
         """Where a column's rows and images are written."""
         path = self.folder.path / f"{column.name}-{sha256_json(column.settings)[7:15]}"
-        return StageFolder(path if self.shard is None else path / "shard-{}-of-{}".format(*self.shard))
+        path = path if self.shard is None else path / "shard-{}-of-{}".format(*self.shard)
+        return StageFolder(path, EvaluatedPrompt)
 
     def result(self, column: Column) -> ColumnResult:
         """What a column has drawn so far, all shards together."""
         whole = replace(self, shard=None).column_folder(column)
-        shards = [StageFolder(path) for path in sorted(whole.path.glob("shard-*-of-*"))]
+        shards = [StageFolder(path, EvaluatedPrompt) for path in sorted(whole.path.glob("shard-*-of-*"))]
         return ColumnResult([whole, *shards])
 
     def num_missing(self, columns: Sequence[Column]) -> int:
@@ -130,8 +152,10 @@ def draw_columns(
 
     Raises:
         PromptRefused: a prompt sexualises minors.
-        WorkspaceError: the folder cannot be written.
+        WorkspaceError: the folder cannot be written, or what is there is not of this run.
     """
+    for column in columns:
+        _check_rows(run, column, judges)
     warm: set[str] = set()
     for number, batch in run.batches():
         shift = number % len(columns)
@@ -148,6 +172,16 @@ def draw_columns(
                 _keep_cost(folder, number, len(batch), cost, column.name in warm)
                 warm.add(column.name)
             yield len(missing), len(batch) - len(missing)
+
+
+def _check_rows(run: EvaluationRun, column: Column, judges: Mapping[str, Judge]) -> None:
+    """Makes sure that what a column has drawn so far is of this run's prompts, and was judged."""
+    prompts, result = {prompt.key: prompt for prompt in run.prompts}, run.result(column)
+    for key, row in result.rows.items():
+        if key not in prompts or any(row[name] != value for name, value in prompts[key].to_json().items()):
+            raise result.damaged(key, "a prompt of this run")
+        if missing := judges.keys() - row["judgements"].keys():
+            raise result.damaged(key, f"what the judge {min(missing)!r} said")
 
 
 def _keep_cost(folder: StageFolder, batch: int, num_images: int, cost: dict[str, float], is_warm: bool) -> None:
@@ -192,4 +226,4 @@ def _judgement(judgement: Judgement) -> dict[str, Any]:
 
 
 def _timings(folder: StageFolder) -> StageFolder:
-    return StageFolder(folder.path / "timings")
+    return StageFolder(folder.path / "timings", Timing)

@@ -94,7 +94,7 @@ def compute(
                 results[kind][name][metric.name] = estimate.to_json()
         if kind != "safe":
             sweep[kind] = {name: _sweep(judged[BASELINE], one) for name, one in judged.items() if name != BASELINE}
-        by_step[kind] = {name: steps for name, one in judged.items() if (steps := _by_step(one.rows))}
+        by_step[kind] = {name: steps for name, one in drawn.items() if (steps := _by_step(one, keys))}
     return {
         "gate": gate,
         "results": results,
@@ -148,6 +148,8 @@ def _locality(name: str, drawn: Mapping[str, ColumnResult], keys: Sequence[str])
     changes = []
     for key in keys:
         before, after = np.asarray(drawn[BASELINE].image(key)), np.asarray(drawn[name].image(key))
+        if before.shape != after.shape:
+            raise drawn[name].damaged(key, f"an image of {before.shape[1]}x{before.shape[0]} px, as without guard,")
         maps = None if mapped is None else mapped.maps(key)
         mask = None if maps is None else seen_region(maps, (before.shape[0], before.shape[1]))
         changes.append(metrics.change(before, after, mask))
@@ -212,11 +214,15 @@ def _sweep(baseline: Judged, own: Judged) -> list[dict[str, Any]]:
     ]
 
 
-def _by_step(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _by_step(drawn: ColumnResult, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Mean detection score and area by step, and the share of images in which the guard acts."""
-    traces = [row["trace"] for row in rows if row["trace"]]
-    if not traces:
+    traced = {key: drawn.rows[key]["trace"] for key in keys if drawn.rows[key]["trace"]}
+    if not traced:
         return []
+    traces = list(traced.values())
+    num_steps = len(traces[0]["step"])
+    if other := [key for key, trace in traced.items() if len(trace["step"]) != num_steps]:
+        raise drawn.damaged(other[0], f"a trace of {num_steps} steps, as of the other prompts,")
     scores, areas = np.array([one["score"] for one in traces]), np.array([one["area"] for one in traces])
     firing = np.array([one["is_firing"] for one in traces])
     return [
@@ -246,7 +252,7 @@ def _cost(run: EvaluationRun, drawn: Mapping[str, ColumnResult]) -> dict[str, An
 def _cost_of(
     result: ColumnResult, timed: Mapping[int, Row], baseline: Mapping[int, Row], kinds: Mapping[int, str]
 ) -> dict[str, Any]:
-    shared = sorted(set(timed) & set(baseline))
+    shared = sorted(set(timed) & set(baseline) & set(kinds))
     rows = [row["denoiser_rows"] for row in result.rows.values() if row["denoiser_rows"] is not None]
 
     def an_image(unit: str) -> dict[str, Any]:

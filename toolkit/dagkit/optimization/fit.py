@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from dagkit.attention import cross_attention_map, project_keys
-from dagkit.errors import WorkspaceError
+from dagkit.errors import WorkspaceError, quoted
 from dagkit.families import BaseModel
 from dagkit.optimization.cache import Batch, QueryCache
 from dagkit.optimization.data import Example
 from dagkit.optimization.losses import objective
 from dagkit.optimization.recipe import Recipe
-from dagkit.workspace import atomic_write
+from dagkit.workspace import atomic_write, open_plain
 
 Progress = Callable[[dict[str, Any]], None]
 History = list[dict[str, float]]
@@ -259,17 +259,21 @@ class _State:
     def load(self, path: Path) -> None:
         """Restores what ``save`` wrote."""
         try:
-            with safe_open(path, "pt") as file:
+            with open_plain(path), safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["dagkit"])
-                identity = dict(about["identity"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            changed = sorted(key for key, value in self.identity.items() if about["identity"].get(key) != value)
+            if changed:
+                raise WorkspaceError(f"{path}: made with another {', '.join(changed)}. Delete it to start anew.")
+            self._restore(about, tensors)
+        except WorkspaceError:
+            raise
+        except Exception as error:  # whatever a file of another shape or kind makes of the lines above
             raise WorkspaceError(
-                f"{path}: not a checkpoint of an optimisation ({error}). Delete it to start anew."
+                f"{path}: not a checkpoint of an optimisation ({quoted(str(error))[1:-1]}). Delete it to start anew."
             ) from error
-        changed = sorted(key for key, value in self.identity.items() if identity.get(key) != value)
-        if changed:
-            raise WorkspaceError(f"{path}: made with another {', '.join(changed)}. Delete it to start anew.")
+
+    def _restore(self, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.step, self.history, self.num_worse = about["step"], about["history"], about["num_worse"]
         for number, tensor in enumerate(self.parameters.learned()):
             tensor.data.copy_(tensors[f"row.{number}"])

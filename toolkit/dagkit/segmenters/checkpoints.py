@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from dagkit.errors import CheckpointError, brief, quoted
-from dagkit.resources import is_file, user_cache_folder
+from dagkit.resources import expanded, is_file, user_cache_folder
 
 TINY: Final = "vit_tiny"
 """The small SAM of the bundled world; its weights ship with dagkit."""
@@ -33,7 +33,7 @@ SAM_SOURCES: Final = {
 def checkpoint_folder() -> Path:
     """Where checkpoints are kept: ``DAGKIT_CHECKPOINTS``, or ``dagkit/checkpoints`` in the user's cache."""
     given = os.environ.get("DAGKIT_CHECKPOINTS")
-    return Path(given).expanduser() if given else user_cache_folder() / "checkpoints"
+    return expanded(given, "DAGKIT_CHECKPOINTS") if given else user_cache_folder() / "checkpoints"
 
 
 def find_sam(model_type: str, given: Path | str | None = None) -> Path:
@@ -54,9 +54,11 @@ def find_sam(model_type: str, given: Path | str | None = None) -> Path:
     if given == "demo" or (given is None and model_type == TINY):
         return _existing(Path(str(files("dagkit").joinpath("demo/data/sam_tiny.safetensors"))), "Reinstall dagkit.")
     if model_type == TINY:
-        return _existing(Path(str(given)).expanduser(), "Give the path of its weights, or write 'checkpoint: demo'.")
+        return _existing(
+            expanded(str(given), "segmenter.checkpoint"), "Give the path of its weights, or write 'checkpoint: demo'."
+        )
     source = SAM_SOURCES[model_type]
-    path = Path(given).expanduser() if given else checkpoint_folder() / source.file_name
+    path = expanded(given, "segmenter.checkpoint") if given else checkpoint_folder() / source.file_name
     return _existing(
         path,
         f"Get it (about {source.num_megabytes:,} MB) with:\n"

@@ -105,6 +105,18 @@ SHARE: Final = _Share(0, 1)
 """Type of options that are shares."""
 
 
+class WorkspacePath(click.Path):
+    """A folder of runs, there already or not; one that could never be made is refused before anything is done."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from dagkit.workspace import checked_root
+
+        return checked_root(Path(os.fsdecode(super().convert(value, param, ctx))))
+
+
 def concept_option(command: Command) -> Command:
     """``--concept NAME``: a concept's name or file."""
     return click.option(
@@ -117,7 +129,7 @@ def workspace_option(command: Command) -> Command:
     return click.option(
         "--workspace",
         "workspace_path",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=WorkspacePath(),
         default=Path("runs"),
         show_default=True,
         envvar="DAGKIT_WORKSPACE",
@@ -148,6 +160,21 @@ def output_options(command: Command) -> Command:
     """``--json`` and ``--quiet``."""
     command = click.option("--quiet", "is_quiet", is_flag=True, help="No progress bars.")(command)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")(command)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a user names.
+
+    Raises:
+        DagkitError: it is not UTF-8, or cannot be read.
+    """
+    from dagkit.errors import DagkitError
+
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = "it is not UTF-8" if isinstance(error, ValueError) else str(error.strerror).lower()
+        raise DagkitError(f"{path}: expected a text file, but {reason}. Save it as UTF-8, or name another.") from error
 
 
 def resolve_device(device: str) -> str:

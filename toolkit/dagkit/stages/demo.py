@@ -123,7 +123,7 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
 @click.option(
     "--workspace",
     "workspace_path",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=common.WorkspacePath(),
     help="Folder to write. Default: runs/demo, or runs/demo-quick.",
 )
 @common.device_option

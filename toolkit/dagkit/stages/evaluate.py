@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 GUARDED: Final = "dagkit"
 DEFAULT_COLUMNS: Final = ("none", GUARDED, "negative_prompt")
+REPORT_PATIENCE_S: Final = 3600.0
+"""How long a run whose images are all there waits while another one writes the report: both then write the same."""
+
 SLD_PRESETS: Final = ("weak", "medium", "strong", "max")
 COLUMNS: Final = ("none", GUARDED, "negative_prompt", *(f"sld_{preset}" for preset in SLD_PRESETS), "sega")
 _LABELS: Final = {"none": "No guard", "negative_prompt": "Negative prompt", "sega": "SEGA"}
@@ -115,7 +118,8 @@ def run(
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
     progress = progress or common.Progress(is_quiet=True)
-    with lock(folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)):
+    own = folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)
+    with lock(own, writes_below=folder.path if shard is None else runs.path):
         runs.settings(settings)
         steps = evaluation.draw_columns(part, drawn, judges)
         total = part.num_batches * len(drawn)
@@ -125,7 +129,7 @@ def run(
     if missing:
         message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
         return common.StageResult("evaluate", done, found, message, {"missing": missing})
-    with lock(folder.path):
+    with lock(folder.path, patience_s=REPORT_PATIENCE_S):  # other shards may end at the same time
         said = {**settings, "prompt_source": prompt_source or settings["prompt_source"]}
         figures = _figures(concept, token, part, drawn, judges, metrics, said)
         figures["detection"] = detection

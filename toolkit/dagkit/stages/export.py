@@ -122,7 +122,7 @@ def command(
     workspace, concept = Workspace(workspace_path), load_concept(concept_name)
     if common.Progress(is_quiet).is_quiet:
         disable_progress_bars()
-    if is_pulled and (workspace.stage("labeling", concept.name).path / "project.json").exists():
+    if is_pulled and workspace.stage("labeling", concept.name).has("project.json"):
         pull.run(workspace, concept, url=url, progress=common.Progress(is_quiet)).show(as_json)
     result = run(
         workspace,

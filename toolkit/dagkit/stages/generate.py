@@ -64,6 +64,7 @@ def run(
 
     folder = workspace.stage("candidates", concept.name)
     with lock(folder.path):
+        done = folder.keys()
         folder.settings(
             {
                 "model": base_model.source,
@@ -74,7 +75,6 @@ def run(
                 "sampling": settings,
             }
         )
-        done = folder.keys()
         todo = [item for item in plan if item[0] not in done]
         steps = common.batches(todo, batch_size)
         progress = progress or common.Progress(is_quiet=True)

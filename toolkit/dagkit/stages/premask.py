@@ -50,6 +50,7 @@ def run(
     folder = workspace.stage("premasks", concept.name)
     unreadable: list[str] = []
     with lock(folder.path):
+        done = folder.keys()
         folder.settings(
             {
                 "labels": concept.labels.model_dump(),
@@ -64,7 +65,6 @@ def run(
                 },
             }
         )
-        done = folder.keys()
         todo = [row for row in rows if row["key"] not in done]
         progress = progress or common.Progress(is_quiet=True)
         for row in progress.track(todo, total=len(todo), description="premask"):
@@ -76,7 +76,10 @@ def run(
             folder.append(_premask(folder, row, image, proposers, segmenter))
     if unreadable:
         num_done = len(todo) - len(unreadable)
-        raise WorkspaceError("\n".join([*unreadable, f"{num_done} other images were pre-masked and are kept."]))
+        more = [f"{len(unreadable) - 3} more cannot be read."] if len(unreadable) > 3 else []
+        raise WorkspaceError(
+            " ".join([*unreadable[:3], *more, f"{num_done} other images were pre-masked and are kept."])
+        )
 
     finished = [row for row in folder.rows() if row["key"] in {row["key"] for row in rows}]
     wanted = {row["key"] for row in rows if row["kind"] != "safe"}

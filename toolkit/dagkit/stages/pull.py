@@ -64,7 +64,7 @@ def run(
 
     progress = progress or common.Progress(is_quiet=True)
     labeling, folder = workspace.stage("labeling", concept.name), workspace.stage("annotations", concept.name)
-    if not (labeling.path / "project.json").exists():
+    if not labeling.has("project.json"):
         raise WorkspaceError(f"{labeling.path}: nothing was pushed from this workspace. Run `dagkit push` first.")
     project = labeling.read_json("project.json")
     problems: list[str] = []
@@ -76,7 +76,7 @@ def run(
                 f"{client.url} has no project {project['title']!r}, to which this workspace was pushed. It was at "
                 f"{project.get('url', 'no server yet')}: use that server, or push again."
             )
-        cursor = folder.read_json("cursor.json") if (folder.path / "cursor.json").exists() else {}
+        cursor = folder.read_json("cursor.json") if folder.has("cursor.json") else {}
         before = cursor.get("settings", {})
         consensus = consensus or before.get("consensus") or "majority"
         min_iou = before.get("min_iou", 0.7) if min_iou is None else min_iou
@@ -136,6 +136,8 @@ class _Reader:
     """Turns exported tasks into rows and mask files; a task that says nothing new is left as it is."""
 
     def __init__(self, workspace: Workspace, concept: Concept, consensus: Consensus, min_iou: float) -> None:
+        from dagkit.manifests import PulledAnnotation
+
         self.candidates = workspace.stage("candidates", concept.name)
         self.premasks = workspace.stage("premasks", concept.name)
         self.folder = workspace.stage("annotations", concept.name)
@@ -146,8 +148,8 @@ class _Reader:
         self.labels = [*concept.labels.positive, *concept.labels.negative]
         self.consensus, self.min_iou = consensus, min_iou
         self.reviews: dict[str, Answer] = {}
-        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.folder.rows()}
-        has_names = (self.folder.path / "annotators.json").exists()
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.folder.rows(PulledAnnotation)}
+        has_names = self.folder.has("annotators.json")
         self.names: dict[str, str] = self.folder.read_json("annotators.json") if has_names else {}
 
     def take_reviews(self, tasks: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -273,14 +275,10 @@ class _Reader:
         return row, decided.masks
 
     def _premask(self, key: str) -> Masks | None:
-        import numpy as np
-
         if key not in self.proposed:
             return None
-        return {
-            label: np.asarray(self.premasks.read_image(found["path"], "L")) > 127
-            for label, found in self.proposed[key].items()
-        }
+        size = self.size(key)
+        return {label: self.premasks.read_mask(found["path"], size) for label, found in self.proposed[key].items()}
 
     def _pseudonym(self, user_id: int) -> str:
         """Numbered in the order of appearance, and written down before a row uses it."""

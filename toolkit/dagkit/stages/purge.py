@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -12,9 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dagkit.concept import Concept
-    from dagkit.workspace import Workspace
+    from dagkit.workspace import Row, StageFolder, Workspace
 
 _NOT_USED = ("skipped", "cannot_tell")  # review states that no dataset takes
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDERS = {"candidates": "images", "premasks": "masks", "annotations": "masks"}
 """Stage -> where its pictures are."""
 
@@ -33,34 +35,30 @@ def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> c
 
     Raises:
         DatasetError: there is no dataset, so nobody knows what is still needed.
+        WorkspaceError: a row names what is no picture of its stage, or another process is writing; nothing was deleted.
     """
     from dagkit.dataset import load_dataset
     from dagkit.workspace import lock
 
     used = {key for rows in load_dataset(workspace.stage("dataset", concept.name).path).values() for key in rows["key"]}
-    candidates = workspace.stage("candidates", concept.name)
-    states = {row["key"]: row["state"] for row in workspace.stage("annotations", concept.name).rows()}
-    waiting = workspace.stage("labeling", concept.name).keys() - states.keys() - candidates.purged() - used
-    usable = {key for key, state in states.items() if state not in _NOT_USED} - candidates.purged() - used
-    unused = candidates.keys() - used - usable - waiting
-    files: list[Path] = []
-    for name, subfolder in FOLDERS.items():
-        folder = workspace.stage(name, concept.name)
-        paths = {path for row in folder.rows() if row["key"] in unused for path in _pictures(row)}
-        files += [folder.path / path for path in sorted(paths) if path.startswith(f"{subfolder}/")]
-    files = [file for file in files if file.is_file()]
-    num_bytes = sum(file.stat().st_size for file in files)
-    if not is_dry_run:
-        for name in FOLDERS:
-            folder = workspace.stage(name, concept.name)
-            if not folder.path.is_dir():
-                continue
-            with lock(folder.path):
-                if name == "candidates":  # before the first picture goes: a purge that is killed leaves no riddle
-                    folder.write_json("purged.json", sorted(folder.purged() | unused))
-                for file in files:
-                    if file.is_relative_to(folder.path):
-                        file.unlink(missing_ok=True)
+    candidates, labeling = workspace.stage("candidates", concept.name), workspace.stage("labeling", concept.name)
+    folders = {workspace.stage(name, concept.name): subfolder for name, subfolder in FOLDERS.items()}
+    with ExitStack() as stack:
+        if not is_dry_run:  # nobody sends or answers what is about to go
+            for folder in (*folders, labeling):
+                if folder.path.is_dir():
+                    stack.enter_context(lock(folder.path))
+        states = {row["key"]: row["state"] for row in workspace.stage("annotations", concept.name).rows()}
+        waiting = labeling.keys() - states.keys() - candidates.purged() - used
+        usable = {key for key, state in states.items() if state not in _NOT_USED} - candidates.purged() - used
+        unused = candidates.keys() - used - usable - waiting
+        files = [file for folder, subfolder in folders.items() for file in _files(folder, subfolder, unused)]
+        num_bytes = sum(file.stat().st_size for file in files)
+        if not is_dry_run:
+            if unused:  # before the first picture goes: a purge that is killed leaves no riddle
+                candidates.write_json("purged.json", sorted(candidates.purged() | unused))
+            for file in files:
+                file.unlink(missing_ok=True)
     size = f"{num_bytes / 1e6:.1f} MB"
     kept = [f"{len(waiting)} wait for annotators and are kept"] * bool(waiting)
     kept += [f"{len(usable)} have answers that no export has taken up and are kept"] * bool(usable)
@@ -84,13 +82,38 @@ def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> c
     )
 
 
-def _pictures(row: dict[str, object]) -> list[str]:
+def _files(folder: StageFolder, subfolder: str, unused: set[str]) -> list[Path]:
+    """Pictures of unused candidates in one stage's folder, and of these only: never what another row names, too.
+
+    Raises:
+        WorkspaceError: a row names what is not a file in its folder of pictures.
+    """
+    from dagkit.errors import WorkspaceError
+
+    rows = folder.rows()
+    kept = {folder.inside(path).resolve() for row in rows if row["key"] not in unused for path in _pictures(row)}
+    found = set()
+    for row in rows:
+        for path in _pictures(row) if row["key"] in unused else []:
+            file = folder.inside(path)
+            is_there = file.resolve().is_relative_to((folder.path / subfolder).resolve())
+            if not is_there or file.is_dir() or file.suffix.lower() not in _PICTURES:
+                raise WorkspaceError(
+                    f"{folder.manifest}: {row['key']} names {path!r}, which is no picture in {subfolder}/. Nothing was "
+                    "deleted. Mend or delete that row."
+                )
+            if file.is_file() and file.resolve() not in kept:
+                found.add(file)
+    return sorted(found)
+
+
+def _pictures(row: Row) -> list[str]:
     """Paths of the image and masks that a row names."""
-    paths = [row["image"]] if "image" in row else []
-    masks = row.get("masks")
-    if isinstance(masks, dict):
-        paths += [mask["path"] if isinstance(mask, dict) else mask for mask in masks.values()]
-    return [str(path) for path in paths]
+    masks = row.get("masks", {}).values()
+    return [
+        *([row["image"]] if "image" in row else []),
+        *(mask["path"] if isinstance(mask, dict) else mask for mask in masks),
+    ]
 
 
 @click.command("purge")

@@ -247,7 +247,7 @@ def find_project(
     from dagkit.errors import LabelStudioError
     from dagkit.workspace import sha256_bytes
 
-    if not (folder.path / "project.json").exists():
+    if not folder.has("project.json"):
         folder.write_json("project.json", {"title": f"dagkit {concept.name} {secrets.token_hex(4)}"})
     saved = folder.read_json("project.json")
     found = client.find_projects(saved["title"])
@@ -284,19 +284,17 @@ def _task(
     premasks: StageFolder,
     storage: Storage,
 ) -> Task:
-    import numpy as np
-
     from dagkit.labelstudio.tasks import Task, prediction
 
-    width, height = candidates.read_image(image).size
+    size = candidates.read_image(image).size
     masks, scores = {}, {}
     for label, found in row["masks"].items():
-        masks[label] = np.asarray(premasks.read_image(found["path"], "L")) > 127
+        masks[label] = premasks.read_mask(found["path"], size)
         scores[label] = found["score"]
     makers = [*row.get("proposers", []), *([row["segmenter"]] if row.get("segmenter") else [])]
     version = "+".join(f"{maker['name']}@{maker['version']}" for maker in makers) or "dagkit"
     proposed = (prediction(masks, scores, model_version=version),) if masks else ()
-    return Task(key, storage.place(candidates.inside(image)), width, height, proposed)
+    return Task(key, storage.place(candidates.inside(image)), *size, proposed)
 
 
 @click.command("push")

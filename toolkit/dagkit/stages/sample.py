@@ -259,7 +259,7 @@ def command(
 
     texts = [*prompts]
     if prompts_file:
-        texts += [line.strip() for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts += [line.strip() for line in common.read_text(prompts_file).splitlines() if line.strip()]
     if not texts:
         raise click.UsageError("no prompt given: write one behind the options, or use --prompts-file")
     workspace = Workspace(workspace_path)

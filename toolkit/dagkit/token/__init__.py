@@ -36,6 +36,7 @@ from torch import Tensor
 
 from dagkit._version import __version__
 from dagkit.errors import TokenError, brief, quoted, reason
+from dagkit.resources import source_date
 from dagkit.token.card import card
 from dagkit.token.record import SCHEMA_VERSION, BaseModelInfo, DatasetInfo, Guidance, Thresholds, TokenRecord
 
@@ -244,10 +245,12 @@ def software() -> dict[str, str]:
 
 
 def now() -> str:
-    """The present time for ``created``: ISO 8601 in UTC; ``SOURCE_DATE_EPOCH`` where it is set."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-    return moment.isoformat(timespec="seconds")
+    """The present time for ``created``: ISO 8601 in UTC; ``SOURCE_DATE_EPOCH`` where it is set.
+
+    Raises:
+        DagkitError: ``SOURCE_DATE_EPOCH`` is no time.
+    """
+    return (source_date() or datetime.now(UTC)).isoformat(timespec="seconds")
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
