@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def test_a_broken_image_leaves_the_older_dataset_alone(workspace: Workspace):
     with pytest.raises(WorkspaceError, match=r"u003\.png: expected an image"):
         export.run(workspace, CONCEPT, accept_unreviewed=True)
     assert sum(map(len, load_dataset(first.data["path"]).values())) == 12
+
+
+def test_a_damaged_older_dataset_is_not_replaced_unasked(workspace: Workspace):
+    """Nobody would know any more which rows were kept for tests."""
+    folder = export.run(workspace, CONCEPT, accept_unreviewed=True).data["path"]
+    (folder / "train" / "state.json").write_text("[]")
+    error = invoke("export", "--concept", "weapon", "--unreviewed", "--workspace", workspace.root).exception
+    assert isinstance(error, DatasetError)
+    assert str(error).endswith(f"If it cannot be restored, delete {folder} first: its rows get new splits.")
+    shutil.rmtree(folder)
+    assert export.run(workspace, CONCEPT, accept_unreviewed=True).done == 12
 
 
 @pytest.mark.slow
@@ -294,3 +306,23 @@ def test_purge_keeps_what_is_on_its_way_and_later_stages_pass_over_the_rest(work
     accept("u003")
     again = json.loads(invoke("purge", *options, "--yes", "--json").stdout)
     assert (again["done"], again["num_waiting"], again["num_not_exported"]) == (0, 0, 1)
+
+
+def test_no_row_is_exported_twice(workspace: Workspace):
+    candidates = workspace.stage("candidates", "weapon")
+    once = candidates.manifest.read_bytes()
+    others = once.replace(b'"key":"u', b'"key":"v').replace(b'"key":"s', b'"key":"t')  # the same images by other names
+    for index in range(4):
+        annotate(workspace, CONCEPT, f"t{index:03d}", "empty")
+    options = ("export", "--concept", "weapon", "--unreviewed", "--workspace", workspace.root)
+    for more, words in (
+        (once, "expected each key once"),
+        (others, r"expected each image once, but rows repeat one \(s000, "),
+    ):
+        candidates.manifest.write_bytes(once + more)
+        error = invoke(*options).exception
+        assert isinstance(error, DagkitError)
+        assert re.search(words, str(error))
+        assert not (workspace.root / "dataset" / "weapon").exists()
+    candidates.manifest.write_bytes(once)
+    assert "export: 12 images" in invoke(*options).output

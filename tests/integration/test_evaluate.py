@@ -17,6 +17,7 @@ from PIL import Image
 from dagkit import evaluation, families, registry
 from dagkit.cli import command
 from dagkit.concept import load_concept
+from dagkit.dataset import examples, find_dataset, load_with_summary
 from dagkit.errors import (
     ConceptError,
     DagkitError,
@@ -27,6 +28,7 @@ from dagkit.errors import (
     TokenError,
     WorkspaceError,
 )
+from dagkit.evaluation import score_detection
 from dagkit.stages import evaluate
 from dagkit.token import GuidelineToken
 from dagkit.workspace import StageFolder, Workspace, lock
@@ -351,3 +353,56 @@ def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "reports").exists()
     with pytest.raises(ValueError, match=r"min_erase_rate must be in \[0, 1\], but is nan"):
         evaluation.Gates(min_erase_rate=float("nan"))
+
+
+def test_a_dataset_is_looked_at_before_anything_is_drawn(world: Path, tmp_path: Path) -> None:
+    other, own = tmp_path / "other", tmp_path / "runs" / "dataset" / "tiny"
+    for folder in (other, own):
+        shutil.copytree(find_dataset("weapon-demo"), folder)
+        (folder / "dataset.json").unlink()
+    runs = tmp_path / "runs"
+    with pytest.raises(DatasetError, match=r"other/dataset\.json: no such file"):
+        invoke(*arguments(world, runs, "--dataset", other))
+    with pytest.raises(DatasetError, match=r"dataset/tiny/dataset\.json: no such file"):
+        invoke(*arguments(world, runs))
+    (other / "data" / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    for dataset, words in (
+        (other, "the dataset is damaged"),
+        (tmp_path / "nowhere", "no dataset"),
+        (own.parent, "no data"),
+    ):
+        with pytest.raises(DatasetError, match=words):
+            invoke(*arguments(world, runs, "--dataset", dataset))
+    assert [path.name for path in runs.iterdir()] == ["dataset"]
+
+
+def test_a_test_split_without_unsafe_images_is_scored_by_its_safe_ones(world: Path) -> None:
+    data, _ = load_with_summary("weapon-demo")
+    safe = [row for row in examples(data["test"]) if not row.is_unsafe][:2]
+    token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
+    [row] = score_detection(families.load(world / "model"), token, safe, timesteps=[500])
+    assert (row["iou"]["value"], row["image_recall"]["value"]) == (None, None)
+    assert row["false_trigger"]["total"] == 2
+
+
+def test_folders_that_are_somebodys_are_refused_before_anything_is_drawn(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "annotation_configs").mkdir()
+    shutil.copy(world / "tiny.yaml", tmp_path / "annotation_configs")
+    monkeypatch.chdir(tmp_path)
+    token, concept = world / "tokens" / "tiny" / "1.0.0", world / "tiny.yaml"
+    lines = {
+        "candidates/tiny": ["generate", "--concept", concept, "--num-images", 1],
+        "samples/tiny": ["sample", "a cat", "--guard", token, "--model", world / "model"],
+        "reports/tiny/1.0.0": arguments(world, tmp_path)[:-1],
+        "reports/tiny/1.1.0": arguments(world, tmp_path, "--shard", "1/2", version="1.1.0"),
+    }
+    for place, line in lines.items():
+        theirs = tmp_path / place / "report.html"
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("mine")
+        with pytest.raises(WorkspaceError, match=f"{place}: dagkit did not make this folder, and it holds report.html"):
+            invoke(*map(str, line), "--workspace", str(tmp_path))
+        assert [path.name for path in theirs.parent.iterdir()] == ["report.html"]
+        assert theirs.read_text() == "mine"

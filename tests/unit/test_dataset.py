@@ -201,19 +201,18 @@ def test_the_hubs_own_reader_reads_the_folder(built: DatasetDict, concept: Conce
 
 def test_replacing_is_all_or_nothing(built: DatasetDict, concept: Concept, tmp_path: Path):
     folder, summary = tmp_path / "weapon", dataset.summarise(built, concept)
-    dataset.save_dataset(built, folder, summary)
-    (folder / "note.txt").write_text("of the first version")
+    dataset.save_dataset(built, folder, {**summary, "note": "the first version"})
 
     with pytest.raises(KeyError):
         dataset.save_dataset(built, folder, {key: value for key, value in summary.items() if key != "licence"})
-    assert (folder / "note.txt").exists()
+    assert dataset.read_summary(folder)["note"] == "the first version"
 
     folder.rename(tmp_path / ".weapon.old")  # as after a crash between the two renames
     (tmp_path / ".weapon.x.partial").mkdir()
     assert dataset.fingerprint(dataset.load_dataset(folder)) == summary["fingerprint"]
     dataset.save_dataset(built, folder, summary)
     assert [path.name for path in tmp_path.iterdir()] == ["weapon"]
-    assert not (folder / "note.txt").exists()
+    assert dataset.read_summary(folder)["note"] == ""
 
 
 def test_examples_are_what_the_optimisation_takes(built: DatasetDict):

@@ -485,7 +485,25 @@ def test_the_result_becomes_a_token_that_sees_the_same(base: BaseModel, cache: Q
 
 def test_validation_data_without_one_kind_is_completed(base: BaseModel) -> None:
     result = optimize(base, data(8), recipe=SHORT, validation=[example(50, is_unsafe=True)])
-    assert 0 <= result.metrics["validation_false_trigger_rate"] <= 1
+    assert 0 <= result.metrics["training_false_trigger_rate"] <= 1  # the safe images are the training's own
+    assert {"validation_iou", "validation_detection_rate"} < set(result.metrics)
+    assert "validation_false_trigger_rate" not in result.metrics
+    assert not {name for name in result.history[0] if name.startswith("training_")} - {"training_loss"}
+
+
+def test_figures_on_images_that_were_learned_from_are_training_figures(base: BaseModel) -> None:
+    reports: list[dict[str, Any]] = []
+    result = optimize(base, data(8), recipe=SHORT, validation=[], sizes=(2,), progress=reports.append)
+    figures = {**result.metrics, **result.history[0], **result.metrics["data_efficiency"][0], **reports[0]}
+    names = {name for name in figures if name.startswith(("training_", "validation_"))}
+    assert {"training_iou", "training_loss", "training_detection_rate", "training_false_trigger_rate"} < names
+    assert not [name for name in names if name.startswith("validation_")]
+    assert result.figure("iou") == (result.metrics["training_iou"], "training")
+
+    apart = optimize(base, data(8), recipe=SHORT)  # every fourth of each kind
+    assert not [name for name in {**apart.metrics, **apart.history[0]} if name.startswith("training_")]
+    few = optimize(base, data(6), recipe=SHORT)  # three of each kind: none to spare
+    assert not [name for name in {**few.metrics, **few.history[0]} if name.startswith("validation_")]
 
 
 def test_intersection_over_union() -> None:

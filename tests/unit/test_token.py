@@ -126,6 +126,9 @@ def test_the_card_says_what_rates_the_token_was_calibrated_to(token: GuidelineTo
     chosen = [points[0], {**points[1], "is_chosen": True}]
     line = "\nCalibrated to a false-trigger rate of 2.1% and a detection rate of 97.0% (validation images).\n"
     assert line in text("chosen", calibration_curve=chosen)
+    mixed = text("mixed", calibration_curve=chosen, training_detection_rate=0.97, validation_false_trigger_rate=0.021)
+    assert "the training's own unsafe images, of which none were kept apart, else validation images)" in mixed
+    assert "were measured on images that the token learned from" in mixed
     assert "| calibration_curve" not in text("table", calibration_curve=chosen)
     older = text("older")
     assert "Calibrated to" not in older

@@ -19,7 +19,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -266,6 +266,23 @@ class StageFolder:
                 "Use the same ones, another --workspace, or delete the folder."
             )
 
+    def claim(self, *marks: str) -> None:
+        """Makes sure that this folder is dagkit's to write into: empty, or known by its manifest or a dead run's lock.
+
+        Args:
+            marks: glob patterns of what else it is known by: what its stage writes first.
+
+        Raises:
+            WorkspaceError: it holds something, and dagkit did not make it; nothing was written.
+        """
+        with _named_errors(self.path, "read"):
+            names = sorted(one.name for one in self.path.iterdir()) if self.path.exists() else []
+            if names and not any(any(self.path.glob(mark)) for mark in (".lock", "manifest.jsonl", *marks)):
+                raise WorkspaceError(
+                    f"{_shown(self.path)}: dagkit did not make this folder, and it holds {listed(names)}. "
+                    "Nothing was written. Use another --workspace, or move that away."
+                )
+
     def inside(self, relative: str) -> Path:
         """The path of a file in this folder: the one way from a name that was read somewhere to a file.
 
@@ -437,6 +454,13 @@ def checked_name(name: str) -> str:
     if not name or name.startswith(".") or any(character in name for character in '/\\\0:*?"<>|'):
         raise WorkspaceError(f"expected a plain folder name, but got {name!r}. Use letters, digits, '-' and '_'.")
     return name
+
+
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    cut = (name if len(name) <= 60 else f"{name[:57]}..." for name in names[:limit])
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in cut)
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _last_byte(file: BinaryIO) -> bytes:

@@ -187,6 +187,19 @@ def test_data_efficiency_is_plotted_where_it_was_measured(figures_and_examples: 
     assert "How much data it needs" not in html
 
 
+def test_training_figures_are_called_so(figures_and_examples: tuple[dict, list]) -> None:
+    figures, examples = figures_and_examples
+    curve = [{"num_images": 2, "training_iou": 0.2}, {"num_images": 8, "training_iou": 0.5}]
+    made = {"data_efficiency": curve, "calibration_curve": CURVE, "measured_on": "the training's own unsafe images"}
+    text = report.render({**figures, "token": {**figures["token"], **made}}, examples)
+    assert "Training IoU by annotated images: 0.20 with 2, 0.50 with 8" in text
+    section = text[text.index('<section id="data"') :]
+    section = section[: section.index("</section>")]
+    assert "<p>Measured on the training&#39;s own unsafe images when the token was optimised.</p>" in section
+    assert "validation" not in section.lower()
+    assert "<p>Measured on validation images when" in with_curve(figures_and_examples, CURVE)
+
+
 CURVE = [
     {"deviations": 0.0, "false_trigger_rate": 0.5, "detection_rate": 1.0},
     {"deviations": 1.5, "false_trigger_rate": 0.125, "detection_rate": 0.96875, "is_chosen": True},

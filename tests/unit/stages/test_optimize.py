@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from datasets import DatasetDict, concatenate_datasets
 
 from dagkit.cli import command
+from dagkit.concept import load_concept
+from dagkit.dataset import load_dataset, save_dataset, summarise
 from dagkit.errors import TokenError
 from dagkit.stages import optimize
+from dagkit.token import GuidelineToken
 from interruption import finish
 from tiny_world import make_concept
 
@@ -72,6 +76,27 @@ def test_the_result_holds_loss_and_validation_figures(made: tuple[Path, Path], t
     assert all(0 <= row["validation_iou"] <= 1 and row["loss"] > 0 for row in shown["history"])
     assert shown["metrics"]["validation_detection_rate"] > 0
     assert [point["is_chosen"] for point in shown["metrics"]["calibration_curve"]].count(True) == 1
+
+
+def test_without_validation_images_figures_are_the_trainings(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """In output, record and card; nothing is called a validation figure."""
+    concept, source = made
+    data = load_dataset(source)
+    whole = DatasetDict({**data, "train": concatenate_datasets([*data.values()])})
+    whole |= {split: data[split].select([]) for split in ("validation", "test")}
+    save_dataset(DatasetDict(whole), tmp_path / "data", summarise(DatasetDict(whole), load_concept(str(concept))))
+    options = ["--recipe", "paper", "--json"]
+    result = CliRunner().invoke(command, [*line((concept, tmp_path / "data"), tmp_path, 1), *options])
+    shown = json.loads(result.stdout.splitlines()[-1])
+    assert re.search(r", training IoU 0\.\d\d \(the dataset keeps no unsafe images apart", shown["message"])
+    token = GuidelineToken.load(shown["path"])
+    names = {*token.record.metrics, *shown["metrics"]}
+    assert {"training_iou", "training_detection_rate", "training_false_trigger_rate"} <= names
+    assert not [name for name in names if "validation" in name]
+    card = (Path(shown["path"]) / "README.md").read_text()
+    assert "the training's own safe and unsafe images, of which none were kept apart" in card
+    assert "were measured on images that the token learned from" in card
+    assert "validation" not in card.replace("validate_every", "")
 
 
 def test_the_bar_shows_loss_and_validation_iou(made: tuple[Path, Path], tmp_path: Path) -> None:

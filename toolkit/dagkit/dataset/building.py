@@ -19,6 +19,7 @@ from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty
 from dagkit.dataset.splitting import assign_splits, find_families
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.segmenters import combine
+from dagkit.workspace import listed
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -140,18 +141,25 @@ def build(
         seed: of the split.
 
     Raises:
-        DatasetError: there is no row, or none that shows the concept.
+        DatasetError: there is no row, none that shows the concept, or an image is there twice.
     """
     from datasets import Dataset, DatasetDict
 
     records = collection.records
+    keys = [record.key for record in records]
+    images = Counter(record.values["image"]["path"] for record in records)
+    doubled = [record.key for record in records if images[record.values["image"]["path"]] > 1]
+    if doubled or len(set(keys)) < len(keys):
+        raise DatasetError(
+            f"concept {concept.name!r}: expected each image once, but rows repeat one ({listed(doubled or keys)}). "
+            "Delete them from the manifest of the candidates."
+        )
     if not any(record.is_unsafe for record in records):
         reasons = ", ".join(f"{count} {reason}" for reason, count in collection.left_out.items()) or "no candidates"
         raise DatasetError(
             f"concept {concept.name!r}: {len(records)} usable images, and none shows the concept ({reasons} left out). "
             f"Review candidates with dagkit annotate --concept {concept.name}, or accept pre-masks with --unreviewed."
         )
-    keys = [record.key for record in records]
     twins = find_twins({record.key: record.perceptual_hash for record in records}, TWIN_DISTANCE)
     families = find_families(
         keys,

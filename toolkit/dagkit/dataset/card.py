@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import yaml
 
+from dagkit.dataset.pictures import mask_of, undecoded
 from dagkit.dataset.schema import DESCRIPTIONS, FEATURES, LABELS, SPLITS
 
 if TYPE_CHECKING:
@@ -66,9 +67,8 @@ def dataset_card(dataset: DatasetDict, summary: Mapping[str, Any]) -> str:
 
 def mask_areas(dataset: DatasetDict) -> list[float]:
     """Share of the image that the mask covers, in (0, 1], of every unsafe row."""
-    rows = (row for split in SPLITS for row in dataset[split].select_columns(["mask", "label"]))
-    unsafe = (row["mask"] for row in rows if row["label"] == LABELS.index("unsafe"))
-    return [float((np.asarray(mask.convert("L")) > 127).mean()) for mask in unsafe]
+    rows = (row for split in SPLITS for row in undecoded(dataset[split], "key", "mask", "label"))
+    return [float(mask_of(row).mean()) for row in rows if row["label"] == LABELS.index("unsafe")]
 
 
 def _warnings(summary: Mapping[str, Any]) -> str:
@@ -133,7 +133,7 @@ def _sources(summary: Mapping[str, Any], dataset: DatasetDict) -> str:
     )
     samplers = sorted(
         {
-            f"{s['scheduler']}, {s['num_inference_steps']} steps, guidance {s['guidance_scale']:g}, "
+            f"{s['scheduler']}, {s['num_inference_steps']} steps, guidance {_number(s['guidance_scale'])}, "
             f"{s['width']}x{s['height']} px"
             for s in (row["sampler"] for row in rows)
         }
@@ -153,6 +153,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _columns(split: Dataset, *names: str) -> list[dict[str, Any]]:
     return list(split.select_columns(list(names)))
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}"
 
 
 def _size_category(num_rows: int) -> str:

@@ -7,10 +7,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from dagkit.dataset.likeness import find_twins, perceptual_hash
+from dagkit.dataset.pictures import image_of, mask_of, undecoded
 from dagkit.dataset.schema import LABELS, REVIEW_STATES, SPLITS
+from dagkit.errors import DatasetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,11 +80,11 @@ def check(dataset: DatasetDict, *, near_distance: int = 2) -> list[Finding]:
 def _check_row(dataset: DatasetDict, split: str, index: int, rows: list[_Row]) -> Iterator[Finding]:
     plain = dataset[split].select_columns(["key", "label", "prompt", "seed", "family", "review_state"])[index]
     key = plain["key"]
+    [pictures] = undecoded(dataset[split].select([index]), "key", "image", "mask")
     try:
-        pictures = dataset[split].select_columns(["image", "mask"])[index]
-        image, mask = pictures["image"].convert("RGB"), np.asarray(pictures["mask"].convert("L"))
-    except (OSError, ValueError) as error:
-        yield Finding("unreadable", key, split, f"image or mask cannot be decoded: {error}")
+        image, mask = image_of(pictures), mask_of(pictures)
+    except DatasetError as error:
+        yield Finding("unreadable", key, split, str(error))
         return
     rows.append(
         _Row(
@@ -97,7 +97,7 @@ def _check_row(dataset: DatasetDict, split: str, index: int, rows: list[_Row]) -
             perceptual_hash(image),
         )
     )
-    is_unsafe, has_mask = plain["label"] == LABELS.index("unsafe"), bool((mask > 127).any())
+    is_unsafe, has_mask = plain["label"] == LABELS.index("unsafe"), bool(mask.any())
     if mask.shape != (image.height, image.width):
         shown = f"{mask.shape[1]}x{mask.shape[0]}"
         yield Finding("size mismatch", key, split, f"the image has {image.width}x{image.height} px, its mask {shown}")

@@ -54,6 +54,28 @@ FEATURES: Final = Features(
 )
 
 
+NULLABLE: Final = frozenset(
+    {
+        *(f"sampler.{name}" for name in FEATURES["sampler"]),
+        *(f"segmenter.{name}" for name in FEATURES["segmenter"]),
+        "image.path",
+        "mask.path",
+        "premask_score",
+        "regions.score",
+        "regions.proposal_score",
+        "iou_to_premask",
+        "agreement",
+        "seconds",
+        "created",
+        "updated",
+    }
+)
+"""What may be unknown; a dot leads into a column. Everything else is there in every row."""
+
+PICTURES: Final = ("image", "mask")
+"""Columns of image files."""
+
+
 def empty_split() -> Dataset:
     """A split without rows."""
     return Dataset(FEATURES.arrow_schema.empty_table())

@@ -22,7 +22,15 @@ from torch import Tensor
 from dagkit.families import BaseModel
 from dagkit.optimization.cache import QueryCache, cache_queries
 from dagkit.optimization.calibration import KNOTS, Calibration, calibrate, iou, summary
-from dagkit.optimization.data import Example, check_examples, coarse_mask, complete, split
+from dagkit.optimization.data import (
+    Example,
+    check_examples,
+    coarse_mask,
+    complete,
+    kinds_learned_from,
+    measured_names,
+    split,
+)
 from dagkit.optimization.fit import History, Parameters, Progress, fit, in_float32, initial_parameters
 from dagkit.optimization.losses import background_leakage, negative_attention, objective, pixel_cross_entropy
 from dagkit.optimization.recipe import PAPERS_CONSTANTS, PAPERS_GUIDANCE, RECIPES, Recipe
@@ -70,8 +78,11 @@ class OptimizationResult:
         thresholds: calibrated on validation data.
         recipe: what was asked for.
         history: one dict a report: step, loss, validation_loss, validation_iou.
-        metrics: figures on validation data, with the calibration curve. Where ``validation_detection_rate`` is 0, a
-            guard with these thresholds never acts.
+        metrics: figures on validation data, with the calibration curve. Where the detection rate is 0, a guard with
+            these thresholds never acts.
+
+    Figures are called ``training_...`` instead of ``validation_...`` where no images of the kind that they are measured
+    on were kept apart from training.
     """
 
     guideline: Tensor
@@ -83,6 +94,11 @@ class OptimizationResult:
     recipe: Recipe
     history: History = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def figure(self, measure: str) -> tuple[float, str]:
+        """A figure of the metrics, e.g. ``detection_rate``, and what it was measured on: validation or training."""
+        measured_on = "training" if f"training_{measure}" in self.metrics else "validation"
+        return self.metrics[f"{measured_on}_{measure}"], measured_on
 
     def token(
         self,
@@ -165,7 +181,7 @@ def optimize(
         recipe: see ``RECIPES``.
         seed: of noise, timesteps, initial rows and batches.
         validation: examples kept apart; where not given, every fourth example of each kind is kept apart. A kind that
-            is missing in it is taken from the training data.
+            is missing in it is taken from the training data, and its figures are called ``training_...``.
         progress: called after each report with step, num_steps, loss and validation figures.
         checkpoint: file from which a killed optimisation goes on, with the same result.
         sizes: numbers of training images for which ``data_efficiency`` is measured on the way.
@@ -179,6 +195,7 @@ def optimize(
         examples, validation = split(examples)
     validation = complete(validation, examples)
     check_examples(validation)
+    learned_from = kinds_learned_from(validation, examples)
     generator = torch.Generator().manual_seed(seed)
     layers = in_float32(base.layers)
     with ExitStack() as stack:
@@ -194,7 +211,7 @@ def optimize(
             recipe,
             generator,
             validate=lambda state: _validate(state, layers, held_out, recipe),
-            progress=progress,
+            progress=progress and (lambda state: progress(measured_names(state, learned_from))),
             checkpoint=checkpoint,
         )
         # Rare false triggers need many safe images to be seen, so those of the training data count too, at new noise.
@@ -207,7 +224,8 @@ def optimize(
         calibration = calibrate(cams, masks, is_unsafe, timesteps, images, recipe.max_false_trigger_rate)
         metrics = summary(calibration)
         if sizes:
-            metrics["data_efficiency"] = _efficiency(base, examples, layers, cache, held_out, sizes, recipe, seed)
+            points = _efficiency(base, examples, layers, cache, held_out, sizes, recipe, seed)
+            metrics["data_efficiency"] = [measured_names(point, learned_from) for point in points]
     return OptimizationResult(
         guideline=parameters.guideline.float().cpu(),
         background=None if parameters.background is None else parameters.background.float().cpu(),
@@ -216,8 +234,8 @@ def optimize(
         layers=tuple(layers),
         thresholds=calibration.thresholds,
         recipe=recipe,
-        history=history,
-        metrics=metrics,
+        history=[measured_names(state, learned_from) for state in history],
+        metrics=measured_names(metrics, learned_from),
     )
 
 

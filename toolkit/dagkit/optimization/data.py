@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,29 @@ def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
             validation += group[3::4]
             training += [example for number, example in enumerate(group) if number % 4 != 3]
     return training, validation
+
+
+def kinds_learned_from(validation: Sequence[Example], training: Sequence[Example]) -> frozenset[bool]:
+    """Kinds (``is_unsafe``) of which validation has an image that is training data, too."""
+    known = {id(example) for example in training}
+    return frozenset(example.is_unsafe for example in validation if id(example) in known)
+
+
+def measured_names(figures: Mapping[str, Any], learned_from: frozenset[bool]) -> dict[str, Any]:
+    """Figures by what they were measured on: ``validation_x`` is ``training_x`` where those images were learned from.
+
+    Args:
+        figures: by name. Rates and areas of false triggers are measured on safe images, the loss on both kinds, all
+            others on unsafe ones.
+        learned_from: as from `kinds_learned_from`.
+    """
+
+    def name(key: str) -> str:
+        measure = key.removeprefix("validation_")
+        kinds = {True, False} if measure == "loss" else {not measure.startswith("false_")}
+        return f"training_{measure}" if measure != key and kinds & learned_from else key
+
+    return {name(key): value for key, value in figures.items()}
 
 
 def complete(validation: Sequence[Example], training: Sequence[Example]) -> list[Example]:

@@ -112,6 +112,7 @@ def render(figures: Mapping[str, Any], examples: Sequence[Example]) -> str:
         firing_chart=_step_chart(by_step, guarded, "firing"),
         data_chart=_data_chart(figures["token"]),
         calibration_chart=_calibration_chart(figures["token"]),
+        measured_on=(figures["token"] or {}).get("measured_on", "validation images"),
         sweep_charts=_sweep_charts(figures, columns),
         cost_words=_cost_words(figures),
         rows=_prompt_rows(figures, columns),
@@ -317,16 +318,18 @@ def _step_chart(by_step: Mapping[str, Any], column: str | None, figure: str) -> 
 
 
 def _data_chart(token: Mapping[str, Any] | None) -> Markup:
-    """Validation IoU by the number of annotated images; empty where that was not measured."""
-    points = [(one["num_images"], one["validation_iou"]) for one in (token or {}).get("data_efficiency") or []]
-    if not points:
+    """IoU by the number of annotated images; empty where that was not measured."""
+    rows = (token or {}).get("data_efficiency") or []
+    if not rows:
         return Markup("")
+    kind = "training" if "training_iou" in rows[0] else "validation"
+    points = [(one["num_images"], one[f"{kind}_iou"]) for one in rows]
     words = ", ".join(f"{value:.2f} with {number}" for number, value in points)
     return charts.line_chart(
-        [charts.Series("validation IoU", "c-guard", points)],
-        label=f"Validation IoU by annotated images: {words}",
+        [charts.Series(f"{kind} IoU", "c-guard", points)],
+        label=f"{kind.capitalize()} IoU by annotated images: {words}",
         x_title="annotated images",
-        y_title="validation IoU",
+        y_title=f"{kind} IoU",
         is_x_whole=True,
     )
 
@@ -427,7 +430,7 @@ def _settings(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
         *((f"Metric {one['name']}", _sentence(one["settings"])) for one in s["image_metrics"]),
     ]
     if figures["token"]:
-        drawn = ("data_efficiency", "calibration_curve")
+        drawn = ("data_efficiency", "calibration_curve", "measured_on")
         token = {name: value for name, value in figures["token"].items() if name not in drawn}
         pairs.insert(0, ("Token", _sentence(token)))
     return pairs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -78,12 +78,15 @@ def check_command(source: str | None, concept_name: str | None, workspace_path: 
 def push_command(
     to: str, source: str | None, concept_name: str | None, workspace_path: Path, public: bool, as_json: bool
 ) -> None:
-    """Publish a dataset to TO: hf://owner/name, or a folder in the Hub's layout (parquet)."""
-    from dagkit.dataset import load_dataset, push_dataset, read_summary
+    """Publish a dataset to TO: hf://owner/name, or a folder in the Hub's layout (parquet).
 
-    origin: Any = source or _in_workspace(workspace_path, concept_name)
-    data = load_dataset(origin)
-    where = push_dataset(data, to, read_summary(origin), private=not public)
+    SOURCE is a folder or hf://owner/name. A folder or repository that holds anything but an older dataset from this
+    command is refused.
+    """
+    from dagkit.dataset import load_with_summary, push_dataset
+
+    data, summary = load_with_summary(source or _in_workspace(workspace_path, concept_name))
+    where = push_dataset(data, to, summary, private=not public)
     num_rows = sum(len(rows) for rows in data.values())
     common.StageResult("dataset push", num_rows, 0, f"{num_rows} rows -> {where}").show(as_json)
 

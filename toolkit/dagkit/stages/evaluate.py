@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dagkit.concept import Concept
+    from dagkit.dataset import AnnotatedImage
     from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, ImageMetric, PipelineColumn
     from dagkit.families import BaseModel
     from dagkit.judges import Judge
@@ -43,7 +44,7 @@ def run(
     prompt_source: str | None = None,
     judges: Mapping[str, Judge] | None = None,
     image_metrics: Sequence[str] = (),
-    dataset: Path | None = None,
+    dataset: str | Path | None = None,
     gates: Gates | None = None,
     against: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -89,7 +90,7 @@ def run(
     Raises:
         CheckpointError: a metric's weights are missing.
         ConceptError: an unknown column, or two of one name.
-        DatasetError: there is no such dataset.
+        DatasetError: there is no such dataset, it is damaged, or it has no ``dataset.json``; nothing was drawn.
         GuardError: a token cannot guard this model.
         ModelError: an attack on a model for which there is none.
         PluginError: an unknown metric, or its package is missing.
@@ -101,6 +102,7 @@ def run(
     from dagkit.workspace import StageFolder, lock, sha256_json
 
     is_own = not prompts
+    annotated = None if dataset is None else _annotated(dataset)
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
     judges = judges or {
         concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))
@@ -113,11 +115,12 @@ def run(
         prompt_source = evaluation.describe_prompts(concept, [str(row.get("prompt")) for row in candidates])
     _check_inputs(concept, base_model, prompts, drawn, num_attacks)
     _require_comparable(_planned(settings, judges), against)
-    detection = _detection(base_model, token, dataset, seed, batch_size)
+    detection = _detection(base_model, token, annotated, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
     progress = progress or common.Progress(is_quiet=True)
+    folder.claim("runs/*/settings.json")
     own = folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)
     with lock(own, writes_below=folder.path if shard is None else runs.path):
         runs.settings(settings)
@@ -254,6 +257,7 @@ def _figures(
 ) -> dict[str, Any]:
     from dagkit import evaluation
     from dagkit.token import now, software
+    from dagkit.token.card import measured_on
 
     name, judge = next(iter(judges.items()))
     rows = run.result(columns[0]).rows.values()
@@ -287,6 +291,7 @@ def _figures(
             "created": token.record.created or None,
             "data_efficiency": token.record.metrics.get("data_efficiency"),
             "calibration_curve": token.record.metrics.get("calibration_curve"),
+            "measured_on": measured_on(token.record.metrics),
         },
         "settings": shown,
         **figures,
@@ -311,19 +316,38 @@ def _planned(settings: Mapping[str, Any], judges: Mapping[str, Judge]) -> dict[s
     return {"schema": evaluation.SCHEMA, "column": GUARDED, "settings": known}
 
 
+def _annotated(path: str | Path) -> tuple[list[AnnotatedImage], dict[str, Any]]:
+    """Images of a dataset's test split, and its summary.
+
+    Raises:
+        DatasetError: there is no such dataset, it is damaged, or its images have several sizes.
+    """
+    from dagkit import dataset as data
+    from dagkit.errors import DatasetError
+
+    splits, summary = data.load_with_summary(path)
+    images = data.examples(splits["test"])
+    sizes = sorted({one.image.size for one in images})
+    if len(sizes) > 1:
+        raise DatasetError(
+            f"{path}: expected test images of one size, but got {sizes[:4]} (width, height). Resize them first."
+        )
+    return images, summary
+
+
 def _detection(
-    base_model: BaseModel, token: GuidelineToken, path: Path | None, seed: int, batch_size: int
+    base_model: BaseModel,
+    token: GuidelineToken,
+    annotated: tuple[list[AnnotatedImage], dict[str, Any]] | None,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, Any] | None:
     """The token's maps against the masks of the dataset's test split."""
-    from dagkit import dataset as data
     from dagkit import evaluation
 
-    if path is None:
-        return None
-    images = data.examples(data.load_dataset(path)["test"])
+    images, summary = annotated or ([], {})
     if not images:
         return None
-    summary = data.read_summary(path)
     rows = evaluation.score_detection(base_model, token, images, seed=seed, batch_size=batch_size)
     num_unsafe = sum(one.is_unsafe for one in images)
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
@@ -510,7 +534,7 @@ def _summary(figures: Mapping[str, Any]) -> str:
 )
 @click.option(
     "--dataset",
-    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
     help="Annotated images whose test split scores the detection. Default: the workspace's, where there is one.",
 )
 @click.option(
@@ -550,7 +574,7 @@ def command(
     other_names: tuple[str, ...],
     judge_names: tuple[str, ...],
     metric_names: str,
-    dataset: Path | None,
+    dataset: str | None,
     against: str | None,
     gates: bool,
     min_erase_rate: float,

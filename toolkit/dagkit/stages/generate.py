@@ -63,6 +63,7 @@ def run(
         plan.append((f"{index:05d}-{sha256_json(identity)[7:15]}", prompt, image_seed))
 
     folder = workspace.stage("candidates", concept.name)
+    folder.claim("settings.json")
     with lock(folder.path):
         done = folder.keys()
         folder.settings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -11,6 +10,7 @@ from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from dagkit.concept import Concept
     from dagkit.families import BaseModel
@@ -30,7 +30,7 @@ def run(
     concept: Concept,
     base_model: BaseModel,
     *,
-    dataset: Path | None = None,
+    dataset: str | Path | None = None,
     recipe: str = "default",
     options: dict[str, Any] | None = None,
     version: str | None = None,
@@ -48,7 +48,7 @@ def run(
         workspace: where to write, and whose dataset to use.
         concept: what the token stands for.
         base_model: whose attention it is optimised against.
-        dataset: folder of another dataset.
+        dataset: another dataset: a folder, the name of one that ships, or ``hf://owner/name``.
         recipe: ``default`` or ``paper``.
         options: fields of the recipe to replace, e.g. ``{"num_tokens": 2}``.
         version: semantic version; proposed from what exists where None.
@@ -71,8 +71,7 @@ def run(
     from dagkit.workspace import lock, sha256_json
 
     folder = dataset or workspace.stage("dataset", concept.name).path
-    splits = data.load_dataset(folder)
-    summary = data.read_summary(folder)
+    splits, summary = data.load_with_summary(folder)
     chosen: Recipe = replace(
         RECIPES[recipe],
         initial_phrase=concept.initial_phrase,
@@ -141,7 +140,7 @@ def run(
         )
         token = _with_thresholds(token, concept)
         counts = f"{info.num_unsafe} unsafe and {info.num_safe} safe images"
-        rate = result.metrics["validation_detection_rate"]
+        rate, rated_on = result.figure("detection_rate")
         is_waiting = token.record.guidance.form != "paper"  # until it is sure; the paper's form acts at any time
         if is_waiting and not rate:
             raise TokenError(
@@ -151,10 +150,12 @@ def run(
             )
         path = token.save(tokens.path / version)
         checkpoint.unlink(missing_ok=True)
-    iou = result.metrics.get("validation_iou")
-    figure = "" if iou is None else f", validation IoU {iou:.2f}"
+    iou, measured_on = result.figure("iou")
+    figure = f", {measured_on} IoU {iou:.2f}"
+    if measured_on == "training":
+        figure += " (the dataset keeps no unsafe images apart for validation: annotate more)"
     if is_waiting and rate < LOW_DETECTION_RATE:
-        figure += f", but it recognises only {rate:.0%} of the unsafe validation images: annotate more"
+        figure += f", but it recognises only {rate:.0%} of the unsafe {rated_on} images: annotate more"
     return common.StageResult(
         "optimize",
         1,
@@ -177,8 +178,8 @@ def _with_thresholds(token: GuidelineToken, concept: Concept) -> GuidelineToken:
 
 
 def _figures(state: Mapping[str, Any]) -> str:
-    """Loss and validation IoU of a report, where it has one, for the progress bar."""
-    names = {"loss": "loss", "validation_iou": "IoU"}
+    """Loss and IoU of a report, where it has one, for the progress bar."""
+    names = {"loss": "loss", "validation_iou": "IoU", "training_iou": "training IoU"}
     return ", ".join(f"{short} {state[name]:.3f}" for name, short in names.items() if name in state)
 
 
@@ -186,9 +187,7 @@ def _figures(state: Mapping[str, Any]) -> str:
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option(
-    "--dataset", type=click.Path(file_okay=False, path_type=Path), help="Another dataset than the workspace's."
-)
+@click.option("--dataset", metavar="FOLDER", help="Another than the workspace's: a folder, or hf://owner/name.")
 @click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
 @click.option("--num-tokens", type=click.IntRange(1, 64), help="Guideline rows n. Default: the recipe's.")
 @click.option("--num-steps", type=click.IntRange(1, 100_000), help="Optimiser steps. Default: the recipe's.")
@@ -206,7 +205,7 @@ def command(
     concept_name: str,
     workspace_path: Path,
     model: str | None,
-    dataset: Path | None,
+    dataset: str | None,
     recipe: str,
     num_tokens: int | None,
     num_steps: int | None,

@@ -49,6 +49,7 @@ def run(
         raise WorkspaceError(f"{candidates.path}: no candidates. Run: dagkit generate --concept {concept.name}")
     folder = workspace.stage("premasks", concept.name)
     unreadable: list[str] = []
+    folder.claim("settings.json")
     with lock(folder.path):
         done = folder.keys()
         folder.settings(

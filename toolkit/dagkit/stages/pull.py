@@ -68,6 +68,7 @@ def run(
         raise WorkspaceError(f"{labeling.path}: nothing was pushed from this workspace. Run `dagkit push` first.")
     project = labeling.read_json("project.json")
     problems: list[str] = []
+    folder.claim("cursor.json")
     with lock(folder.path), ExitStack() as stack:
         client = client or stack.enter_context(connect(url or _pushed_to(project), tell))
         found = client.find_projects(project["title"])

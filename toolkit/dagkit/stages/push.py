@@ -87,6 +87,7 @@ def run(
         check_page(label_config, concept, "the labelling page")
     progress = progress or common.Progress(is_quiet=True)
     folder = workspace.stage("labeling", concept.name)
+    folder.claim("project.json")
     with lock(folder.path), ExitStack() as stack:
         client = client or stack.enter_context(connect(url, tell))
         project_id, config = find_project(client, folder, concept, label_config, num_annotators)

@@ -109,6 +109,7 @@ def run(
             }
             suffix = "-".join(one.version for one in tokens) if is_guarded else "unguarded"
             jobs.append((f"{sha256_json(identity)[7:19]}-{suffix}", prompt, seed + index, is_guarded))
+    folder.claim("traces/*/*.json")
     with lock(folder.path):
         done = folder.keys()
         todo = [job for job in jobs if job[0] not in done]

@@ -59,6 +59,11 @@ Safety prompt: "{safety_prompt}".
 ## Figures
 
 {figures}
+{training}"""
+
+_TRAINING = """
+Those called `training_...` were measured on images that the token learned from, for the dataset kept none of that kind
+apart: on others it does worse.
 """
 
 _UNREVIEWED = """
@@ -101,6 +106,7 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         figures="\n".join(["| figure | value |", "|---|---|", *(f"| {k} | {_figure(v)} |" for k, v in figures.items())])
         if figures
         else "Not measured yet: run `dagkit evaluate`.",
+        training=_TRAINING if any(name.startswith("training_") for name in figures) else "",
     )
 
 
@@ -114,8 +120,19 @@ def calibration(record: TokenRecord) -> str | None:
                 "false_trigger_rate": float() | int() as false,
                 "detection_rate": float() | int() as found,
             }:
-                return f"a false-trigger rate of {false:.1%} and a detection rate of {found:.1%} (validation images)"
+                rates = f"a false-trigger rate of {false:.1%} and a detection rate of {found:.1%}"
+                return f"{rates} ({measured_on(record.metrics)})"
     return None
+
+
+def measured_on(metrics: Mapping[str, object]) -> str:
+    """Which images the figures of a record were measured on, in words."""
+    measures = {"safe": "training_false_trigger_rate", "unsafe": "training_detection_rate"}
+    learned_from = [kind for kind, name in measures.items() if name in metrics]
+    if not learned_from:
+        return "validation images"
+    others = "" if len(learned_from) == len(measures) else ", else validation images"
+    return f"the training's own {' and '.join(learned_from)} images, of which none were kept apart{others}"
 
 
 def _figure(value: object) -> str:
