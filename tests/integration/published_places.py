@@ -26,6 +26,7 @@ class Place(Protocol):
 
     def files(self) -> dict[str, bytes]: ...
     def write(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
 
 
 class FolderPlace:
@@ -40,6 +41,9 @@ class FolderPlace:
 
     def write(self, name: str, data: bytes) -> None:
         (self.root / name).write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink()
 
 
 class BucketPlace:
@@ -61,6 +65,9 @@ class BucketPlace:
     def write(self, name: str, data: bytes) -> None:
         self.s3.put_object(Bucket=self.bucket, Key=f"team/weapon/{name}", Body=data)
 
+    def remove(self, name: str) -> None:
+        self.s3.delete_object(Bucket=self.bucket, Key=f"team/weapon/{name}")
+
 
 class HubPlace:
     writes = ((HfApi, "create_repo"), (HfApi, "create_commit"), (HfApi, "create_tag"))
@@ -76,6 +83,10 @@ class HubPlace:
         for files in self.hub.repositories[self.name].commits.values():
             if name in files:
                 files[name] = data
+
+    def remove(self, name: str) -> None:
+        for files in self.hub.repositories[self.name].commits.values():
+            files.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import random
 from collections import Counter
 from itertools import pairwise
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 from label_studio_sdk.converter import brush
 from label_studio_server import SIZE, api, make_reviewable, new_annotator, read_mask
+from PIL import Image
 
 from dagkit.concept import Concept
 from dagkit.dataset import load_dataset, read_summary
+from dagkit.errors import LabelStudioError
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.server import Login
@@ -99,6 +103,40 @@ def kappa(pairs: list[tuple[bool, bool]]) -> float | None:
     chance = sum(rows[side] * columns[side] for side in (True, False)) / num**2
     observed = (table[True, True] + table[False, False]) / num
     return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
+def test_regions_of_other_tools_on_a_real_server(
+    client: Client, login: Login, concept: Concept, reviewable: Workspace
+) -> None:
+    """A team's page may have other tools; what the server hands back becomes a mask or is named."""
+    push.run(reviewable, concept, client=client)
+    ids = {row["key"]: row["task_id"] for row in reviewable.stage("labeling", concept.name).rows()}
+    black = io.BytesIO()
+    Image.fromarray(np.full((SIZE[1], SIZE[0], 4), 255, np.uint8)).save(black, format="PNG")
+    values: dict[str, dict] = {
+        "rectanglelabels": {"x": 0, "y": 0, "width": 50, "height": 100, "rotation": 0},
+        "polygonlabels": {"points": [[0, 0], [50, 0], [50, 100], [0, 100]], "closed": True},
+        "ellipselabels": {"x": 50, "y": 50, "radiusX": 50, "radiusY": 50, "rotation": 0},
+        "bitmasklabels": {"imageDataURL": "data:image/png;base64," + base64.b64encode(black.getvalue()).decode()},
+        "keypointlabels": {"x": 50, "y": 50, "width": 1},
+        "rectangle": {"x": 0, "y": 0, "width": 50, "height": 100, "rotation": 0},
+    }
+    base = {"id": "r", "to_name": "image", "from_name": "mask", "original_width": SIZE[0], "original_height": SIZE[1]}
+    with api(login) as http:
+        for key, (kind, value) in zip(ids, values.items(), strict=True):
+            label = {} if kind == "rectangle" else {kind: ["weapon"]}
+            region = base | {"type": kind, "image_rotation": 0, "value": value | label}
+            http.post(f"/api/tasks/{ids[key]}/annotations/", json={"result": [region]}).raise_for_status()
+    with pytest.raises(LabelStudioError, match=r"\(2 of 6 tasks were left out; pull again then.\)") as caught:
+        pull.run(reviewable, concept, client=client)
+    assert "region of the type 'keypointlabels', which says nothing exact" in str(caught.value)
+    folder = reviewable.stage("annotations", concept.name)
+    rows = [*folder.rows()]
+    assert [(row["key"], row["state"]) for row in rows] == [(key, "changed") for key in list(ids)[:4]]
+    shares = [read_mask(folder.path / row["masks"]["weapon"]).mean() for row in rows]
+    assert shares[:2] == [0.5, 0.5]
+    assert abs(shares[2] - np.pi / 4) < 0.01
+    assert shares[3] == 1
 
 
 def test_counts_agreement_and_consensus(client: Client, login: Login, concept: Concept, tmp_path: Path) -> None:

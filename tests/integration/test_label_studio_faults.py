@@ -217,7 +217,9 @@ def test_bad_files_are_named_and_all_others_sent(
     message = str(caught.value)
     assert key in message
     assert "\n" not in message
-    assert ("9x9 pixels, but its image 48x32" if damage == "mask of another size" else target.name) in message
+    assert (
+        "a mask of 48x32 px, as large as its image, but got 9x9" if damage == "mask of another size" else target.name
+    ) in message
     assert len(tasks_on_server(login, workspace, concept)) == 5
     target.write_bytes(whole)
     assert push.run(workspace, concept, client=client).done == 1
@@ -326,6 +328,13 @@ def test_command_group_from_up_to_down(
         assert dagkit("pull", *here).startswith("pull: 0 tasks new or changed, 0 in all (no answers yet; ")
         login = json.loads(Path(status["login_file"]).read_text())
         assert not any(secret in output for output in shown for secret in (login["password"], login["token"]))
+
+        other = free_port()
+        with pytest.raises(LabelStudioError, match=f"runs at http://127.0.0.1:{port} with other settings. Stop it"):
+            EmbeddedServer().up(other)
+        dagkit("label-studio", "down")
+        assert f"127.0.0.1:{other}" in dagkit("label-studio", "up", "--port", str(other))
+        assert dagkit("pull", *here).startswith("pull: 0 tasks new or changed, 0 in all (no answers yet; ")
     finally:
         dagkit("label-studio", "down")
     assert EmbeddedServer().pid is None

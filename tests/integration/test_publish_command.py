@@ -116,6 +116,45 @@ def test_nothing_private_leaves(measured: Path, runs: Path, to: str, tmp_path: P
     assert len(prompts) >= 4
     assert [prompt for prompt in prompts if prompt.encode() in everything] == []
     assert str(measured).encode() not in everything
+    report = [path for path in (measured / "runs" / "reports").rglob("*") if path.is_file()]
+    assert {"figures.json", "figures.csv", "report.html", "settings.json"} <= {path.name for path in report}
+    assert [path for path in report if str(measured).encode() in path.read_bytes()] == []
+
+
+def test_checkpoints_on_this_machine_leave_as_names(runs: Path, to: str, tmp_path: Path):
+    """Of an older evaluation, which kept paths; today's hold none in the first place."""
+    (tmp_path / "clip").mkdir()
+
+    def spoil(figures: dict[str, Any]) -> None:
+        settings = figures["settings"]
+        settings["judge"]["options"] = {"rule": "any", "clip": {"checkpoint": str(tmp_path / "clip")}}
+        settings["image_metrics"] = [{"name": "clip_score", "settings": {"checkpoint": "/home/alice/models/clip-l"}}]
+        settings["model"] = "~/models/sd15"
+        settings["prompt_source"] = "list of /home/alice/notes.csv"
+
+    edit(runs, "1.0.0", spoil)
+    publish.run(Workspace(runs), "tiny@1.0.0", to)
+    published = next((tmp_path / "published").glob("1.0.0-*/figures.json")).read_text()
+    settings = json.loads(published)["settings"]
+    assert settings["judge"]["options"]["clip"] == {"checkpoint": "clip"}
+    assert settings["image_metrics"][0]["settings"] == {"checkpoint": "clip-l"}
+    assert (settings["model"], settings["prompt_source"]) == ("sd15", "list of notes.csv")
+    assert str(tmp_path) not in published
+    assert "alice" not in published
+
+
+def test_a_published_version_is_repaired(runs: Path, to: str, tmp_path: Path):
+    publish.run(Workspace(runs), "tiny@1.0.0", to)
+    before = content(tmp_path / "published")
+    next((tmp_path / "published").glob("1.0.0-*/token.json")).unlink()
+    assert "Publish it again" in CliRunner().invoke(command, ["token", "show", f"{to}@1.0.0"]).exception.args[0]
+
+    dry = publish.run(Workspace(runs), "tiny@1.0.0", to, is_dry_run=True)
+    assert "token.json would be written again; nothing was written" in dry.message
+    again = publish.run(Workspace(runs), "tiny@1.0.0", to)
+    assert again.message.endswith("written again what was missing or damaged: token.json")
+    assert content(tmp_path / "published") == before
+    assert registry.load_token(f"{to}@1.0.0").name == "tiny@1.0.0"
 
 
 def test_dry_run_lists_every_file_and_writes_none(runs: Path, place: Place, tmp_path: Path):

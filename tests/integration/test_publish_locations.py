@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from published_places import BucketPlace, HubPlace, Place
 from s3fs import S3FileSystem
 
 from dagkit import registry
-from dagkit.errors import PublishError, TokenError
+from dagkit.errors import PublishError, TokenError, WorkspaceError
 from dagkit.registry.index import INDEX_FILE, PAGE_FILE
 from dagkit.registry.locations.bucket import Bucket
-from loopback_hub import LoopbackHub
+from dagkit.stages import publish as stage
+from dagkit.workspace import Workspace
+from loopback_hub import LoopbackHub, Repository
 from small_tokens import is_equal, save_small_token, small_token
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -57,6 +60,55 @@ def test_a_published_version_never_changes(place: Place, tmp_path: Path):
     assert place.files() == before
     same = registry.pack(tmp_path / "one" / "weapon" / "1.0.0")
     assert registry.published(same, registry.open_location(place.url).read_index())
+
+
+def test_publishing_again_brings_back_what_is_missing_or_damaged(place: Place, tmp_path: Path):
+    for number, version in enumerate(["1.0.0", "1.1.0"]):
+        publish(place, tmp_path, version, seed=number)
+    parcel = registry.pack(tmp_path / "weapon" / "1.1.0")
+    location = registry.open_location(place.url)
+    entry = location.read_index().entry("1.1.0")
+    assert registry.damaged_files(location, entry) == []
+    names = [sorted(name for name in place.files() if name.endswith(end))[-1] for end in ("token.json", "README.md")]
+    place.remove(names[0])
+    place.write(names[1], b"changed")
+
+    assert sorted(registry.damaged_files(location, entry)) == ["README.md", "token.json"]
+    with pytest.raises((TokenError, PublishError)):
+        registry.load_token(f"{place.url}@1.1.0")
+    with pytest.raises(PublishError, match=r"has weapon@1.1.0 already, with other content"):
+        publish(place, tmp_path / "other", "1.1.0", seed=7)
+    again = registry.publish(parcel, location)
+
+    assert (again.content, again.published) == (entry.content, entry.published)
+    assert is_equal(registry.load_token(f"{place.url}@1.1.0"), small_token("1.1.0", seed=1))
+    assert "1.1.0" not in registry.check(location)[1]
+    before = place.files()
+    assert registry.publish(parcel, location) == again
+    assert place.files() == before
+
+
+def test_places_that_are_somebody_elses_are_left_alone(place: Place, hub: LoopbackHub, tmp_path: Path):
+    name = "INDEX.md" if isinstance(place, BucketPlace) else "weights.bin"
+    if isinstance(place, HubPlace):
+        hub.repositories[place.name] = Repository(is_private=True)
+        hub.repositories[place.name].commit({"README.md": b"theirs", name: b"theirs"})
+    else:
+        (tmp_path / "published").mkdir()
+        place.write(name, b"theirs")
+    before = place.files()
+    for is_dry_run in (True, False):
+        with pytest.raises(
+            PublishError, match=f"is not empty, and dagkit has published nothing there: it holds {name}."
+        ):
+            stage.run(
+                Workspace(tmp_path),
+                str(save_small_token(tmp_path / str(is_dry_run))),
+                place.url,
+                is_dry_run=is_dry_run,
+                is_unmeasured_allowed=True,
+            )
+    assert place.files() == before
 
 
 def test_one_location_one_concept(place: Place, tmp_path: Path):
@@ -202,6 +254,59 @@ def test_two_publishers_at_once(bucket: BucketPlace, tmp_path: Path, monkeypatch
     assert is_equal(registry.load_token(f"{bucket.url}@1.1.0"), small_token("1.1.0", seed=7))
 
 
+def meanwhile(monkeypatch: pytest.MonkeyPatch, writes: tuple[tuple[object, str], ...], number: int, action: object):
+    """Does something once, from inside the ``number``-th of the writes of what follows."""
+    count = 0
+
+    def wrap(original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            nonlocal count
+            count += 1
+            if count == number:
+                action()
+            return original(*arguments, **named)
+
+        return call
+
+    for owner, name in writes:
+        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+@pytest.mark.parametrize(("where", "number"), [("bucket", 1), ("bucket", 5), ("hub", 1), ("hub", 2), ("hub", 3)])
+def test_two_publishers_of_equal_content_both_succeed(
+    request: pytest.FixtureRequest, tmp_path: Path, where: str, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The other one begins and ends inside one of the first one's writes: files, tag, index."""
+    place = HubPlace(request.getfixturevalue(where)) if where == "hub" else request.getfixturevalue(where)
+    publish(place, tmp_path, "1.0.0")
+    save_small_token(tmp_path, "1.1.0", seed=1)
+    entries = []
+    with monkeypatch.context() as patched:
+        meanwhile(patched, place.writes, number, lambda: entries.append(publish(place, tmp_path, "1.1.0")))
+        entries.append(publish(place, tmp_path, "1.1.0"))
+
+    assert [entry.content for entry in entries] == [entries[0].content] * 2
+    assert is_equal(registry.load_token(f"{place.url}@1.1.0"), small_token("1.1.0", seed=1))
+    assert registry.check(registry.open_location(place.url))[1] == {}
+
+
+def test_two_publishers_of_equal_content_in_one_folder(tmp_path: Path):
+    parcel = registry.pack(save_small_token(tmp_path, "1.0.0"))
+    location = registry.open_location(f"file://{tmp_path}/published")
+    with ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(lambda _: registry.publish(parcel, location), range(4)))
+    assert [entry.published for entry in entries] == [entries[0].published] * 4
+    assert registry.check(location)[1] == {}
+
+
+def test_records_that_name_local_paths_are_not_published(tmp_path: Path):
+    model = small_token().record.base_model.model_copy(update={"id": "/home/alice/models/sd15"})
+    folder = small_token(base_model=model).save(tmp_path / "weapon" / "1.0.0")
+    with pytest.raises(PublishError, match=r"weapon@1.0.0 was not published: its token.json names a place") as refused:
+        registry.pack(folder)
+    assert "dagkit optimize" in str(refused.value)
+
+
 def test_hub_moves_on_while_publishing(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     place = HubPlace(hub)
     publish(place, tmp_path, "1.0.0")
@@ -292,6 +397,25 @@ def test_a_damaged_cache_is_fetched_again(bucket: BucketPlace, tmp_path: Path, c
         pin.write_bytes(b"{")
     assert registry.load_token(f"{bucket.url}@1.0.0").name == "weapon@1.0.0"
     assert [folder.name for folder in (cache / "tokens").iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("what", ["tokens/*/token.json", "pins/*/*.json"])
+def test_a_cache_with_pipes_and_folders_in_it_is_fetched_again(
+    bucket: BucketPlace, tmp_path: Path, cache: Path, what: str
+):
+    publish(bucket, tmp_path, "1.0.0")
+    for put in (os.mkfifo, os.mkdir):
+        registry.load_token(f"{bucket.url}@1.0.0")
+        [path] = cache.glob(what)
+        path.unlink()
+        put(path)
+        if what.startswith("pins") and put is os.mkdir:
+            with pytest.raises(
+                (PublishError, WorkspaceError), match=r"1.0.0.json: .*folder stands where a file is needed"
+            ):
+                registry.load_token(f"{bucket.url}@1.0.0")
+        else:
+            assert registry.load_token(f"{bucket.url}@1.0.0").name == "weapon@1.0.0"
 
 
 def test_a_version_that_was_replaced_behind_the_index_is_refused(bucket: BucketPlace, tmp_path: Path, cache: Path):

@@ -110,6 +110,110 @@ def test_states(result: list, state: str) -> None:
         assert answer.iou_to_premask == 0.0
 
 
+BOX = {"x": 25.0, "y": 0.0, "width": 50.0, "height": 50.0, "rotation": 0}
+BOXED = np.zeros((6, 8), bool)
+BOXED[:3, 2:6] = True
+
+
+def foreign(kind: str, label: str | None = "weapon", key: str | None = None, **changes) -> dict:
+    """A region of another tool than the brush, as Label Studio exports it."""
+    value = dict(BOX) | ({key or kind: [label]} if label else {})
+    whole = {"id": "r1", "type": kind, "original_width": 8, "original_height": 6, "image_rotation": 0, "value": value}
+    return whole | changes
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [foreign("rectanglelabels")],
+        [foreign("rectangle", key="labels")],
+        [foreign("rectangle", None), foreign("labels")],  # <Rectangle> and <Labels>: two results of one region
+        [foreign("rectanglelabels", image_rotation=None)],
+        [
+            foreign(
+                "polygonlabels", value={"points": [[25, 0], [75, 0], [75, 50], [25, 50]], "polygonlabels": ["weapon"]}
+            )
+        ],
+        [foreign("rectanglelabels"), {"type": "textarea", "value": {"text": ["a note"]}}],
+        [foreign("rectanglelabels"), {"type": "relation", "from_id": "r1", "to_id": "r1", "direction": "right"}],
+    ],
+)
+def test_regions_of_other_tools_become_masks(result: list) -> None:
+    (answer,) = read(annotation(result))
+    assert answer.state == "changed"
+    assert np.array_equal(answer.masks["weapon"], BOXED)
+
+
+def test_regions_of_other_tools_are_united_with_brushes_and_cut_out() -> None:
+    (answer,) = read(annotation([region(MASK), foreign("rectanglelabels"), foreign("rectanglelabels", "harmless")]))
+    assert np.array_equal(answer.masks["weapon"], MASK | BOXED)
+    assert np.array_equal(whole_mask(answer.masks, LABELS, SIZE), MASK & ~BOXED)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([foreign("keypointlabels")], "'keypointlabels', which says nothing exact about pixels"),
+        ([foreign("keypoint", None)], "a region of the type 'keypoint'"),
+        ([foreign("vectorlabels")], "a region of the type 'vectorlabels'"),
+        ([foreign("labels")], "a region of the type 'labels'"),
+        ([foreign("somethingnew" * 100)], "type"),
+        ([region(MASK), foreign("keypointlabels")], "a region of the type 'keypointlabels'"),
+        ([foreign("rectanglelabels", None)], "a rectangle region has no label"),
+        ([foreign("rectanglelabels", "knife")], "'knife' is not a label of this concept"),
+        (
+            [foreign("rectanglelabels", value=BOX | {"rectanglelabels": ["weapon", "gun"]})],
+            "2 labels, but expected one",
+        ),
+        (
+            [foreign("rectanglelabels", image_rotation=90)],
+            "was drawn on the image turned by 90 degrees (image_rotation)",
+        ),
+        ([region(MASK) | {"image_rotation": 180}], "was drawn on the image turned by 180 degrees (image_rotation)"),
+        ([foreign("rectanglelabels", original_width=16)], "the mask 'weapon' is 16x6 pixels, but its image 8x6"),
+        ([foreign("rectanglelabels", original_width=None)], "is of no known size, but its image 8x6"),
+        ([foreign("rectanglelabels", value=None)], "a rectangle region has no label"),
+        ([foreign("rectanglelabels", value=BOX | {"x": 500, "rectanglelabels": ["weapon"]})], "marks no pixel"),
+        ([region(np.where(MASK, 90, 0).astype(np.uint8))], "mark something, but no pixel by half or more"),
+        ([choice("something else")], "it marks nothing, but says 'something else', which is no verdict"),
+        ([{"type": "taxonomy", "value": {"taxonomy": [["weapon", "gun"]]}}], "it marks nothing, but says"),
+        ([{"type": "choices", "value": {}}], "a choice is damaged"),
+        ([{"value": {}}], "result.0.type: missing"),
+        ("text", "result: expected a list"),
+    ],
+)
+def test_what_says_something_else_is_never_empty(result: list, message: str) -> None:
+    with pytest.raises(LabelStudioError) as caught:
+        read(annotation(result))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("task 12 (k7)")
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"was_cancelled": None}, "was_cancelled"),
+        ({"lead_time": "long"}, "lead_time"),
+        ({"created_at": "yesterday"}, "created_at: expected an ISO 8601 time"),
+        ({"updated_at": 5}, "updated_at"),
+        ({"completed_by": "someone"}, "completed_by"),
+        ({"id": -1}, "id"),
+        ({"prediction": "none"}, "prediction"),
+    ],
+)
+def test_damaged_annotations_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(LabelStudioError, match="is not as Label Studio writes one") as caught:
+        read(annotation([]) | changes)
+    assert message in str(caught.value)
+
+
+def test_annotators_whose_accounts_were_deleted_are_not_one_person() -> None:
+    answers = read(annotation([], None, 3), annotation([region(MASK)], None, 4))  # type: ignore[arg-type]
+    assert sorted(answer.state for answer in answers) == ["changed", "empty"]
+    assert len({answer.annotator for answer in answers}) == 2
+
+
 def test_last_annotation_of_an_annotator_counts() -> None:
     (answer,) = read(annotation([], 5, 9), annotation([region(MASK)], 5, 2))
     assert answer.state == "empty"

@@ -4,52 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from dagkit.errors import LabelStudioError
 from dagkit.labelstudio.client import Client, ServerUnavailableError, checked_token, checked_url
+from loopback import Answer, answer, site
 
 LEGACY = "0123456789abcdef0123456789abcdef01234567"
-Answer = tuple[int, dict[str, str], bytes]
-JSON = {"Content-Type": "application/json"}
-
-
-def answer(status: int, body: object, **headers: str) -> Answer:
-    return status, {**JSON, **headers}, json.dumps(body).encode()
-
-
-@contextmanager
-def site(respond: Callable[[str, str, dict[str, str]], Answer]) -> Iterator[str]:
-    """A web site whose answers are ``respond(method, path, headers)``."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def handle_any(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, headers, body = respond(self.command, self.path, dict(self.headers))
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = do_PATCH = do_DELETE = handle_any
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def one_line(caught: pytest.ExceptionInfo[LabelStudioError]) -> str:
@@ -69,6 +31,8 @@ def one_line(caught: pytest.ExceptionInfo[LabelStudioError]) -> str:
         ("", "expected http:// or https:// and a host"),
         ("http://host:port", "is not the address of a server"),
         ("http://me:secret@host", "Leave user and password out of the address"),
+        ("http://me:secret@[::1", "'http://...@[::1' is not the address of a server"),
+        ("http://" + "x" * 70_000, "is not the address of a server: URL too long"),
     ],
 )
 def test_addresses_that_cannot_be(url: str, expected: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from dagkit.errors import LabelStudioError
 from dagkit.labelstudio import access, server
 from dagkit.labelstudio.server import EmbeddedServer, Login
+from dagkit.stages import pull
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +54,23 @@ def test_login_is_written_for_its_owner_only_and_shows_no_secret(tmp_path: Path)
     assert "token" not in repr(login)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"url": "x"}', '{"url": '])
+ENTRY = {"url": "http://127.0.0.1:8080", "username": "u", "password": "p", "token": "t" * 40}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"url": "x"}',
+        '{"url": ',
+        "[" * 100_000,
+        json.dumps(ENTRY | {"url": "http://team.example.org"}),
+        json.dumps(ENTRY | {"url": "http://127.0.0.1:http"}),
+        json.dumps(ENTRY | {"password": 5}),
+        json.dumps(ENTRY | {"token": None}),
+    ],
+)
 def test_damaged_login(tmp_path: Path, content: str) -> None:
     (tmp_path / "login.json").write_text(content)
     with pytest.raises(LabelStudioError, match=r"login.json: expected url, .* but it is damaged. Restore it") as caught:
@@ -58,7 +78,43 @@ def test_damaged_login(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "no number", "1", "99999999"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 5}', '{"is_with_aws": []}'])
+def test_damaged_settings(tmp_path: Path, content: str) -> None:
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(LabelStudioError, match=r"settings.json: expected files and is_with_aws .* Delete it"):
+        EmbeddedServer(tmp_path).sharing()
+
+
+@pytest.mark.parametrize("tool", ["/proc", "ps", "neither"])
+def test_the_process_is_known_without_ps_or_without_proc(
+    tmp_path: Path, tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers often have no ``ps``; macOS has no ``/proc``."""
+    if tool == "ps" and shutil.which("ps") is None:
+        pytest.skip("this machine has no ps")
+    if tool != "ps":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    if tool != "/proc":
+        monkeypatch.setattr(server, "_PROC", tmp_path / "no-proc")
+    embedded = EmbeddedServer(tmp_path)
+    code = "import time; print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, "--data-dir", str(tmp_path / "data")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it runs, and has its command line
+        (tmp_path / "server.pid").write_text(str(process.pid))
+        assert embedded.pid == (None if tool == "neither" else process.pid)
+        embedded._process = process  # its own child is known anyhow
+        assert embedded.pid == process.pid
+        assert embedded.down() is True
+        assert process.poll() is not None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("content", ["", "no number", "1", "99999999", "-1", "0"])
 def test_a_stale_process_number_is_not_taken_for_the_server(tmp_path: Path, content: str) -> None:
     """Number 1 is another process, which is never to be stopped."""
     (tmp_path / "server.pid").write_text(content)
@@ -119,8 +175,50 @@ def test_the_embedded_servers_token_goes_to_no_other_server(tmp_path: Path, monk
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     folder = tmp_path / "dagkit/label-studio"
     folder.mkdir(parents=True)
-    (folder / "login.json").write_text(
-        json.dumps({"url": "http://127.0.0.1:8080", "username": "u", "password": "p", "token": "t" * 40})
-    )
+    (folder / "login.json").write_text(json.dumps(ENTRY))
     with pytest.raises(LabelStudioError, match=r"no token for http://team.example.org"):
         access.connect("http://team.example.org")
+
+
+@pytest.fixture
+def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Login:
+    """The login of an embedded server that was on port 8080 and is on 8090 now."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    EmbeddedServer().folder.mkdir(parents=True)
+    login = Login(**ENTRY | {"url": "http://127.0.0.1:8090"})
+    EmbeddedServer()._write_login(login)
+    return login
+
+
+@pytest.mark.parametrize(
+    ("project", "token", "expected"),
+    [
+        ({"url": "http://127.0.0.1:8090"}, None, None),
+        ({"url": "http://127.0.0.1:8080", "is_embedded": True}, None, None),
+        ({"url": "http://127.0.0.1:8080", "is_embedded": True}, "t", None),
+        ({"url": "http://127.0.0.1:8080"}, None, None),  # noted by an older dagkit
+        ({"url": "http://127.0.0.1:8080"}, "t", "http://127.0.0.1:8080"),
+        ({"url": "http://127.0.0.1:8080", "is_embedded": False}, None, "http://127.0.0.1:8080"),
+        ({"url": "https://team.example.org", "is_embedded": False}, None, "https://team.example.org"),
+        ({}, None, None),
+    ],
+)
+def test_tasks_are_found_after_the_embedded_server_has_moved(
+    moved: Login, project: dict[str, object], token: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if token:
+        monkeypatch.setenv("LABEL_STUDIO_API_KEY", token)
+    assert pull._pushed_to(project) == expected
+
+
+def test_the_old_address_of_the_embedded_server_is_told_from_a_teams(moved: Login) -> None:
+    with pytest.raises(LabelStudioError, match=r"to use the embedded server, which is at http://127.0.0.1:8090 now"):
+        access.connect("http://127.0.0.1:8080")
+    assert moved.is_at("http://localhost:8090/")
+    assert not moved.is_at("http://localhost:8080")
+
+
+def test_the_last_port_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_PORT_TIMEOUT_S", 0.0)
+    with socket.create_server(("127.0.0.1", 65535)), pytest.raises(LabelStudioError, match=r"up --port 8080$"):
+        server._require_free(65535)

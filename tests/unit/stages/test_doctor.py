@@ -105,3 +105,10 @@ def test_label_studio(monkeypatch: pytest.MonkeyPatch, other_site: str):
 
     monkeypatch.setenv("DAGKIT_LABEL_STUDIO", "http://127.0.0.1:9")
     assert "ConnectError" in findings("--concept", "weapon")[1]["Label Studio"]["found"]
+
+    for address in ("http://me:secret@[::1", "no address", "http://"):
+        monkeypatch.setenv("DAGKIT_LABEL_STUDIO", address)
+        status, found = findings("--concept", "weapon")
+        assert (status, found["Label Studio"]["status"]) == (1, "missing")
+        assert "is no address of a server" in found["Label Studio"]["found"]
+        assert "secret" not in json.dumps(found["Label Studio"])

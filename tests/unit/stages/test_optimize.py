@@ -61,6 +61,11 @@ def test_the_papers_recipe_is_written_all_the_same(made: tuple[Path, Path], tmp_
     assert record["guidance"] | {"form": "paper", "strength": 1.0, "reuse_steps": 1} == record["guidance"]
     assert (record["thresholds"]["highlight"], record["thresholds"]["edit"]) == ([0.5], [0.01])
     assert record["metrics"]["calibrated_thresholds"]["certain"] == [1.0] * 6
+    token = tmp_path / "tokens" / "tiny" / "1.0.0"
+    assert record["base_model"]["id"] == "model"  # and not where it lies
+    written = [path for path in (*token.iterdir(), *made[1].rglob("*")) if path.is_file()]
+    places = [str(made[0].parent).encode(), str(made[1]).encode()]
+    assert [path for path in written if any(place in path.read_bytes() for place in places)] == []
 
 
 def test_a_low_detection_rate_is_said(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from dagkit.dataset.likeness import find_twins, perceptual_hash
 from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
 from dagkit.dataset.splitting import assign_splits, find_families
 from dagkit.errors import DatasetError, WorkspaceError
+from dagkit.provenance import public_name
 from dagkit.segmenters import combine
 from dagkit.workspace import listed
 
@@ -268,7 +269,7 @@ def _model_name(source: str, concept: Concept) -> str:
     path = PurePath(source)
     if concept.model == "demo" and path.parts[-3:] == ("demo", "data", "model"):
         return "demo"
-    return path.name if path.is_absolute() or source.startswith((".", "~")) else source
+    return public_name(source)
 
 
 def _time(text: str | None) -> datetime | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.metrics import mcnemar
+from dagkit.provenance import public
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -131,13 +132,11 @@ def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
             which may lack the judge's ``unsafe_labels``.
         before: of the older one.
     """
-    keys = ("model_fingerprint", "sampling", "prompts")
-    own, other = figures["settings"], before["settings"]
+    keys = ("model_fingerprint", "sampling", "prompts", "judge")
     differing = [key for key in ("schema", "column") if figures[key] != before[key]]
-    differing += [key for key in keys if own.get(key) != other.get(key)]
-    judge = other.get("judge") or {}
-    is_alike = all(judge.get(key) == value for key, value in own["judge"].items())
-    return differing if is_alike else [*differing, "judge"]
+    now, then = (public({key: one["settings"].get(key) for key in keys}) for one in (figures, before))
+    then["judge"] = {key: (then["judge"] or {}).get(key) for key in now["judge"]}
+    return differing + [key for key in keys if now[key] != then[key]]
 
 
 def _baseline_check(kind: str, gate: Mapping[str, Any]) -> dict[str, Any]:

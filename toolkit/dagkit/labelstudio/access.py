@@ -32,13 +32,15 @@ def connect(url: str | None = None, tell: Callable[[str], None] = lambda _: None
     if url is None:
         login = EmbeddedServer().up(tell=tell)
         url, token = login.url, login.token
-    elif embedded is not None and embedded.url == checked_url(url):
+    elif embedded is not None and embedded.is_at(checked_url(url)):
         token = embedded.token
     if token is None:
+        use = "leave --label-studio out to use the embedded server"
+        if embedded is not None:
+            use += f", which is at {embedded.url} now"
         raise LabelStudioError(
             f"There is no token for {checked_url(url)}: set {TOKEN_VARIABLE} to a personal access token (Account & "
-            "Settings > "
-            "Personal Access Token), or leave --label-studio out to use the embedded server."
+            f"Settings > Personal Access Token), or {use}."
         )
     client = Client(url, token)
     client.check()

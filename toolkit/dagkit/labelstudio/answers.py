@@ -10,10 +10,13 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from dagkit.errors import LabelStudioError
-from dagkit.labelstudio import codec
+from dagkit.labelstudio import shapes
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
+from dagkit.labelstudio.replies import Annotation, Region, Snapshot
+from dagkit.manifests import explain, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +29,8 @@ State = Literal["accepted", "changed", "empty", "skipped", "cannot_tell"]
 Consensus = Literal["majority", "union", "intersection"]
 CONSENSUS_RULES: Final[tuple[Consensus, ...]] = ("majority", "union", "intersection")
 Masks = dict[str, "NDArray[np.bool_]"]
+_NO_REGIONS: Final = ("choices", "taxonomy", "textarea", "rating", "number", "datetime", "relation")
+"""Types of results that mark no place: verdicts and notes."""
 _VOTES: Final = ("accepted", "changed", "empty")
 
 
@@ -68,20 +73,20 @@ def read_answers(
     """Reads the answers of one exported task: of each annotator the last one, in the order of their pseudonyms.
 
     Args:
-        task: as the JSON export writes it.
+        task: as the JSON export writes it; ``id``, ``data`` and ``annotations`` are there.
         labels: of the concept.
         size: width and height of the image, pixels.
         pseudonym: user id of the server -> pseudonym.
         premask: what was proposed, for answers that do not tell from which prediction they came.
 
     Raises:
-        LabelStudioError: an unknown label, a region without one, damaged data, or a mask of another size.
+        LabelStudioError: an unknown label, a region without one, of a kind that is not converted, drawn on a turned
+            image, damaged data, or a mask of another size. Such an answer is never taken for an empty one.
     """
-    where = f"task {task['id']} ({task['data'].get('key', 'no key')})"
-    last: dict[int, Mapping[str, Any]] = {}
-    for annotation in sorted(task["annotations"], key=lambda annotation: int(annotation["id"])):
-        user = annotation["completed_by"]
-        last[int(user["id"] if isinstance(user, dict) else user)] = annotation
+    where = f"task {task['id']} ({quoted(task['data'].get('key', 'no key'))[1:-1]})"
+    last: dict[int, Annotation] = {}
+    for annotation in sorted((_checked(one, where) for one in task["annotations"]), key=lambda one: one.id):
+        last[annotation.user_id] = annotation
     answers = [
         _read_answer(annotation, labels, size, pseudonym(user), premask, where)
         for user, annotation in sorted(last.items())
@@ -89,46 +94,88 @@ def read_answers(
     return sorted(answers, key=lambda answer: answer.annotator)
 
 
-def decode_masks(regions: Sequence[Mapping[str, Any]], labels: Labels, size: tuple[int, int], where: str) -> Masks:
-    """Decodes the brush regions of a result; regions of one label are united, and labels that mark no pixel left out.
+def decode_masks(regions: Sequence[Region], labels: Labels, size: tuple[int, int], where: str) -> Masks:
+    """Turns the regions of a result into masks; regions of one label are united, those that mark no pixel left out.
+
+    Rectangles, polygons, ellipses and bitmasks become masks as brushes do (`dagkit.labelstudio.shapes`).
 
     Args:
         regions: of an annotation or prediction.
         labels: of the concept.
         size: width and height of the image, pixels.
         where: how to name it in an error.
+
+    Raises:
+        LabelStudioError: a region that cannot be converted, in exact terms, to a mask of one of the labels.
     """
-    width, height = size
     known = [*labels.positive, *labels.negative]
     masks: Masks = {}
     for region in regions:
-        if region["type"] != "brushlabels":
+        if region.type in _NO_REGIONS or _is_label_of_another(region, regions):
             continue
-        names = region["value"].get("brushlabels") or []
-        if len(names) != 1:
+        kind = shapes.kind_of(region.type)
+        if kind is None:
             raise LabelStudioError(
-                f"{where}: a brush region has no label. Open the task, give it one and submit again."
+                f"{where}: it has a region of the type {quoted(region.type)}, which says nothing exact about pixels. "
+                f"Mark what it means with {', '.join(shapes.CONVERTED)}, delete the region and submit again."
             )
-        name = names[0]
-        if name not in known:
-            raise LabelStudioError(
-                f"{where}: {name!r} is not a label of this concept ({', '.join(known)}). Relabel the region, or add "
-                "the label to "
-                "the concept file."
-            )
-        drawn = (region["original_width"], region["original_height"])
-        if drawn != size:
-            raise LabelStudioError(
-                f"{where}: the mask {name!r} is {drawn[0]}x{drawn[1]} pixels, but its image {width}x{height}. Was the "
-                "image "
-                "replaced? Delete the region, draw it again and submit."
-            )
+        name = _label(region, kind, regions, known, where)
+        _check_size(region, name, size, where)
         try:
-            mask = codec.binarise(codec.decode(region["value"].get("rle", []), width, height))
+            mask = shapes.region_mask(kind, region.value or {}, *size)
         except LabelStudioError as error:
             raise LabelStudioError(f"{where}, label {name!r}: {error}") from error
         masks[name] = masks[name] | mask if name in masks else mask
     return {name: masks[name] for name in known if name in masks and masks[name].any()}
+
+
+def _is_label_of_another(region: Region, regions: Sequence[Region]) -> bool:
+    """Whether a result is merely the label of a region that has a result of its own, with the same id."""
+    return region.type == "labels" and any(one.id == region.id and shapes.kind_of(one.type) for one in regions)
+
+
+def _label(region: Region, kind: str, regions: Sequence[Region], known: Sequence[str], where: str) -> str:
+    """The one label of a region: its own, or that of the separate result that bears its id."""
+    values = [region.value or {}]
+    if region.id is not None:
+        values += [one.value or {} for one in regions if one.type == "labels" and one.id == region.id]
+    keys = (f"{kind}labels", "labels")
+    names: Any = next((value[key] for value in values for key in keys if value.get(key)), [])
+    if not isinstance(names, list) or len(names) != 1:
+        what = f"{len(names)} labels, but expected one" if isinstance(names, list) and names else "no label"
+        raise LabelStudioError(f"{where}: a {kind} region has {what}. Open the task, give it one and submit again.")
+    if names[0] not in known:
+        raise LabelStudioError(
+            f"{where}: {quoted(names[0])} is not a label of this concept ({', '.join(known)}). Relabel the region, or "
+            "add the label to the concept file."
+        )
+    return str(names[0])
+
+
+def _check_size(region: Region, name: str, size: tuple[int, int], where: str) -> None:
+    width, height = region.original_width, region.original_height
+    if width != size[0] or height != size[1]:
+        shown = "of no known size" if width is None or height is None else f"{width:g}x{height:g} pixels"
+        raise LabelStudioError(
+            f"{where}: the mask {name!r} is {shown}, but its image {size[0]}x{size[1]}. Was the image replaced? Delete "
+            "the region, draw it again and submit."
+        )
+    if (region.image_rotation or 0) % 360:
+        raise LabelStudioError(
+            f"{where}: the mask {name!r} was drawn on the image turned by {region.image_rotation:g} degrees "
+            "(image_rotation), so nobody can tell where it lies. Turn the image back, draw it again and submit."
+        )
+
+
+def _checked(annotation: Mapping[str, Any], where: str) -> Annotation:
+    try:
+        return Annotation.model_validate(annotation)
+    except ValidationError as error:
+        number = quoted(annotation.get("id"))
+        raise LabelStudioError(
+            f"{where}: annotation {number} is not as Label Studio writes one: {explain(error)}. Open the task and "
+            "submit it again, or delete the annotation."
+        ) from error
 
 
 def whole_mask(masks: Mapping[str, NDArray[np.bool_]], labels: Labels, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -228,31 +275,37 @@ def decide(
 
 
 def _read_answer(
-    annotation: Mapping[str, Any],
+    annotation: Annotation,
     labels: Labels,
     size: tuple[int, int],
     annotator: str,
     premask: Masks | None,
     where: str,
 ) -> Answer:
-    result = annotation["result"] or []
+    result = annotation.result or []
     facts: dict[str, Any] = {
-        "seconds": annotation.get("lead_time"),
-        "created": annotation["created_at"],
-        "updated": annotation["updated_at"],
+        "seconds": annotation.lead_time,
+        "created": annotation.created_at,
+        "updated": annotation.updated_at,
     }
-    verdicts = {choice for region in result if region["type"] == "choices" for choice in region["value"]["choices"]}
-    if annotation["was_cancelled"]:
+    choices = _choices(result, where)
+    if annotation.was_cancelled:
         return Answer(annotator, "skipped", **facts)
-    if CANNOT_TELL in verdicts:
+    if CANNOT_TELL in choices:
         return Answer(annotator, "cannot_tell", **facts)
-    origin = (annotation.get("prediction") or {}).get("result")
+    origin = annotation.prediction.result if isinstance(annotation.prediction, Snapshot) else None
     if origin is not None:
         premask = decode_masks(origin, labels, size, f"{where}, pre-mask")
-    masks = decode_masks(result, labels, size, where) if NOTHING_UNSAFE not in verdicts else {}
+    masks = decode_masks(result, labels, size, where) if NOTHING_UNSAFE not in choices else {}
     whole = whole_mask(masks, labels, size)
     to_premask = iou(whole, whole_mask(premask, labels, size)) if premask is not None else None
     if not whole.any():
+        other = sorted(choices - {NOTHING_UNSAFE})
+        if other and not masks and NOTHING_UNSAFE not in choices:
+            raise LabelStudioError(
+                f"{where}: it marks nothing, but says {quoted(other[0])}, which is no verdict that dagkit knows. "
+                f"Choose {NOTHING_UNSAFE!r} or {CANNOT_TELL!r}, or mark what is there, and submit again."
+            )
         return Answer(annotator, "empty", iou_to_premask=to_premask, **facts)
     is_accepted = (
         premask is not None
@@ -260,3 +313,15 @@ def _read_answer(
         and all(np.array_equal(masks[name], premask[name]) for name in masks)
     )
     return Answer(annotator, "accepted" if is_accepted else "changed", masks, to_premask, **facts)
+
+
+def _choices(result: Sequence[Region], where: str) -> set[str]:
+    """What was chosen, verdicts and others."""
+    found: set[str] = set()
+    for region in result:
+        if region.type in ("choices", "taxonomy"):
+            chosen = (region.value or {}).get(region.type)
+            if not isinstance(chosen, list):
+                raise LabelStudioError(f"{where}: a choice is damaged: expected a list, but got {quoted(chosen)}.")
+            found |= {one if isinstance(one, str) else quoted(one) for one in chosen}
+    return found

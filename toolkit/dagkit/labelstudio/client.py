@@ -11,12 +11,18 @@ import base64
 import json
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
 from dagkit.errors import LabelStudioError
+from dagkit.labelstudio import replies
+from dagkit.manifests import explain, parse_json, quoted
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Item = TypeVar("Item", bound=replies.WithId)
 
 MAX_FILES_PER_UPLOAD: Final = 50  # the server refuses more than 100
 _FAILING_PATIENCE_S: Final = 10.0
@@ -78,10 +84,12 @@ class Client:
             LabelStudioError: it is down, another web site, or does not know the token.
         """
         answer = self._send("GET", "/api/version", auth=None)
-        if not isinstance(answer, dict) or "label-studio-os-package" not in answer:
-            raise _not_label_studio(self.url)
+        try:
+            versions = replies.Versions.model_validate(answer)
+        except ValidationError:
+            raise _not_label_studio(self.url) from None
         self._send("GET", "/api/current-user/whoami")
-        return str(answer["label-studio-os-package"].get("version", "unknown"))
+        return versions.package.version or "unknown"
 
     def wait(self) -> None:
         """Waits until the server answers again.
@@ -114,11 +122,25 @@ class Client:
                 time.sleep(pause)
         raise AssertionError("backoff() has no end")
 
+    def ask(self, schema: type[Schema], method: str, path: str, **options: Any) -> Schema:
+        """As `request`, with an answer that is as its schema says.
+
+        Raises:
+            ServerUnavailableError, LabelStudioError: as for `request`.
+            LabelStudioError: the answer is something else.
+        """
+        answer = self.request(method, path, **options)
+        try:
+            return schema.model_validate(answer)
+        except ValidationError as error:
+            raise self._odd(method, path, explain(error)) from error
+
     def find_projects(self, title: str) -> list[int]:
         """Ids of the projects with exactly this title, oldest first."""
         found: list[int] = []
-        for page in self._pages("/api/projects", {"title": title, "include": "id,title"}, "results"):
-            found += [project["id"] for project in page if project["title"] == title]
+        query = {"title": title, "include": "id,title"}
+        for page in self._pages(replies.Projects, "/api/projects", query, lambda page: (page.results, page.count)):
+            found += [project.id for project in page if project.title == title]
         return sorted(found)
 
     def create_project(self, title: str, label_config: str, description: str, num_annotators: int) -> int:
@@ -139,7 +161,7 @@ class Client:
             "enable_empty_annotation": True,
             "color": "#d81b60",
         }
-        project_id = int(self.request("POST", "/api/projects", json=settings)["id"])
+        project_id = self.ask(replies.WithId, "POST", "/api/projects", json=settings).id
         hidden = [f"tasks:{column}" for column in _HIDDEN_COLUMNS]
         view = {
             "title": "Default",
@@ -151,9 +173,8 @@ class Client:
         return project_id
 
     def project(self, project_id: int) -> dict[str, Any]:
-        """Settings of one project."""
-        answer: dict[str, Any] = self.request("GET", f"/api/projects/{project_id}")
-        return answer
+        """``label_config`` and ``maximum_annotations`` of one project."""
+        return self.ask(replies.Project, "GET", f"/api/projects/{project_id}").model_dump()
 
     def update_project(self, project_id: int, **settings: Any) -> None:
         """Changes settings of one project."""
@@ -163,10 +184,10 @@ class Client:
         """Keys of a project's tasks -> their ids, oldest first; tasks without a key of ours are left out."""
         found: dict[str, list[int]] = {}
         query = {"project": project_id, "fields": "task_only", "include": "id,data"}
-        for page in self._pages("/api/tasks", query, "tasks"):
+        for page in self._pages(replies.Tasks, "/api/tasks", query, lambda page: (page.tasks, page.total)):
             for task in page:
-                if "key" in task["data"]:
-                    found.setdefault(str(task["data"]["key"]), []).append(task["id"])
+                if "key" in task.data:
+                    found.setdefault(str(task.data["key"]), []).append(task.id)
         return {key: sorted(ids) for key, ids in found.items()}
 
     def changed_tasks(self, project_id: int, since: str | None) -> list[tuple[int, str]]:
@@ -185,24 +206,27 @@ class Client:
                 "value": since,
             }
             query["query"] = json.dumps({"filters": {"conjunction": "and", "items": [item]}})
-        pages = self._pages("/api/tasks", query, "tasks")
-        return sorted((task["id"], task["updated_at"]) for page in pages for task in page)
+        pages = self._pages(replies.ChangedTasks, "/api/tasks", query, lambda page: (page.tasks, page.total))
+        return sorted((task.id, task.updated_at) for page in pages for task in page)
 
     def export(self, project_id: int, task_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """Annotated tasks among the given ones, as the JSON export writes them."""
+        """Annotated tasks among the given ones: ``id``, ``data``, ``annotations``, as the JSON export writes them."""
         for start in range(0, len(task_ids), _EXPORT_SIZE):
             query = {
                 "exportType": "JSON",
                 "download_all_tasks": "false",
                 "ids[]": list(task_ids[start : start + _EXPORT_SIZE]),
             }
-            tasks = self.request("GET", f"/api/projects/{project_id}/export", params=query)
-            yield from sorted(tasks, key=lambda task: int(task["id"]))
+            path = f"/api/projects/{project_id}/export"
+            tasks = self.ask(replies.Export, "GET", path, params=query).root
+            if len({task.id for task in tasks}) < len(tasks):
+                raise self._odd("GET", path, "a task is there twice")
+            for task in sorted(tasks, key=lambda task: task.id):
+                yield {"id": task.id, "data": task.data, "annotations": task.annotations}
 
     def uploads(self, project_id: int) -> dict[str, str]:
         """Names under which files were uploaded to a project -> their paths on the server."""
-        rows = self.request("GET", f"/api/projects/{project_id}/file-uploads", params={"all": "true"})
-        return {_uploaded_name(row["file"]): "/data/" + row["file"] for row in rows}
+        return self._uploads(project_id, {"all": "true"})
 
     def upload(self, project_id: int, files: Mapping[str, bytes]) -> dict[str, str]:
         """Uploads files, without making tasks of them, and returns their names -> paths on the server."""
@@ -214,9 +238,8 @@ class Client:
                 for index, name in enumerate(names[start : start + MAX_FILES_PER_UPLOAD])
             ]
             path = f"/api/projects/{project_id}/import"
-            ids = self.request("POST", path, params={"commit_to_project": "false"}, files=part)["file_upload_ids"]
-            rows = self.request("GET", f"/api/projects/{project_id}/file-uploads", params={"ids": json.dumps(ids)})
-            found |= {_uploaded_name(row["file"]): "/data/" + row["file"] for row in rows}
+            ids = self.ask(replies.UploadIds, "POST", path, params={"commit_to_project": "false"}, files=part)
+            found |= self._uploads(project_id, {"ids": json.dumps(ids.file_upload_ids)})
         return found
 
     def import_tasks(self, project_id: int, tasks: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -226,9 +249,8 @@ class Client:
             ServerUnavailableError: the answer did not come; the tasks may be there or not: look before trying again.
         """
         path, query = f"/api/projects/{project_id}/import", {"return_task_ids": "true"}
-        answer = self.request("POST", path, params=query, json=list(tasks))
-        ids = answer.get("task_ids")
-        if not isinstance(ids, list) or len(ids) != len(tasks):
+        ids = self.ask(replies.TaskIds, "POST", path, params=query, json=list(tasks)).task_ids
+        if ids is None or len(ids) != len(tasks):
             raise ServerUnavailableError(
                 f"Label Studio at {self.url} imports in the background; look for the tasks later."
             )
@@ -240,18 +262,43 @@ class Client:
 
     def num_annotations(self, task_id: int) -> int:
         """How many annotations, skips and drafts a task has."""
-        task = self.request("GET", f"/api/tasks/{task_id}")
-        return len(task["annotations"]) + len(task["drafts"])
+        task = self.ask(replies.TaskWork, "GET", f"/api/tasks/{task_id}")
+        return len(task.annotations) + len(task.drafts)
 
-    def _pages(self, path: str, query: dict[str, Any], name: str) -> Iterator[list[dict[str, Any]]]:
-        seen, page = 0, 1
+    def storages(self, kind: str, project_id: int) -> list[replies.StorageRow]:
+        """Storages of one kind (``localfiles``, ``s3``) that a project has."""
+        return self.ask(replies.Storages, "GET", f"/api/storages/{kind}", params={"project": project_id}).root
+
+    def _uploads(self, project_id: int, query: dict[str, str]) -> dict[str, str]:
+        rows = self.ask(replies.Uploads, "GET", f"/api/projects/{project_id}/file-uploads", params=query).root
+        return {_uploaded_name(row.file): "/data/" + row.file for row in rows}
+
+    def _pages(
+        self,
+        schema: type[Schema],
+        path: str,
+        query: dict[str, Any],
+        content: Callable[[Schema], tuple[list[Item], int]],
+    ) -> Iterator[list[Item]]:
+        """Pages of a list; ``content`` takes a page apart into its items and the number of all."""
+        seen: set[int] = set()
+        page = 1
         while True:
-            answer = self.request("GET", path, params={**query, "page": page, "page_size": _PAGE_SIZE})
-            items, total = answer[name], answer.get("total", answer.get("count", 0))
+            answer = self.ask(schema, "GET", path, params={**query, "page": page, "page_size": _PAGE_SIZE})
+            items, total = content(answer)
+            new = {item.id for item in items} - seen
+            if items and not new:
+                raise self._odd("GET", path, f"page {page} is one that was there before")
             yield items
-            seen, page = seen + len(items), page + 1
-            if not items or seen >= total:  # the page after the last one answers 404
+            seen, page = seen | new, page + 1
+            if not items or len(seen) >= total:  # the page after the last one answers 404
                 return
+
+    def _odd(self, method: str, path: str, problem: str) -> LabelStudioError:
+        return LabelStudioError(
+            f"Label Studio at {self.url} answered {method} {path} with something else than expected: {problem}. Is it "
+            "a Label Studio server, and of a version like the one that `dagkit label-studio status` shows?"
+        )
 
     def _send(self, method: str, path: str, **options: Any) -> Any:
         try:
@@ -262,9 +309,10 @@ class Client:
                 "if it stays "
                 "slow, send smaller batches."
             ) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
+            reason = quoted(" ".join(str(error).split()) or type(error).__name__)[1:-1]
             raise ServerUnavailableError(
-                f"Label Studio at {self.url} cannot be reached ({error or type(error).__name__}). Start it "
+                f"Label Studio at {self.url} cannot be reached ({reason}). Start it "
                 "(`dagkit label-studio up`) or mend the address, then run the same command again."
             ) from error
         return self._parsed(method, path, response)
@@ -287,12 +335,13 @@ class Client:
             raise LabelStudioError(f"{where} finds the request too large. Use a smaller --batch-size.")
         if response.is_redirect:
             raise LabelStudioError(
-                f"{where} redirects to {response.headers.get('location', 'nowhere')}. Use that server's address."
+                f"{where} redirects to {quoted(response.headers.get('location', 'nowhere'))[1:-1]}. Use that server's "
+                "address."
             )
         if status == 204 or (response.is_success and not response.content):
             return None
         try:
-            answer = response.json()
+            answer = parse_json(response.content)
         except ValueError:
             raise _not_label_studio(self.url) from None
         if response.is_success:
@@ -307,15 +356,16 @@ def checked_url(url: str) -> str:
         LabelStudioError: it has no scheme or host, or holds a password.
     """
     example = "Write e.g. http://localhost:8080"
+    shown = quoted(re.sub(r"//[^/]*@", "//...@", url))
     try:
         parsed = httpx.URL(url.strip())
     except httpx.InvalidURL as error:
-        raise LabelStudioError(f"{url!r} is not the address of a server: {error}. {example}.") from error
+        raise LabelStudioError(f"{shown} is not the address of a server: {error}. {example}.") from error
     if parsed.userinfo:
         raise LabelStudioError(f"Leave user and password out of the address. {example}, and set LABEL_STUDIO_API_KEY.")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise LabelStudioError(
-            f"{url!r} is not the address of a server: expected http:// or https:// and a host. {example}."
+            f"{shown} is not the address of a server: expected http:// or https:// and a host. {example}."
         )
     return str(parsed).split("?")[0].split("#")[0].rstrip("/")
 
@@ -373,12 +423,13 @@ class _Authorization(httpx.Auth):
                 f"Label Studio at {self._url} cannot answer now (HTTP {answer.status_code} to a login)."
             )
         try:
-            answer_body = answer.json()
+            answer_body = parse_json(answer.content)
         except ValueError:
             raise _not_label_studio(self._url) from None
-        if "access" not in answer_body:
-            raise LabelStudioError(f"Label Studio at {self._url} does not take the token. {_ADVICE}")
-        self._header = f"Bearer {answer_body['access']}"
+        try:
+            self._header = f"Bearer {replies.AccessToken.model_validate(answer_body).access}"
+        except ValidationError:  # says nothing of what it holds
+            raise LabelStudioError(f"Label Studio at {self._url} does not take the token. {_ADVICE}") from None
 
 
 def _claims(token: str) -> dict[str, Any]:
@@ -400,7 +451,7 @@ def _not_label_studio(url: str) -> LabelStudioError:
 
 def _json(response: httpx.Response) -> Any:
     try:
-        return response.json()
+        return parse_json(response.content)
     except ValueError:
         return {}
 

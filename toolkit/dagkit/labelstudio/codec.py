@@ -95,9 +95,11 @@ def decode(rle: Sequence[int], width: int, height: int) -> NDArray[np.uint8]:
         LabelStudioError: the data are not bytes, end early, run past the raster, or are of an image of another size.
     """
     try:
+        if isinstance(rle, int):  # so many zeros, to Python
+            raise TypeError("it is a number")
         data = np.frombuffer(bytes(rle), np.uint8)
     except (ValueError, TypeError) as error:
-        raise LabelStudioError(f"Brush data must be a list of ints in [0, 255]: {error}.") from error
+        raise LabelStudioError(f"Brush data must be a list of ints in [0, 255]: {str(error)[:200]}.") from error
     if data.size < 7:
         raise LabelStudioError(f"Brush data are truncated: {data.size} bytes, but the header alone takes 7.")
     header = int.from_bytes(data[:7].tobytes(), "big") >> 3

@@ -29,13 +29,15 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import httpx
+from pydantic import Field, TypeAdapter
 
-from dagkit.errors import LabelStudioError
-from dagkit.resources import user_cache_folder
-from dagkit.workspace import atomic_write, lock
+from dagkit.errors import LabelStudioError, WorkspaceError
+from dagkit.manifests import parse_json
+from dagkit.resources import expanded, user_cache_folder
+from dagkit.workspace import atomic_write, lock, open_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +46,7 @@ VERSION: Final = "1.23.2"
 """The release of Label Studio that dagkit installs and is tested with."""
 
 DEFAULT_PORT: Final = 8080
+_PROC: Final = Path("/proc")
 _USERNAME: Final = "dagkit@localhost"
 _START_TIMEOUT_S: Final = 300.0  # a slow disk migrates for more than a minute
 _STOP_TIMEOUT_S: Final = 10.0
@@ -54,10 +57,19 @@ _PORT_TIMEOUT_S: Final = 3.0
 class Login:
     """Where the embedded server is and how to get in. The secrets are left out of its ``repr``."""
 
-    url: str
+    url: Annotated[str, Field(pattern=r"^http://127\.0\.0\.1:[1-9]\d{0,4}$")]
     username: str
     password: str = field(repr=False)
     token: str = field(default="", repr=False)
+
+    @property
+    def port(self) -> int:
+        """TCP port on 127.0.0.1."""
+        return int(self.url.rpartition(":")[2])
+
+    def is_at(self, url: str) -> bool:
+        """Whether an address is this server's, by whichever name of this machine."""
+        return url.replace("://localhost:", "://127.0.0.1:").rstrip("/") == self.url
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,8 @@ def cache_folder() -> Path:
 
 def data_folder() -> Path:
     """``$XDG_DATA_HOME/dagkit/label-studio``, by default under ``~/.local/share``."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "dagkit" / "label-studio"
+    given = os.environ.get("XDG_DATA_HOME")
+    return (Path(given) if given else expanded("~/.local/share", "the user's data")) / "dagkit" / "label-studio"
 
 
 class EmbeddedServer:
@@ -116,34 +129,36 @@ class EmbeddedServer:
         """Process id of the running server, or None. Another process that inherited the number is not taken for it."""
         try:
             pid = int(self._pid_file.read_text())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
-        if self._process is not None:
-            self._process.poll()  # else it stays a zombie, and looks alive
-        shown = subprocess.run(
-            ["ps", "-ww", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False
-        )
-        return pid if str(self.folder / "data") in shown.stdout else None
+        if self._process is not None and self._process.poll() is None and self._process.pid == pid:
+            return pid  # polled, else it would stay a zombie and look alive
+        return pid if pid > 0 and str(self.folder / "data") in _command_line(pid) else None
 
     def login(self) -> Login | None:
         """The saved login, or None before the first start."""
         try:
-            return Login(**json.loads(self.login_file.read_text()))
+            return _LOGIN.validate_python(_read_json(self.login_file))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, OSError) as error:  # says nothing of what it holds: that is secret
             raise LabelStudioError(
                 f"{self.login_file}: expected url, username, password and token as JSON, but it is damaged. Restore "
-                "it from a "
-                "backup, or delete it and run `dagkit label-studio up`: a second account is then made."
-            ) from error
+                "it from a backup, or delete it and run `dagkit label-studio up`: a second account is then made."
+            ) from (error if isinstance(error, OSError) else None)
 
     def sharing(self) -> Sharing:
         """What the server was allowed to serve at its last start."""
+        path = self.folder / "settings.json"
         try:
-            return Sharing(**json.loads((self.folder / "settings.json").read_text()))
+            return _SHARING.validate_python(_read_json(path))
         except FileNotFoundError:
             return Sharing()
+        except (ValueError, OSError) as error:
+            raise LabelStudioError(
+                f"{path}: expected files and is_with_aws as JSON, but it is damaged. Delete it, and say again what the "
+                "server may serve: dagkit label-studio up --serve-files FOLDER"
+            ) from error
 
     def is_healthy(self) -> bool:
         """Whether the process lives and answers."""
@@ -209,12 +224,13 @@ class EmbeddedServer:
             sharing: what it may serve; default: as at the last start. A running server must be stopped to change it.
 
         Raises:
-            LabelStudioError: the port is taken, or the server does not come up; the message names the log.
+            LabelStudioError: it runs with other settings or on another port, the port is taken, or the server does not
+                come up; the message names the log.
         """
         login, before = self.login(), self.sharing()
         sharing = sharing or before
         if login is not None and login.token and self.is_healthy():
-            if sharing != before:
+            if sharing != before or port not in (None, login.port):
                 raise LabelStudioError(
                     f"Label Studio runs at {login.url} with other settings. Stop it (`dagkit label-studio down`), "
                     "then start it again."
@@ -228,7 +244,7 @@ class EmbeddedServer:
                 login = Login(f"http://127.0.0.1:{port or DEFAULT_PORT}", _USERNAME, secrets.token_urlsafe(18))
             url = f"http://127.0.0.1:{port}" if port else login.url
             login = Login(url, login.username, login.password, login.token)
-            _require_free(int(url.rpartition(":")[2]))
+            _require_free(login.port)
             data = self.folder / "data"
             if not data.exists():
                 partial = self.folder / "data.partial"
@@ -278,7 +294,7 @@ class EmbeddedServer:
         if sharing.is_with_aws:
             extra |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         command = [str(self.python), "-m", "label_studio.server", "start", "--no-browser", "--data-dir", str(data)]
-        command += ["--internal-host", "127.0.0.1", "--port", login.url.rpartition(":")[2]]
+        command += ["--internal-host", "127.0.0.1", "--port", str(login.port)]
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
             process = subprocess.Popen(
                 command,
@@ -311,6 +327,41 @@ class EmbeddedServer:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.login_file)
+
+
+_LOGIN: Final = TypeAdapter(Login)
+_SHARING: Final = TypeAdapter(Sharing)
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file of ours.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged.
+    """
+    try:
+        with open_plain(path) as file:
+            return parse_json(file.read(1 << 20))
+    except WorkspaceError as error:
+        raise ValueError(str(error)) from error
+
+
+def _command_line(pid: int) -> str:
+    """How a process was started; empty where there is none, or nobody can tell.
+
+    Containers often have no ``ps``, and other systems than Linux no ``/proc``.
+    """
+    if (_PROC / "self" / "cmdline").exists():
+        try:
+            return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            return ""
+    command = ["ps", "-ww", "-p", str(pid), "-o", "command="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
+    except OSError:
+        return ""
 
 
 def _environment(data: Path) -> dict[str, str]:
@@ -348,7 +399,7 @@ def _require_free(port: int) -> None:
                 if error.errno != errno.EADDRINUSE or time.monotonic() > end:
                     raise LabelStudioError(
                         f"Port {port} on 127.0.0.1 cannot be used ({(error.strerror or str(error)).lower()}). Choose "
-                        f"another one: dagkit label-studio up --port {port + 1}"
+                        f"another one: dagkit label-studio up --port {port + 1 if port < 65535 else DEFAULT_PORT}"
                     ) from error
         time.sleep(0.05)
 
@@ -375,8 +426,8 @@ def _new_token(login: Login) -> str:
                 "/api/token/", headers={"X-CSRFToken": browser.cookies["csrftoken"], "Referer": login.url}
             )
             answer.raise_for_status()
-            return str(answer.json()["token"])
-    except (httpx.HTTPError, KeyError, ValueError) as error:
+            return str(parse_json(answer.content)["token"])
+    except (httpx.HTTPError, KeyError, ValueError, TypeError) as error:
         raise LabelStudioError(f"Label Studio at {login.url} made no access token ({type(error).__name__}).") from error
 
 

@@ -164,8 +164,8 @@ def parse_storage(text: str, endpoint: str | None = None) -> Storage:
 
 
 def _make_row(client: Client, kind: str, project_id: int, row: dict[str, Any], name: str, advice: str) -> None:
-    rows = client.request("GET", f"/api/storages/{kind}", params={"project": project_id})
-    if any(other.get(name) == row[name] and other.get("prefix") == row.get("prefix") for other in rows):
+    rows = client.storages(kind, project_id)
+    if any(getattr(other, name) == row[name] and other.prefix == row.get("prefix") for other in rows):
         return
     try:
         client.request("POST", f"/api/storages/{kind}", json={"project": project_id, **row})

@@ -34,6 +34,7 @@ from dagkit.optimization.data import (
 from dagkit.optimization.fit import History, Parameters, Progress, fit, in_float32, initial_parameters
 from dagkit.optimization.losses import background_leakage, negative_attention, objective, pixel_cross_entropy
 from dagkit.optimization.recipe import PAPERS_CONSTANTS, PAPERS_GUIDANCE, RECIPES, Recipe
+from dagkit.provenance import public_name
 from dagkit.token import BaseModelInfo, DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, now, software
 
 __all__ = [
@@ -130,7 +131,6 @@ class OptimizationResult:
             created: ISO time; now where not given.
         """
         layers = base.family.cross_attention(base.pipe, self.layers)
-        folder = Path(base.source)
         is_paper = self.recipe.name == "paper"
         guidance = guidance or (PAPERS_GUIDANCE if is_paper else Guidance())
         thresholds, metrics = self.thresholds, self.metrics
@@ -141,7 +141,7 @@ class OptimizationResult:
             concept=concept,
             version=version,
             base_model=BaseModelInfo(
-                id=model_id or (folder.resolve().name if folder.is_dir() else base.source),
+                id=public_name(model_id or base.source),
                 architecture=base.family.name,
                 fingerprint=base.fingerprint,
                 **base.family.fingerprints(base.pipe, layers),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dagkit.registry.cache import cache_folder
 from dagkit.registry.index import FIGURES_FILE, SIGNATURE_FILE, Entry, Index
 from dagkit.registry.locations import Location, open_location
+from dagkit.registry.locations.keyed import damaged_files, refuse_strangers
 from dagkit.registry.proposal import concept_definition, propose_version
 from dagkit.registry.publishing import (
     Parcel,
@@ -36,6 +37,7 @@ __all__ = [
     "check",
     "concept_definition",
     "concepts_in",
+    "damaged_files",
     "is_version",
     "load_resolved",
     "load_token",
@@ -49,6 +51,7 @@ __all__ = [
     "publish",
     "published",
     "published_figures",
+    "refuse_strangers",
     "replaced",
     "require_new",
     "resolve",

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dagkit.errors import PublishError, TokenError
+from dagkit.errors import PublishError, TokenError, WorkspaceError
 from dagkit.registry.index import EXAMPLES, INDEX_FILE, MAX_EXAMPLES, Entry, digest
 from dagkit.registry.locations import Location, open_location
 from dagkit.registry.reference import Reference, choose, refuse_missing
-from dagkit.resources import user_cache_folder
+from dagkit.resources import expanded, user_cache_folder
 from dagkit.token.record import Name
-from dagkit.workspace import atomic_write, sha256_bytes
+from dagkit.workspace import atomic_write, open_plain, sha256_bytes
 
 _MAX_PIN_BYTES = (MAX_EXAMPLES + 16) * 512
 
@@ -39,7 +39,7 @@ class Pin(BaseModel):
 def cache_folder() -> Path:
     """Where fetched tokens are kept: ``DAGKIT_CACHE``, or ``dagkit`` in the user's cache."""
     given = os.environ.get("DAGKIT_CACHE")
-    return Path(given).expanduser() if given else user_cache_folder()
+    return expanded(given, "DAGKIT_CACHE") if given else user_cache_folder()
 
 
 def fetch(reference: Reference) -> tuple[Path, Pin]:
@@ -111,9 +111,9 @@ def _folder(entry: Entry) -> Path:
 def _is_whole(folder: Path, entry: Entry) -> bool:
     for name in _needed(entry):
         try:
-            with (folder / name).open("rb") as file:
+            with open_plain(folder / name) as file:
                 data = file.read(entry.files[name].size + 1)
-        except OSError:
+        except (OSError, WorkspaceError):
             return False
         if sha256_bytes(data) != entry.files[name].sha256:
             return False
@@ -150,8 +150,8 @@ def _pin_path(url: str, version: str) -> Path:
 
 def _read_pin(url: str, version: str) -> Pin | None:
     try:
-        with _pin_path(url, version).open("rb") as file:
+        with open_plain(_pin_path(url, version)) as file:
             pin = Pin.model_validate_json(file.read(_MAX_PIN_BYTES))
-    except (FileNotFoundError, ValidationError):
+    except (OSError, WorkspaceError, ValidationError):
         return None
     return pin if (pin.url, pin.entry.version) == (url, version) else None

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from dagkit.errors import PublishError
+from dagkit.manifests import explain, parse_json, quoted
 from dagkit.registry.reference import version_key
 from dagkit.token import MAX_BYTES
 from dagkit.token.record import Name, Version
@@ -25,6 +26,7 @@ PAGE_FILE: Final = "INDEX.md"
 SIGNATURE_FILE: Final = "model.sig"
 FIGURES_FILE: Final = "figures.json"
 EXAMPLES: Final = "examples/"
+PAGE_MARK: Final = "Written by `dagkit publish`; a version never changes once it is listed here."
 INDEX_SCHEMA: Final = 1
 MAX_INDEX_BYTES: Final = 4 << 20
 MAX_FILE_BYTES: Final = 16 << 20
@@ -104,8 +106,9 @@ class Index(_Strict):
         return next((entry for entry in self.versions if entry.version == version), None)
 
     def with_entry(self, entry: Entry) -> Index:
-        """A new index that also has ``entry``."""
-        entries = sorted([*self.versions, entry], key=lambda one: version_key(one.version))
+        """A new index that has ``entry``, in place of one of its version."""
+        others = (one for one in self.versions if one.version != entry.version)
+        entries = sorted([*others, entry], key=lambda one: version_key(one.version))
         return Index(concept=self.concept, versions=tuple(entries))
 
     def to_bytes(self) -> bytes:
@@ -126,22 +129,23 @@ def parse_index(data: bytes, where: str) -> Index:
         PublishError: it is damaged, changed by hand, or of a schema that this dagkit does not know.
     """
     try:
-        value: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PublishError(f"{where} is not JSON: {error}. It is damaged; publish again or restore it.") from error
+        value: Any = parse_json(data)
+    except ValueError as error:
+        raise PublishError(
+            f"{where} is not JSON: {quoted(str(error))[1:-1]}. It is damaged; publish again or restore it."
+        ) from error
     if not isinstance(value, dict):
         raise PublishError(f"{where}: expected a JSON object, but got {type(value).__name__}. Restore it.")
     schema = value.get("schema_version")
     if isinstance(schema, int) and schema > INDEX_SCHEMA:
         raise PublishError(
-            f"{where} has schema {schema}, but this dagkit knows {INDEX_SCHEMA} at most. Upgrade dagkit."
+            f"{where} has schema {quoted(schema)}, but this dagkit knows {INDEX_SCHEMA} at most. Upgrade dagkit."
         )
     checksum = value.pop("sha256", None)
     try:
         index = Index.model_validate(value)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5])
-        raise PublishError(f"{where} does not fit the schema: {problems}. Restore it.") from error
+        raise PublishError(f"{where} does not fit the schema: {explain(error)}. Restore it.") from error
     if checksum != sha256_json(index.model_dump(mode="json")) or index.to_bytes() != data:
         raise PublishError(f"{where} was changed by hand or damaged: its checksum does not fit. Restore it.")
     return index
@@ -152,16 +156,16 @@ def page(index: Index, url: str) -> str:
     lines = [
         f"# {index.concept}: {len(index.versions)} published version{'' if len(index.versions) == 1 else 's'}",
         "",
-        "Written by `dagkit publish`; a version never changes once it is listed here.",
+        PAGE_MARK,
         "",
         "| version | published | base model | signed | figures | content |",
         "|---|---|---|---|---|---|",
     ]
     for entry in reversed(index.versions):
-        figures = ", ".join(f"{_cell(name)} {value:.3g}" for name, value in entry.figures.items()) or "-"
+        figures = ", ".join(f"{plain(name)} {value:.3g}" for name, value in entry.figures.items()) or "-"
         signed = "yes" if SIGNATURE_FILE in entry.files else "no"
         lines.append(
-            f"| {entry.version} | {_cell(entry.published)} | {_cell(entry.base_model)} ({entry.architecture}) "
+            f"| {entry.version} | {plain(entry.published)} | {plain(entry.base_model)} ({entry.architecture}) "
             f"| {signed} | {figures} | `{entry.content[7:19]}` |"
         )
     newest = index.versions[-1].version if index.versions else "latest"
@@ -169,7 +173,8 @@ def page(index: Index, url: str) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def plain(text: str) -> str:
+    """A text of an index without what could break a page, or drive a terminal."""
     return re.sub(r"[^\w ./:@,+-]", "_", text)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagkit.errors import PublishError, TokenError
+from dagkit.manifests import quoted
+from dagkit.provenance import local_paths
 from dagkit.registry.cache import read_verified
 from dagkit.registry.index import (
     EXAMPLES,
@@ -22,9 +24,11 @@ from dagkit.registry.index import (
     describe,
 )
 from dagkit.registry.locations import Location
+from dagkit.registry.locations.keyed import has
 from dagkit.registry.reference import version_key
 from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file
-from dagkit.token import GuidelineToken, now
+from dagkit.token import RECORD_FILE, GuidelineToken, now
+from dagkit.workspace import open_plain
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,15 @@ def pack(
 
     Raises:
         TokenError: the token is damaged.
-        PublishError: an example is no image, there are too many, or a file is too large.
+        PublishError: its record holds a local path, an example is no image, there are too many, or a file is too large.
     """
     token = GuidelineToken.load(folder)
+    if private := local_paths(token.record.model_dump(mode="json")):
+        raise PublishError(
+            f"{token.name} was not published: its {RECORD_FILE} names a place on somebody's machine "
+            f"({quoted(private[0])}), and its checksums forbid to change that. Make it anew: delete its folder, then "
+            "run dagkit optimize and dagkit evaluate, which keep only the name."
+        )
     files = artifact_files(folder)
     if (folder / SIGNATURE_FILE).is_file():
         files[SIGNATURE_FILE] = read_file(folder / SIGNATURE_FILE, MAX_SIGNATURE_BYTES)
@@ -89,10 +99,9 @@ def pack(
     return Parcel(token, files, figures or {})
 
 
-def published(parcel: Parcel, index: Index | None) -> bool:
-    """Whether a location has exactly this already, so that nothing needs doing."""
-    entry = index.entry(parcel.token.version) if index and index.concept == parcel.token.concept else None
-    return entry is not None and entry.content == parcel.entry().content
+def published(parcel: Parcel, index: Index | None) -> Entry | None:
+    """The entry of exactly this version with exactly this content; None where a location does not have it."""
+    return index.entry(parcel.token.version) if index and has(index, parcel.token.concept, parcel.entry()) else None
 
 
 def replaced(version: str, index: Index | None) -> Entry | None:
@@ -113,6 +122,8 @@ def published_figures(location: Location, entry: Entry) -> bytes | None:
 
 def publish(parcel: Parcel, location: Location) -> Entry:
     """Publishes a parcel: files first, the index last. Interrupted anywhere, it is there whole or not at all.
+
+    Where the same content is published already, what is missing or damaged of it is written again.
 
     Raises:
         PublishError: the version is published already with other content, the location belongs to another concept, or
@@ -155,14 +166,14 @@ def check(location: Location) -> tuple[Index, dict[str, str]]:
 
 
 def _image(path: Path) -> bytes:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with open_plain(path) as file, Image.open(file) as image:
             plain = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a decoder that is fed foreign bytes may raise anything
         raise PublishError(
-            f"{path}: expected an image, but it cannot be read ({error}). Name another example."
+            f"{path}: expected an image, but it cannot be read ({quoted(str(error))[1:-1]}). Name another example."
         ) from error
     plain.info = {}
     buffer = io.BytesIO()

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from dagkit.errors import TokenError
+from dagkit.manifests import quoted
 
 SCHEMES: Final = ("file", "hf", "s3")
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 LATEST: Final = "latest"
+_MAX_LENGTH: Final = 1024
 _NUMBER: Final = r"(0|[1-9]\d{0,5})"
 _VERSION: Final = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
 _CARET: Final = re.compile(rf"\^{_NUMBER}(?:\.{_NUMBER})?(?:\.{_NUMBER})?")
@@ -60,6 +62,8 @@ def parse(text: str) -> Reference:
     Raises:
         TokenError: it is none, or its version is neither a version, a range nor ``latest``.
     """
+    if len(text) > _MAX_LENGTH:
+        raise TokenError(f"{quoted(text)}, of {len(text):,} characters, does not name a token. {_EXPECTED}.")
     if not text.strip() or any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise TokenError(f"{text!r} does not name a token. {_EXPECTED}.")
     if "://" in text:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagkit.errors import TokenError
+from dagkit.manifests import quoted
 from dagkit.registry import roots as token_folders
 from dagkit.registry.cache import fetch
 from dagkit.registry.reference import is_version, parse
@@ -49,7 +50,7 @@ def resolve(
     """
     parsed = parse(str(reference)) if not isinstance(reference, Path) else None
     if parsed is None or parsed.folder is not None:
-        return ResolvedToken(str(reference), _folder(Path(reference).expanduser()))
+        return ResolvedToken(str(reference), _folder(reference))
     if parsed.name is not None:
         path = token_folders.find(parsed, token_folders.token_roots(workspace) if roots is None else roots)
         return ResolvedToken(parsed.text, path, concept=parsed.name, version=path.name)
@@ -87,13 +88,29 @@ def load_resolved(resolved: ResolvedToken, *, public_key: str | Path | None = No
     return token
 
 
-def _folder(path: Path) -> Path:
+def _folder(text: str | Path) -> Path:
+    try:
+        return _token_folder(Path(text).expanduser())
+    except (RuntimeError, OSError, ValueError) as error:  # no such home; a name too long, with a NUL, or forbidden
+        problem = error.strerror if isinstance(error, OSError) else str(error)
+        raise TokenError(
+            f"{quoted(str(text))} cannot be read: {problem}. See what there is with: dagkit token list"
+        ) from error
+
+
+def _token_folder(path: Path) -> Path:
     if (path / RECORD_FILE).is_file():
         return path
     if path.name == RECORD_FILE and path.is_file():
         return path.parent
     versions = sorted(child.name for child in path.iterdir() if is_version(child.name)) if path.is_dir() else []
     if versions:
-        raise TokenError(f"{path} holds versions, not a token. Write {path / versions[-1]}.")
+        raise TokenError(f"{_shown(path)} holds versions, not a token. Write {_shown(path / versions[-1])}.")
     what = "is not a token's folder: it has no token.json" if path.is_dir() else "does not exist"
-    raise TokenError(f"{path} {what}. See what there is with: dagkit token list")
+    raise TokenError(f"{_shown(path)} {what}. See what there is with: dagkit token list")
+
+
+def _shown(path: Path) -> str:
+    """A path on one line of bounded length."""
+    text = " ".join(str(path).split())
+    return text if len(text) <= 300 else quoted(text)

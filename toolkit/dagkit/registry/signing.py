@@ -20,7 +20,7 @@ from typing import Any
 from dagkit.errors import TokenError
 from dagkit.registry.index import SIGNATURE_FILE
 from dagkit.token import MAX_BYTES, GuidelineToken
-from dagkit.workspace import atomic_write
+from dagkit.workspace import atomic_write, open_plain
 
 MAX_SIGNATURE_BYTES = 1 << 20
 
@@ -125,7 +125,7 @@ def read_file(path: Path, limit: int) -> bytes:
     if path.is_symlink() or not path.is_file():
         raise TokenError(f"{path} is missing or not a plain file, as all files of a token are. Fetch it again.")
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise TokenError(f"{path} cannot be read: {error.strerror}. Check its rights.") from error

@@ -151,6 +151,9 @@ def _plugins(concept: Concept) -> Iterator[tuple[str, Callable[[], str]]]:
 def _servers() -> Iterator[Finding]:
     import httpx
 
+    from dagkit.errors import LabelStudioError
+    from dagkit.labelstudio.client import checked_url
+
     url = os.environ.get("DAGKIT_LABEL_STUDIO")
     key = "set" if os.environ.get("LABEL_STUDIO_API_KEY") else "not set"
     if url is None:
@@ -162,8 +165,12 @@ def _servers() -> Iterator[Finding]:
         )
         return
     try:
-        status = httpx.get(f"{url.rstrip('/')}/health", timeout=5).status_code
-    except httpx.HTTPError as error:
+        url = checked_url(url)
+        status = httpx.get(f"{url}/health", timeout=5).status_code
+    except LabelStudioError as error:  # it may hold a password, so it is not shown
+        yield Finding("missing", "Label Studio", "DAGKIT_LABEL_STUDIO is no address of a server", str(error))
+        return
+    except (httpx.RequestError, httpx.InvalidURL) as error:
         yield Finding(
             "missing", "Label Studio", f"{url}: {type(error).__name__}", "Is the server running, and the address right?"
         )

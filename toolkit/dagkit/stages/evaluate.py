@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from dagkit.errors import ConceptError
+from dagkit.provenance import public, public_name
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
@@ -228,13 +229,15 @@ def _settings(
     from dagkit import evaluation
 
     return {
-        "model": base_model.source,
+        "model": public_name(base_model.source),
         "model_fingerprint": base_model.fingerprint,
         "scheduler": type(base_model.pipe.scheduler).__name__,
         "sampling": concept.sampling.model_dump(),
         "prompt_source": prompt_source or evaluation.describe_prompts(concept),
         "prompts": [prompt.to_json() for prompt in prompts],
-        "judges": [{"name": name, "options": _judge_options(judge, concept, name)} for name, judge in judges.items()],
+        "judges": [
+            {"name": name, "options": public(_judge_options(judge, concept, name))} for name, judge in judges.items()
+        ],
         "seed": seed,
         "batch_size": batch_size,
         "device": base_model.device.type,
@@ -273,7 +276,7 @@ def _figures(
     shown = {
         **{key: value for key, value in settings.items() if key != "judges"},
         "num_prompts": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "image_metrics": [{"name": one.name, "title": one.title, "settings": one.settings} for one in metrics],
+        "image_metrics": [{"name": one.name, "title": one.title, "settings": public(one.settings)} for one in metrics],
         "columns": [
             {"name": column.name, "label": _label(column.name, token), "settings": column.settings}
             for column in columns
@@ -287,7 +290,7 @@ def _figures(
         "column": GUARDED,
         "token": {
             "name": token.name,
-            "made_for": token.record.base_model.id,
+            "made_for": public_name(token.record.base_model.id),
             "created": token.record.created or None,
             "data_efficiency": token.record.metrics.get("data_efficiency"),
             "calibration_curve": token.record.metrics.get("calibration_curve"),

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dagkit import provenance
 from dagkit.errors import PublishError
+from dagkit.manifests import quoted
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:
-    from dagkit.registry import Entry, Location
+    from dagkit.registry import Entry, Location, Parcel
     from dagkit.token import GuidelineToken
     from dagkit.workspace import Workspace
 
@@ -29,7 +31,7 @@ def run(
     is_unmeasured_allowed: bool = False,
     is_worse_allowed: bool = False,
 ) -> common.StageResult:
-    """Publishes one version of a token.
+    """Publishes one version of a token; of one that is published already, what is missing or damaged.
 
     Exactly this leaves: the artifact's four files, its signature if it has one, the figures of its evaluation without
     prompts and images, and the examples that are named. The index that makes them visible is written last.
@@ -60,6 +62,13 @@ def run(
     index = location.read_index()
     figures = _figures(workspace, token, resolved.path)
     notes = []
+    evaluation = None if figures is None else (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode()
+    parcel = registry.pack(
+        resolved.path, evaluation=evaluation, figures=_headlines(figures or {}), examples=list(examples)
+    )
+    url = f"{location.url}@{token.version}"
+    if (there := registry.published(parcel, index)) is not None:
+        return _repair(parcel, location, there, is_dry_run)
     if figures is None and not is_unmeasured_allowed:
         raise PublishError(
             f"{token.name} has no evaluation, so nobody knows what it does. Run: dagkit evaluate --token {token.name} "
@@ -71,14 +80,9 @@ def run(
         notes += [f"its evaluation fails a gate: {text}" for text in failed]
         if before is not None:
             notes += _compare(token, figures, location, before, is_worse_allowed)
-    evaluation = None if figures is None else (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode()
-    parcel = registry.pack(
-        resolved.path, evaluation=evaluation, figures=_headlines(figures or {}), examples=list(examples)
-    )
-    url = f"{location.url}@{token.version}"
+    if index is None:
+        registry.refuse_strangers(location)
     data: dict[str, Any] = {"url": url, "files": registry.written_files(parcel), "notes": notes}
-    if registry.published(parcel, index):
-        return common.StageResult("publish", 0, 1, f"{url} is published already, with the same content", data)
     if is_dry_run:
         sizes = sum(size or 0 for size in data["files"].values())
         message = (
@@ -87,6 +91,23 @@ def run(
         return common.StageResult("publish", 0, 0, message, data)
     entry = registry.publish(parcel, location)
     return common.StageResult("publish", 1, 0, f"{url} ({len(entry.files)} files, {entry.content[:19]})", data)
+
+
+def _repair(parcel: Parcel, location: Location, entry: Entry, is_dry_run: bool) -> common.StageResult:
+    """What is published already is looked over; what is missing or damaged of it is written again."""
+    from dagkit import registry
+
+    url = f"{location.url}@{entry.version}"
+    data: dict[str, Any] = {"url": url, "files": registry.written_files(parcel), "notes": []}
+    damaged = registry.damaged_files(location, entry)
+    if not damaged:
+        return common.StageResult("publish", 0, 1, f"{url} is published already, with the same content", data)
+    names = ", ".join(damaged)
+    if is_dry_run:
+        message = f"dry run: {url} is published already; {names} would be written again; nothing was written"
+        return common.StageResult("publish", 0, 0, message, data)
+    registry.publish(parcel, location)
+    return common.StageResult("publish", 1, 0, f"{url}: written again what was missing or damaged: {names}", data)
 
 
 def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[str, Any] | None:
@@ -99,10 +120,9 @@ def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[
     if not path.is_file():
         return None
     figures = evaluation.read_figures(path, token)
-    model = str(figures["settings"]["model"])
     rows = [_row(row, figures["column"]) for row in figures["prompts"]]
-    settings = {**figures["settings"], "model": Path(model).name if Path(model).is_absolute() else model}
-    return {**figures, "settings": settings, "prompts": rows}
+    public: dict[str, Any] = provenance.public({**figures, "prompts": rows}, is_hashed=False)
+    return public
 
 
 def _row(row: Mapping[str, Any], column: str) -> dict[str, Any]:
@@ -115,6 +135,7 @@ def _compare(
 ) -> list[str]:
     """Refuses a token that is worse than the version it replaces, or that cannot be compared with it."""
     from dagkit import evaluation, registry
+    from dagkit.evaluation.identity import parse_figures
     from dagkit.registry import FIGURES_FILE
 
     if before.version.split(".")[0] != token.version.split(".")[0]:
@@ -124,11 +145,12 @@ def _compare(
         return [f"{before.version} was published without an evaluation, so there is nothing to compare with"]
     old = f"{token.concept}@{before.version}"
     try:
-        older = json.loads(published)
+        older = parse_figures(published)
         differing = evaluation.comparable(figures, older)
         rows = [] if differing else evaluation.compare(figures, older, figures["column"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({error!r}).") from error
+    except ValueError as error:
+        problem = quoted(str(error))[1:-1]
+        raise PublishError(f"{FIGURES_FILE} of {old} at {location.url} is not an evaluation ({problem}).") from error
     if differing:
         problem = (
             f"{token.name} and {old} were evaluated with different {', '.join(differing)}, so nobody can say whether "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -86,6 +86,7 @@ def run(
             "consensus": consensus,
             "min_iou": min_iou,
             "labels": concept.labels.model_dump(),
+            "reader": _READER,
         }
         if before != settings:  # all tasks are decided anew; a pull that is interrupted keeps to these settings
             cursor = {"settings": settings, "since": None}
@@ -133,8 +134,15 @@ def run(
     )
 
 
+_READER: Final = 2
+"""Which regions are understood. Another number than at the last pull, and all answers are read anew."""
+
+
 class _Reader:
-    """Turns exported tasks into rows and mask files; a task that says nothing new is left as it is."""
+    """Turns exported tasks into rows and mask files; a task that says nothing new is left as it is.
+
+    A task whose answers or review cannot be used has no row: what it said before is not what it says now.
+    """
 
     def __init__(self, workspace: Workspace, concept: Concept, consensus: Consensus, min_iou: float) -> None:
         from dagkit.manifests import PulledAnnotation
@@ -149,6 +157,7 @@ class _Reader:
         self.labels = [*concept.labels.positive, *concept.labels.negative]
         self.consensus, self.min_iou = consensus, min_iou
         self.reviews: dict[str, Answer] = {}
+        self.unusable_reviews: set[str] = set()
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.folder.rows(PulledAnnotation)}
         has_names = self.folder.has("annotators.json")
         self.names: dict[str, str] = self.folder.read_json("annotators.json") if has_names else {}
@@ -159,7 +168,8 @@ class _Reader:
 
         problems = []
         for task in tasks:
-            if task["data"].get("key") in self.purged:
+            key = _key(task)
+            if key in self.purged:
                 continue
             # Measured against the pre-mask, not against the annotator's mask from which the reviewer started.
             bare = {**task, "annotations": [{**one, "prediction": None} for one in task["annotations"]]}
@@ -167,27 +177,32 @@ class _Reader:
                 answers = [answer for answer in self.answers(bare) if answer.state != "skipped"]
             except LabelStudioError as error:
                 problems.append(f"review: {error}")
+                self.unusable_reviews.add(key)
                 continue
             if answers:
-                self.reviews[task["data"]["key"]] = max(answers, key=lambda answer: answer.updated)
+                self.reviews[key] = max(answers, key=lambda answer: answer.updated)
         return problems
 
     def newly_reviewed(self) -> set[int]:
         """Ids of tasks whose rows do not tell of their review as it is now."""
         now = {key: _reviewed(review) for key, review in self.reviews.items()}
-        return {row["task_id"] for key, row in self.rows.items() if row["reviewed"] != now.get(key)}
+        return {
+            row["task_id"]
+            for key, row in self.rows.items()
+            if row["reviewed"] != now.get(key) or key in self.unusable_reviews
+        }
 
     def answers(self, task: Mapping[str, Any]) -> list[Answer]:
         """Reads the answers to one exported task."""
         from dagkit.errors import LabelStudioError
         from dagkit.labelstudio.answers import read_answers
+        from dagkit.manifests import quoted
 
-        key = task["data"].get("key")
+        key = _key(task)
         if key not in self.images:
             raise LabelStudioError(
-                f"task {task['id']}: its key {key!r} is no candidate of this workspace ({self.candidates.path}). Was "
-                "it "
-                "made by hand? Delete it in Label Studio."
+                f"task {task['id']}: its key {quoted(key)} is no candidate of this workspace ({self.candidates.path}). "
+                "Was it made by hand? Delete it in Label Studio."
             )
         return read_answers(task, self.concept_labels, self.size(key), self._pseudonym, self._premask(key))
 
@@ -208,15 +223,23 @@ class _Reader:
         from dagkit.errors import LabelStudioError
 
         num_done, problems, answered = 0, [], set()
+        unusable: set[str] = set()
         is_replaced = False
         for task in tasks:
+            if not task["annotations"]:
+                continue
             answered.add(task["id"])
-            if task["data"].get("key") in self.purged:
+            key = _key(task)
+            if key in self.purged:
                 continue
             try:
                 row, masks = self._read(task)
             except LabelStudioError as error:
                 problems.append(str(error))
+                unusable.add(key)
+                continue
+            if key in self.unusable_reviews:
+                unusable.add(key)
                 continue
             before = self.rows.get(row["key"])
             if before == row:
@@ -229,7 +252,8 @@ class _Reader:
                 self.folder.append(row)
             else:
                 is_replaced = True
-        withdrawn = [key for key, row in self.rows.items() if row["task_id"] in set(ids) - answered]
+        unanswered = set(ids) - answered
+        withdrawn = [key for key, row in self.rows.items() if key in unusable or row["task_id"] in unanswered]
         for key in withdrawn:
             del self.rows[key]
         if is_replaced or withdrawn:
@@ -240,7 +264,7 @@ class _Reader:
     def _read(self, task: Mapping[str, Any]) -> tuple[dict[str, Any], Masks]:
         from dagkit.labelstudio.answers import decide
 
-        key = task["data"].get("key")
+        key = _key(task)
         answers = self.answers(task)
         facts: dict[str, Any] = {"premask": self._premask(key), "rule": self.consensus, "min_iou": self.min_iou}
         verdict = decide(answers, self.concept_labels, self.size(key), **facts)
@@ -289,6 +313,12 @@ class _Reader:
         return self.names[str(user_id)]
 
 
+def _key(task: Mapping[str, Any]) -> str:
+    """Our own name of a task; empty where it has none."""
+    key = task["data"].get("key")
+    return key if isinstance(key, str) else ""
+
+
 def _reviewed(review: Answer) -> dict[str, str]:
     return {"annotator": review.annotator, "updated": review.updated}
 
@@ -299,6 +329,7 @@ def _export_all(client: Client, project_id: int) -> Iterator[dict[str, Any]]:
 
 def _send_to_review(client: Client, project_id: int, title: str, reader: _Reader) -> int:
     """Sends the tasks in disagreement to the review project, and returns how many were new there."""
+    from dagkit.errors import LabelStudioError
     from dagkit.labelstudio import tasks
 
     disputed = {
@@ -306,7 +337,8 @@ def _send_to_review(client: Client, project_id: int, title: str, reader: _Reader
     }
     if not disputed:
         return 0
-    exported = {disputed[task["id"]]: task for task in client.export(project_id, list(disputed))}
+    found_tasks = client.export(project_id, list(disputed))
+    exported = {disputed[task["id"]]: task for task in found_tasks if task["id"] in disputed}
     config = client.project(project_id)["label_config"]
     found = client.find_projects(f"{title} review")
     description = "Tasks on which annotators disagree; the predictions are their answers."
@@ -315,7 +347,10 @@ def _send_to_review(client: Client, project_id: int, title: str, reader: _Reader
     def make(key: str) -> tasks.Task:
         votes = [answer for answer in reader.answers(exported[key]) if answer.masks]
         proposed = tuple(tasks.prediction(vote.masks, {}, model_version=vote.annotator) for vote in votes)
-        return tasks.Task(key, exported[key]["data"]["image"], *reader.size(key), proposed)
+        image = exported[key]["data"].get("image")
+        if not isinstance(image, str):
+            raise LabelStudioError(f"{key}: its task does not say where its image is. Delete the task and push again.")
+        return tasks.Task(key, image, *reader.size(key), proposed)
 
     return tasks.push(client, review_id, config, list(exported), make, lambda _: None)
 
@@ -326,17 +361,30 @@ def _with_margin(since: str | None) -> str | None:
 
     if since is None:
         return None
-    earlier = datetime.fromisoformat(since).astimezone(UTC) - timedelta(minutes=1)
+    try:
+        earlier = datetime.fromisoformat(since).astimezone(UTC) - timedelta(minutes=1)
+    except OverflowError:  # in the year 1 or 9999
+        return None
     return earlier.strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the one form that the server's filters read
 
 
 def _pushed_to(project: Mapping[str, Any]) -> str | None:
-    """The server that holds the tasks, or None where that is the embedded one, which is then started."""
+    """The server that holds the tasks, or None where that is the embedded one, which is then started.
+
+    The embedded one may have been on another port then. Where `dagkit push` did not note which of the two it was, an
+    address of its form is taken for its own, unless somebody named a token, as for a team's server.
+    """
+    import os
+
+    from dagkit.labelstudio.access import TOKEN_VARIABLE
     from dagkit.labelstudio.server import EmbeddedServer
 
     login = EmbeddedServer().login()
-    url = project.get("url")
-    return None if login is not None and url == login.url else url
+    url: str | None = project.get("url")
+    if login is None or url is None:
+        return url
+    looks_embedded = url.startswith("http://127.0.0.1:") and TOKEN_VARIABLE not in os.environ
+    return None if login.is_at(url) or project.get("is_embedded", looks_embedded) else url
 
 
 def _png(mask: Any) -> bytes:

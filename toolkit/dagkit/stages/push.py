@@ -246,6 +246,7 @@ def find_project(
     import secrets
 
     from dagkit.errors import LabelStudioError
+    from dagkit.labelstudio.server import EmbeddedServer
     from dagkit.workspace import sha256_bytes
 
     if not folder.has("project.json"):
@@ -272,7 +273,13 @@ def find_project(
         changed["maximum_annotations"] = num_annotators
     if changed:
         client.update_project(project_id, **changed)
-    saved |= {"url": client.url, "project_id": project_id, "page": sha256_bytes(page(concept).encode())}
+    login = EmbeddedServer().login()
+    saved |= {
+        "url": client.url,
+        "is_embedded": login is not None and login.is_at(client.url),
+        "project_id": project_id,
+        "page": sha256_bytes(page(concept).encode()),
+    }
     folder.write_json("project.json", saved)
     return project_id, str(changed.get("label_config", before["label_config"]))
 

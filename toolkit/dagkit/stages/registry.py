@@ -19,6 +19,7 @@ def command(location_url: str, is_page_written: bool, as_json: bool) -> None:
     the same for people. 'dagkit publish' writes both.
     """
     from dagkit import registry
+    from dagkit.registry.index import plain
 
     location = registry.open_location(location_url)
     index, problems = registry.check(location)
@@ -33,6 +34,6 @@ def command(location_url: str, is_page_written: bool, as_json: bool) -> None:
     else:
         for entry in index.versions:
             state = problems.get(entry.version, "ok")
-            click.echo(f"{index.concept}@{entry.version}  {entry.published}  {entry.content[:19]}  {state}")
+            click.echo(f"{index.concept}@{entry.version}  {plain(entry.published)}  {entry.content[:19]}  {state}")
     if problems:
         sys.exit(1)

@@ -36,6 +36,7 @@ def command() -> None:
 def list_command(where: str | None, workspace_path: Path, as_json: bool) -> None:
     """List the tokens that can be used by name, or those published at a URL."""
     from dagkit import registry
+    from dagkit.registry.index import plain
 
     rows: list[dict[str, Any]] = []
     if where and "://" in where:
@@ -44,7 +45,7 @@ def list_command(where: str | None, workspace_path: Path, as_json: bool) -> None
             rows = [
                 {
                     "token": f"{index.concept}@{entry.version}",
-                    "base_model": entry.base_model,
+                    "base_model": plain(entry.base_model),
                     "where": f"{location.url}@{entry.version}",
                 }
                 for entry in index.versions

@@ -37,14 +37,24 @@ class Location(Protocol):
     def publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
         """Writes the files, then the index that names them.
 
+        Of a version that is published already with the same content, what it lacks is written again.
+
         Args:
             concept: of the token.
             entry: describes the version; ``revision`` empty.
             files: bytes by name, as in ``entry.files``.
 
         Raises:
-            PublishError: the version is published already, the location belongs to another concept, somebody else
-                published at the same time, or it cannot be written.
+            PublishError: the version is published already with other content, the location belongs to another concept,
+                somebody else published something else at the same time, or it cannot be written.
+        """
+        ...
+
+    def strangers(self) -> list[str]:
+        """Names of what lies there and is not dagkit's: a first version is not published among it.
+
+        Raises:
+            PublishError: it cannot be read.
         """
         ...
 

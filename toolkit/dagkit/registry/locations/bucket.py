@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dagkit.errors import PublishError
-from dagkit.registry.locations.keyed import KeyedLocation
+from dagkit.registry.locations.keyed import ConflictError, KeyedLocation
 
 
 class Bucket(KeyedLocation):
@@ -66,7 +66,7 @@ class Bucket(KeyedLocation):
             cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
             code = cause.response.get("Error", {}).get("Code") if isinstance(cause, ClientError) else None
             if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
-                raise PublishError(
+                raise ConflictError(
                     f"{self.url}: somebody else published there at the same time. Run the same command again."
                 ) from error
             raise PublishError(

@@ -6,7 +6,9 @@ commit), the tag, and last the index (one commit): readers go by the index, whic
 
 from __future__ import annotations
 
+import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from dagkit.errors import PublishError
 from dagkit.registry.index import (
     EXAMPLES,
+    FIGURES_FILE,
     INDEX_FILE,
     MAX_INDEX_BYTES,
     PAGE_FILE,
@@ -42,7 +45,15 @@ from dagkit.registry.index import (
     page,
     parse_index,
 )
-from dagkit.registry.locations.keyed import extend
+from dagkit.registry.locations.keyed import (
+    ConflictError,
+    MissingFileError,
+    damaged_files,
+    extend,
+    has,
+    refuse_strangers,
+)
+from dagkit.token import MAX_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -65,10 +76,7 @@ class Hub:
     def read_index(self) -> Index | None:
         """What is published, or None where there is no index or no repository that we may see."""
         with self._errors("read"):
-            try:
-                return self._index(_MAIN)
-            except (RevisionNotFoundError, RepositoryNotFoundError):
-                return None
+            return self._index_or_none()
 
     def read(self, entry: Entry, name: str) -> bytes:
         """One file of a version, at the commit that the index pins."""
@@ -76,22 +84,43 @@ class Hub:
             try:
                 return self._download(name, entry.revision or f"v{entry.version}", entry.files[name].size)
             except (RemoteEntryNotFoundError, RevisionNotFoundError) as error:
-                raise PublishError(
+                raise MissingFileError(
                     f"{self.url}: the index names {name} of {entry.version}, but it is not there. Publish it again."
                 ) from error
 
     def publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
-        """Writes the files, then the tag, then the index that names them."""
+        """Writes the files, then the tag, then the index that names them.
+
+        A version that is there and lacks files gets a new commit and tag. Where somebody else writes at the same time,
+        it is looked whether they publish the very same.
+        """
+        with self._errors("read"):
+            begun = self._index_or_none()
+        for pause_s in (0.2, 0.5, None):
+            try:
+                return self._publish(concept, entry, files)
+            except ConflictError:
+                with self._errors("read"):
+                    there = self._index_or_none()
+                is_same = there is not None and has(there, concept, entry)
+                if pause_s is None or not (is_same or there == begun):
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _publish(self, concept: str, entry: Entry, files: Mapping[str, bytes]) -> Index:
         api = HfApi()
         with self._errors("written"):
             info = self._repository(api)
             before = self._index(info.sha or _MAIN)
             extend(before, concept, entry, self.url)
-            stale = {
-                sibling.rfilename
-                for sibling in info.siblings or ()
-                if sibling.rfilename.startswith(EXAMPLES) or sibling.rfilename == SIGNATURE_FILE
-            } - set(files)
+            if before is None:
+                refuse_strangers(self)
+            known = before.entry(entry.version) if before else None
+            if before is not None and known is not None and not damaged_files(self, known):
+                return before
+            own = _names(info) if before is not None else ()
+            stale = {name for name in own if name.startswith(EXAMPLES) or name == SIGNATURE_FILE} - set(files)
             commit = api.create_commit(
                 self._repo,
                 [
@@ -102,7 +131,9 @@ class Hub:
                 parent_commit=info.sha,
             )
             self._tag(api, f"v{entry.version}", commit.oid)
-            index = extend(before, concept, entry.model_copy(update={"revision": commit.oid}), self.url)
+            index = (before or Index(concept=concept)).with_entry(
+                (known or entry).model_copy(update={"revision": commit.oid})
+            )
             api.create_commit(
                 self._repo,
                 [
@@ -123,6 +154,15 @@ class Hub:
                 commit_message="Write the index page anew",
             )
 
+    def strangers(self) -> list[str]:
+        """What lies there and is not dagkit's."""
+        with self._errors("read"):
+            try:
+                info = HfApi().model_info(self._repo, revision=_MAIN)
+            except (RevisionNotFoundError, RepositoryNotFoundError):
+                return []
+        return sorted(_names(info) - _own_names(info))
+
     def _repository(self, api: HfApi) -> ModelInfo:
         try:
             info = api.model_info(self._repo, revision=_MAIN)
@@ -139,8 +179,16 @@ class Hub:
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
-            api.delete_tag(self._repo, tag=tag)  # left by a publish that was interrupted: no index names it
+            if api.model_info(self._repo, revision=tag).sha == revision:
+                return
+            api.delete_tag(self._repo, tag=tag)  # left by a publish that was interrupted, or of files that are gone
             api.create_tag(self._repo, tag=tag, revision=revision)
+
+    def _index_or_none(self) -> Index | None:
+        try:
+            return self._index(_MAIN)
+        except (RevisionNotFoundError, RepositoryNotFoundError):
+            return None
 
     def _index(self, revision: str) -> Index | None:
         try:
@@ -153,7 +201,9 @@ class Hub:
         url = hf_hub_url(self._repo, name, revision=revision)
         size = get_hf_file_metadata(url).size
         if size is not None and size > limit:
-            raise PublishError(f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it.")
+            raise MissingFileError(
+                f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it."
+            )
         with tempfile.TemporaryDirectory() as folder:
             return Path(hf_hub_download(self._repo, name, revision=revision, local_dir=folder)).read_bytes()
 
@@ -176,7 +226,8 @@ class Hub:
                 412: "Somebody else published there at the same time. Run the same command again.",
             }.get(status, "Try again later.")
             reason = error.server_message or error.response.reason_phrase
-            raise PublishError(f"{self.url} cannot be {what}: HTTP {status} {reason}. {advice}") from error
+            kind = ConflictError if status in (409, 412) else PublishError
+            raise kind(f"{self.url} cannot be {what}: HTTP {status} {_short(reason)}. {advice}") from error
         except RuntimeError as error:  # huggingface_hub and hf_xet, when an upload fails
             raise PublishError(
                 f"{self.url} cannot be {what}: {_line(error.__cause__ or error)}. Run the same command again."
@@ -187,6 +238,20 @@ class Hub:
             ) from error
 
 
+def _names(info: ModelInfo) -> set[str]:
+    return {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def _own_names(info: ModelInfo) -> set[str]:
+    """Files that a new repository has, or that an interrupted publish may have left."""
+    fixed = {".gitattributes", *MAX_BYTES, SIGNATURE_FILE, FIGURES_FILE, PAGE_FILE}
+    return {name for name in _names(info) if name in fixed or re.fullmatch(rf"{EXAMPLES}\d\d\.png", name)}
+
+
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:1] + lines[-1:] if len(lines) > 1 else lines) or type(error).__name__
+    return _short("; ".join(lines[:1] + lines[-1:] if len(lines) > 1 else lines)) or type(error).__name__
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:297]}..."
