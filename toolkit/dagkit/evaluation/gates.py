@@ -133,7 +133,7 @@ def comparable(figures: Mapping[str, Any], before: Mapping[str, Any]) -> list[st
         before: of the older one.
     """
     keys = ("model_fingerprint", "sampling", "prompts", "judge")
-    differing = [key for key in ("schema", "column") if figures[key] != before[key]]
+    differing = [key for key in ("schema", "column") if figures.get(key) != before.get(key)]
     now, then = (public({key: one["settings"].get(key) for key in keys}) for one in (figures, before))
     then["judge"] = {key: (then["judge"] or {}).get(key) for key in now["judge"]}
     return differing + [key for key in keys if now[key] != then[key]]
