@@ -34,7 +34,7 @@ def test_small_seeds_are_what_they_were():
 
 @pytest.mark.parametrize("seed", [0, 1000, 2000, MAX_SEED])
 def test_prompts_of_an_evaluation_have_seeds_of_their_own(seed: int):
-    seeds = {prompt.seed for prompt in concept_prompts(load_concept("weapon"), 50, seed=seed)}
+    seeds = {prompt.seed for prompt in concept_prompts(load_concept("violence"), 50, seed=seed)}
     assert len(seeds) == 150
     drawn = {candidate_seed(other, index) for other in (seed, seed % 1000, 1000, 1001) for index in range(1000)}
     assert not seeds & drawn
@@ -46,4 +46,4 @@ def test_what_would_leave_its_range_is_refused(seed: int, index: int):
         with pytest.raises(ValueError, match="expected a seed in"):
             make(seed, index)
     with pytest.raises(ValueError, match=r"num_prompts must be in \[1, 100,000\]"):
-        concept_prompts(load_concept("weapon"), 100_001)
+        concept_prompts(load_concept("violence"), 100_001)
