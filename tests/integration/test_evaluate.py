@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,26 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from dagkit import families, registry
+from dagkit import evaluation, families, registry
 from dagkit.cli import command
 from dagkit.concept import load_concept
 from dagkit.dataset import examples, find_dataset, load_with_summary
-from dagkit.errors import ConceptError, DatasetError, TokenError, WorkspaceError
+from dagkit.errors import (
+    ConceptError,
+    DagkitError,
+    DatasetError,
+    GuardError,
+    PluginError,
+    PromptRefused,
+    TokenError,
+    WorkspaceError,
+)
 from dagkit.evaluation import score_detection
 from dagkit.stages import evaluate
 from dagkit.token import GuidelineToken
 from dagkit.workspace import StageFolder, Workspace, lock
 from interruption import content, kill_when, num_rows
+from tiny_pipelines import sdxl
 from tiny_world import make_world
 
 NUM = 4
@@ -201,9 +212,9 @@ def test_against_a_published_version(world: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/published"
     first, second = tmp_path / "first", tmp_path / "second"
     invoke(*arguments(world, first, "--column", "none"))
-    evaluation = (report(first) / "figures.json").read_bytes()
+    figures = (report(first) / "figures.json").read_bytes()
     for version in ("1.0.0", "1.1.0"):  # the second one with the first one's figures
-        parcel = registry.pack(world / "tokens" / "tiny" / version, evaluation=evaluation)
+        parcel = registry.pack(world / "tokens" / "tiny" / version, evaluation=figures)
         registry.publish(parcel, registry.open_location(url))
 
     assert invoke(*arguments(world, second, "--column", "none", "--against", f"{url}@1.0.0")).exit_code == 0
@@ -234,6 +245,104 @@ def test_prompts_from_a_file_and_an_attack(world: Path, tmp_path: Path) -> None:
     assert figures["attack"] is None  # random weights draw nothing that could be brought back
 
 
+def test_prompts_that_candidates_share_are_called_so(finished: Path) -> None:
+    """The concept makes 36 named prompts and 12 safe ones, too few to keep some apart."""
+    settings = json.loads((report(finished) / "figures.json").read_text())["settings"]
+    expected = "the concept's own (tiny); candidates were drawn from the same safe prompts"
+    assert settings["prompt_source"] == expected
+    assert expected.replace("'", "&#39;") in (report(finished) / "report.html").read_text()
+
+
+def refused(world: Path, runs: Path, *more: object) -> DagkitError:
+    """The error of an evaluation that must not have drawn anything."""
+    result = CliRunner().invoke(command, arguments(world, runs, *more))
+    assert isinstance(result.exception, DagkitError), result.output
+    assert not list(runs.rglob("*.png"))
+    assert not (report(runs) / "runs").exists()
+    return result.exception
+
+
+def test_whatever_is_wrong_is_found_before_anything_is_drawn(world: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "reports", tmp_path / "old" / "reports")
+    figures = report(tmp_path / "old") / "figures.json"
+    where = ["--column", "none", "--workspace", tmp_path / "old"]
+    before = json.loads(figures.read_text())
+    before["settings"]["sampling"]["width"] = 128
+    figures.write_text(json.dumps(before))
+    shutil.rmtree(report(tmp_path / "old") / "runs")
+    for path in (tmp_path / "old").rglob("*.png"):
+        path.unlink()
+    older = world / "tokens" / "tiny" / "1.0.0"
+    assert "tiny@1.0.0 was evaluated with other settings (sampling)" in str(
+        refused(world, tmp_path / "old", *where, "--against", older)
+    )
+
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt,kind\n" + "a bomb on sand,named\n" * NUM + "a nude child,named\n")
+    assert isinstance(refused(world, tmp_path / "runs", "--prompts", table, "--num-prompts", 9), PromptRefused)
+    assert isinstance(refused(world, tmp_path / "runs", "--dataset", tmp_path / "none"), DatasetError)
+    assert isinstance(refused(world, tmp_path / "runs", "--metrics", f"lpips={tmp_path / 'none'}"), DagkitError)
+    assert isinstance(refused(world, tmp_path / "runs", "--judge", "clap"), PluginError)
+    twice = ["--other-token", world / "tokens" / "tiny" / "1.1.0"] * 2
+    assert "two other tokens are called tiny@1.1.0" in str(refused(world, tmp_path / "runs", *twice))
+    assert isinstance(refused(world, tmp_path / "runs", "--model", "demo"), GuardError)  # not the token's model
+    sdxl().save_pretrained(tmp_path / "sdxl")
+    attack = ["--attack", 1, "--model", tmp_path / "sdxl"]
+    assert "the soft-prompt attack knows Stable Diffusion 1.x and 2.x" in str(
+        refused(world, tmp_path / "runs", *attack)
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"lost"', '"last"'),
+        ('"num_fired": ', '"num_fired": 0.'),
+        ('"is_present": ', '"is_present": 7'),
+        ('"key"', '"kay"'),
+        ('"schema": 1', '"schema": "1"'),
+        ('"columns": {', '"columns": [{'),
+        ("{", "[" * 100_000),
+        ("{", "[]"),
+        ("{", "\0"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(world: Path, finished: Path, tmp_path: Path, old: str, new: str) -> None:
+    token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
+    text = (report(finished) / "figures.json").read_text()
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    assert evaluation.read_figures(path, token) == json.loads(text)
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(
+        TokenError, match=r"figures\.json is not an evaluation \(.*dagkit evaluate --token tiny"
+    ) as caught:
+        evaluation.read_figures(path, token)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_an_evaluation_that_is_no_file(world: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "figures.json"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(TokenError, match=r"figures\.json cannot be read"):
+        evaluation.read_figures(path, GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0"))
+
+
+def test_options_that_nothing_would_read_and_shares_that_are_none(world: Path, tmp_path: Path) -> None:
+    for more, words in (
+        (["--preset", "i2p"], "--preset and --category say how to read --prompts"),
+        (["--category", "x"], "--preset and --category say how to read --prompts"),
+        (["--min-erase-rate", "nan"], "'nan' is not in the range 0<=x<=1"),
+        (["--min-preservation", "nan"], "'nan' is not in the range 0<=x<=1"),
+    ):
+        result = invoke(*arguments(world, tmp_path, *more))
+        assert result.exit_code == 2
+        assert words in result.output
+    assert invoke("generate", "--concept", "weapon", "--safe-share", "nan").exit_code == 2
+
+
 def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such file of prompts"):
         invoke(*arguments(world, tmp_path, "--prompts", "none.csv"))
@@ -242,6 +351,8 @@ def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match=r"'sld' is not a column of an evaluation\. Available: none, dagkit"):
         evaluate.run(Workspace(tmp_path), load_concept(world / "tiny.yaml"), base, token=token, columns=["sld"])
     assert not (tmp_path / "reports").exists()
+    with pytest.raises(ValueError, match=r"min_erase_rate must be in \[0, 1\], but is nan"):
+        evaluation.Gates(min_erase_rate=float("nan"))
 
 
 def test_a_dataset_is_looked_at_before_anything_is_drawn(world: Path, tmp_path: Path) -> None:

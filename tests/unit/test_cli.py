@@ -1,6 +1,7 @@
 """The command line: light, helpful, and one line for an error that a user can mend."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -135,3 +136,25 @@ def test_concept_new_show_list(tmp_path: Path):
     assert "there is such a file already" in again.stderr
     assert (tmp_path / "annotation_configs" / "spiders.yaml").read_text() == written
     assert "expected a name of lower-case letters" in run("concept", "new", "../x", cwd=tmp_path).stderr
+
+
+def test_a_terminal_of_few_letters_and_a_page_of_ones_own(tmp_path: Path):
+    """Text that the terminal cannot show is shown by its numbers; a file in another folder is named by its path."""
+    done = run("concept", "new", "spiders", "--words", "araignée 🕷", "--folder", "mine", cwd=tmp_path)
+    assert done.stdout.endswith("Fill it in, then: dagkit concept show mine/spiders.yaml\n")
+    line = [sys.executable, "-m", "dagkit.cli", "concept", "show", "mine/spiders.yaml"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    shown = subprocess.run(line, capture_output=True, encoding="latin-1", cwd=tmp_path, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert r"araignée \U0001f577" in shown.stdout
+
+
+def test_concept_new_writes_nothing_that_it_would_not_take(tmp_path: Path):
+    for words in ("{x}", ",", "x" * 2000):
+        done = run("concept", "new", "spiders", "--words", words, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: concept spiders: ")
+    (tmp_path / "annotation_configs").mkdir()
+    (tmp_path / "annotation_configs" / "spiders.yaml").symlink_to("nowhere")
+    assert "there is such a file already" in run("concept", "new", "spiders", cwd=tmp_path).stderr
+    assert (tmp_path / "annotation_configs" / "spiders.yaml").is_symlink()

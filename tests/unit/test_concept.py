@@ -1,11 +1,16 @@
 """A concept file is checked as a whole: every mistake in one message, each with its line."""
 
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dagkit.concept import MAX_PROMPTS, concept_names, load_concept, parse_concept
-from dagkit.errors import ConceptError, PromptRefused
+from dagkit.concept import MAX_PROMPTS, MIN_SPLIT, PROMPT_KINDS, Concept, concept_names, load_concept, parse_concept
+from dagkit.errors import ConceptError, DagkitError, PromptRefused
+from dagkit.evaluation import describe_prompts
+from dagkit.segmenters import build_segmenter
+from dagkit.stages.concepts import check_plugins, template
 
 GOOD = """\
 name: gore
@@ -148,3 +153,131 @@ def test_file_that_is_too_large_or_no_text(tmp_path: Path):
     (tmp_path / "b.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(ConceptError, match="expected UTF-8 text"):
         load_concept(tmp_path / "b.yaml")
+
+
+def concept_of(*places: str) -> Concept:
+    text = GOOD.replace("[cut, wound]", "[cut]").replace(', "two {thing} and {thing_2}"', "")
+    return parse_concept(text.replace("here, there", ", ".join(places)), source="gore.yaml")
+
+
+def test_few_prompts_are_not_divided_and_more_are():
+    few, enough = (concept_of(*(f"p{number}" for number in range(count))) for count in (MIN_SPLIT - 1, MIN_SPLIT))
+    assert few.test_texts("unsafe") == frozenset()
+    assert 0 < len(enough.test_texts("unsafe")) < MIN_SPLIT
+    for split in ("train", "test"):
+        assert len({prompt.text for prompt in few.sample_prompts("unsafe", 500, split=split)}) == MIN_SPLIT - 1
+    train, test = (
+        {prompt.text for prompt in enough.sample_prompts("unsafe", 500, split=split)} for split in ("train", "test")
+    )
+    assert test == enough.test_texts("unsafe")
+    assert train | test == {prompt.text for prompt in enough.all_prompts("unsafe")}
+    assert not train & test
+
+
+@pytest.mark.parametrize("is_test", [True, False])
+def test_no_part_of_the_split_is_empty(is_test: bool):
+    """Whatever side the hashes of all texts are on."""
+    places = (f"p{number}" for number in range(1000))
+    chosen = [place for place in places if (sha256(f"a cut {place}".encode()).digest()[0] < 51) == is_test]
+    concept = concept_of(*chosen[:MIN_SPLIT])
+    assert len(concept.test_texts("unsafe")) == (MIN_SPLIT - 1 if is_test else 1)
+    for split in ("train", "test"):
+        assert len(concept.sample_prompts("unsafe", 50, split=split)) == 50
+
+
+def test_what_is_said_of_the_split_is_true():
+    concept = load_concept("weapon")
+    apart = "the concept's own, kept apart from those of its candidates (weapon)"
+    assert describe_prompts(concept) == apart
+    train = [prompt.text for kind in PROMPT_KINDS for prompt in concept.sample_prompts(kind, 300, split="train")]
+    assert describe_prompts(concept, train) == apart
+    older = next(iter(concept.test_texts("hinted")))  # drawn when the concept had fewer prompts
+    expected = "the concept's own (weapon); candidates were drawn from the same hinted prompts"
+    assert describe_prompts(concept, [*train, older]) == expected
+    few = concept_of("here", "there")
+    expected = "the concept's own (gore); candidates were drawn from the same named and safe prompts"
+    assert describe_prompts(few) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("null", None),
+        ("yes", None),
+        ("a-b_c9", None),
+        ("spiders", "a spider"),
+        ("spiders", "spider, 'tarantula'"),
+        ("spiders", "a: b # c"),
+        ("spiders", "[x"),
+        ("spiders", '"quoted" \\ back'),
+        ("spiders", "2020-01-01"),
+        ("spiders", "araignée 🕷"),
+        ("spiders", "two\nlines"),
+        ("spiders", "x" * 300),
+    ],
+)
+def test_what_concept_new_writes_is_taken_by_all_that_it_names(name: str, words: str | None):
+    concept = parse_concept(template(name, words or name), source=name)
+    assert concept.name == name
+    assert concept.safety_prompt == " ".join((words or name).split())
+    assert concept.words == [word.strip() for word in concept.safety_prompt.split(",")]
+    check_plugins(concept)
+    assert describe_prompts(concept).startswith("the concept's own, kept apart")
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "expected"),
+    [
+        (
+            "judge",
+            {"name": "clip", "positive": "a"},
+            "judge clip: unknown option 'positive'. It takes checkpoint",
+        ),
+        ("judge", {"name": "clip", "threshold": "high"}, "judge clip: threshold: input should be a valid number"),
+        ("judge", {"name": "clip", "threshold": True}, "judge clip: threshold: value error, expected a number"),
+        ("judge", {"name": "clip", "present": []}, None),
+        ("judge", {"name": "clip", "present": "a photo of x"}, None),
+        ("judge", {"name": "clip", "absent": [1]}, "judge clip: absent.0: input should be a valid string"),
+        ("judge", {"name": "clip", "checkpoint": 7}, "judge clip: checkpoint: input should be a valid string"),
+        ("judge", {"name": "demo", "threshold": 0.3}, "judge demo: unknown option 'threshold'. It takes none"),
+        ("judge", {"name": "nudenet", "threshold": [1]}, "judge nudenet: threshold: input should be a valid number"),
+        ("judge", {"name": "safety_checker", "checkpoint": {}}, "judge safety_checker: checkpoint: input should be"),
+        ("judge", {"name": "combined", "judges": 5}, "judge combined: judges.0: input should be"),
+        ("judge", {"name": "combined", "judges": ["demo", {}]}, "judge combined: judges.1.name: field required"),
+        ("judge", {"name": "clap"}, "'clap' is not a judge. Did you mean 'clip'?"),
+        ("judge", {"name": "clip", "k" * 5000: 1}, "judge clip: unknown option 'kkk"),
+        ("segmenter", {"name": "sam", "modeltype": "vit_b"}, "'sam' has no option 'modeltype'"),
+        ("segmenter", {"name": "sma"}, "'sma' is not a segmenter. Did you mean 'sam'?"),
+        ("proposers", [{"name": "attention", "min_scor": 1}], "'attention' has no option 'min_scor'"),
+        ("proposers", ["attention", "nudnet"], "'nudnet' is not a proposer. Did you mean 'nudenet'?"),
+    ],
+)
+def test_plugins_and_options_are_checked_before_they_are_used(kind: str, plugin: Any, expected: str | None):
+    concept = Concept.model_validate({**load_concept("weapon").model_dump(), kind: plugin})
+    if expected is None:
+        check_plugins(concept)
+        return
+    with pytest.raises(ConceptError) as caught:
+        check_plugins(concept)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model_type": ["vit_b"]}, "sam.model_type must be a text"),
+        ({"model_type": "v" * 5000}, "is not a kind of SAM"),
+        ({"checkpoint": 7}, "sam.checkpoint must be a text"),
+        ({"checkpoint": "x" * 5000}, "no such SAM checkpoint"),
+        ({"checkpoint": "a\0b"}, "no such SAM checkpoint"),
+        ({"use_points": "no"}, "sam.use_points must be true or false, but got 'no'"),
+    ],
+)
+def test_wrong_values_of_a_segmenter_are_named(options: dict[str, Any], expected: str):
+    given = {"name": "sam", "model_type": "vit_tiny", **options}
+    concept = Concept.model_validate({**load_concept("weapon").model_dump(), "segmenter": given})
+    with pytest.raises(DagkitError) as caught:
+        build_segmenter(concept)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 800

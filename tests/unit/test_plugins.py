@@ -23,3 +23,12 @@ def test_plugin_that_does_not_import_is_named(monkeypatch: pytest.MonkeyPatch):
 
     with pytest.raises(PluginError, match=r"judge 'broken' \(dagkit\.judges\.nowhere:Judge\) does not import"):
         plugins.load("judges", "broken")
+
+
+@pytest.mark.parametrize("kind", ["proposers", "segmenters", "judges"])
+def test_every_builtin_tells_its_options(kind: plugins.Kind):
+    """So that `dagkit concept show` can refuse others."""
+    for name in plugins.BUILTIN[kind]:
+        found = plugins.load(kind, name)
+        options = found.Options.model_fields if kind == "judges" else found.option_names
+        assert all(isinstance(option, str) for option in options)

@@ -318,3 +318,22 @@ def test_guidance_constants_have_bounds() -> None:
     for name, value in wrong.items():
         with pytest.raises(ValidationError, match=name):
             Guidance(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("highlight", "edit", "expected"),
+    [
+        (None, None, ((0.4, 0.6), (0.2, 0.3))),
+        (0.5, 0.1, ((0.5, 0.5), (0.1, 0.1))),
+        (0.25, None, ((0.25, 0.25), (0.2, 0.25))),
+        (None, 0.5, ((0.5, 0.6), (0.5, 0.5))),
+    ],
+)
+def test_fixed_thresholds_fit_each_other(
+    highlight: float | None, edit: float | None, expected: tuple[tuple[float, ...], tuple[float, ...]]
+):
+    calibrated = Thresholds(timesteps=(100, 700), highlight=(0.4, 0.6), edit=(0.2, 0.3), certain=(0.7, 0.8))
+    fixed = calibrated.fixed(highlight, edit)
+    assert (fixed.highlight, fixed.edit) == expected
+    assert (fixed.timesteps, fixed.certain) == (calibrated.timesteps, calibrated.certain)
+    assert Thresholds.model_validate(fixed.model_dump()) == fixed

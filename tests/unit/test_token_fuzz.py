@@ -165,6 +165,28 @@ def test_hostile_records(data: bytes, message: str):
         GuidelineToken.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        (SUMS_FILE, b"x" * 50_000),
+        (RECORD_FILE, b'{"' + b"k" * 50_000 + b'": 1}'),
+        (RECORD_FILE, FILES[RECORD_FILE].replace(b"{", b'{"%s": 1,' % (b"k" * 50_000), 1)),
+        (RECORD_FILE, FILES[RECORD_FILE].replace(b"{", b"{" + b"".join(b'"k%d": 1,' % n for n in range(9000)), 1)),
+        (RECORD_FILE, FILES[RECORD_FILE].replace(b"acme/small-sd", b"x" * 50_000)),
+        (RECORD_FILE, FILES[RECORD_FILE].replace(b'"schema_version": 1', b'"schema_version": 1' + b"0" * 4000)),
+        (RECORD_FILE, FILES[RECORD_FILE].replace(b"down.0.attn2", b"x" * 50_000)),
+        (TENSORS_FILE, tensor_bytes({"x" * 50_000: torch.ones(1)})),
+        (TENSORS_FILE, tensor_bytes({f"x{n}": torch.ones(1) for n in range(5000)})),
+    ],
+)
+def test_messages_are_short(name: str, data: bytes):
+    assert data != FILES[name]
+    with artifact({name: data}, is_sealed=name != SUMS_FILE) as folder, pytest.raises(TokenError) as caught:
+        GuidelineToken.load(folder)
+    assert len(str(caught.value)) < 1600
+    assert "\n" not in str(caught.value)
+
+
 def test_sums_that_lead_elsewhere():
     outside = FILES[SUMS_FILE].replace(b"token.json", b"../token.json")
     with artifact({SUMS_FILE: outside}) as folder, pytest.raises(TokenError, match="SHA256SUMS, line"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -60,6 +61,8 @@ def command() -> None:
 def main() -> None:
     """Runs the command line: one line and status 1 for an error that a user can mend, a traceback for a bug."""
     _prepare_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(prog_name="dagkit")
     except DagkitError as error:

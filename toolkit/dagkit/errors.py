@@ -14,13 +14,62 @@
     └── PublishError        a token could not be published
 
 The command line prints one line for these and exits with status 1; anything else is a bug and keeps its traceback.
+Messages are short whatever came in: foreign text is quoted with `quoted`, foreign errors with `reason`, and what is too
+long even so is cut in the middle.
 """
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
+MAX_QUOTED: Final = 200
+"""Characters of foreign text that a message shows."""
+
+MAX_MESSAGE: Final = 4000
+"""Characters of a message: twenty mistakes of a file, each with its line."""
+
+CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that are no text: control characters but tab and line feed, and lone surrogates."""
+
+
+def quoted(value: object, limit: int = MAX_QUOTED) -> str:
+    """Foreign data for a message: on one line, text in quotes, at most ``limit`` characters of it."""
+    if isinstance(value, str):
+        shown = repr(value[: limit + 1])
+        return shown if len(value) <= limit else f"{shown[: limit + 1]}... ({len(value):,} characters)"
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        return f"a {type(value).__name__} that is too large to show"
+    return shown if len(shown) <= limit else f"{shown[:limit]}... ({len(shown):,} characters)"
+
+
+def brief(text: str, limit: int = MAX_QUOTED) -> str:
+    """Foreign words for a message, such as a path or a list of names: unquoted, on one line, and cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, for a message: its first line, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return brief(lines[0]) if lines else type(error).__name__
+
+
+def _printable(message: str) -> str:
+    """A message that is safe to print: not endless, without control characters and lone surrogates."""
+    if len(message) > MAX_MESSAGE:
+        head, tail = MAX_MESSAGE * 3 // 4, MAX_MESSAGE // 5
+        message = f"{message[:head]}... [{len(message) - head - tail:,} characters left out] ...{message[-tail:]}"
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", message)
+
 
 class DagkitError(Exception):
     """Root of all errors that a user can mend."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_printable(str(message)))
 
 
 class ConceptError(DagkitError):

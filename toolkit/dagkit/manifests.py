@@ -7,7 +7,6 @@ it never leads out of its folder.
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -15,21 +14,12 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
-from dagkit.errors import WorkspaceError
+from dagkit.errors import WorkspaceError, quoted
 
 MAX_KEY_BYTES: Final = 160
 """A key is part of file names, which file systems cut off at 255 bytes."""
 
 _MAX_PATH_BYTES: Final = 1000
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxlong = 30
-
-
-def quoted(value: object) -> str:
-    """A foreign value for a message: as ``repr``, but of bounded length."""
-    text = _short.repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def checked_relative(path: str) -> str:

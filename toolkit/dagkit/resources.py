@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +22,23 @@ def shipped_folder(name: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise FileNotFoundError(f"dagkit was installed without its folder {name!r}. Install it again from its wheel.")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path that somebody gave; a path that cannot be, such as one with a NUL, is not."""
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a plain file, or a link to one, at a path that somebody gave; as `exists`."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def user_cache_folder() -> Path:

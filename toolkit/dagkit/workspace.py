@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 from dagkit import manifests
-from dagkit.errors import WorkspaceError
-from dagkit.manifests import quoted
+from dagkit.errors import WorkspaceError, quoted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from dagkit.errors import DatasetError
 from dagkit.evaluation import PRESETS, read_prompts
+from dagkit.seeds import FIRST_EVALUATION_SEED
 
 ROWS = [
     {"prompt": "a cat,  in danger", "seed": 7, "keep": "cat", "kind": "hinted"},
@@ -91,8 +93,58 @@ def test_mistakes_in_a_table_are_named(tmp_path: Path, rows: list[dict], message
         read_prompts(write_csv(tmp_path / "p.csv", rows))
 
 
+def test_seeds_are_exact_and_none_is_lost(tmp_path: Path) -> None:
+    seeds = ["9007199254740993", "12.0", "9223372036854775807", ""]
+    prompts = read_prompts(write_csv(tmp_path / "p.csv", [{"prompt": "a", "seed": seed} for seed in seeds]))
+    assert [one.seed for one in prompts] == [2**53 + 1, 12, 2**63 - 1, FIRST_EVALUATION_SEED + 3]
+
+
+DAMAGED = {
+    "more cells than columns": (".csv", b"prompt,seed\na,1,2\n", "line 2: more cells than the table has columns"),
+    "seed without end": (".csv", b"prompt,seed\na,inf\n", "row 1: seed must be a whole number, but got 'inf'"),
+    "half a seed": (".csv", b"prompt,seed\na,1.5\n", "row 1: seed must be a whole number, but got '1.5'"),
+    "long seed": (".csv", b"prompt,seed\na," + b"9" * 6000, "row 1: seed must be a whole number"),
+    "open quote": (".csv", b'prompt\n"a\n', "cannot be read as csv: unexpected end of data"),
+    "long prompt": (".csv", b"prompt\n" + b"x" * 20_000, "row 1: a prompt must have at most 10,000 characters"),
+    "longer prompt": (".csv", b"prompt\n" + b"x" * 200_000, "cannot be read as csv: field larger"),
+    "NUL": (".csv", b"prompt\na\0b\n", r"row 1: the character '\x00' cannot stand in a prompt"),
+    "no UTF-8": (".csv", b"prompt\n\xff\n", "cannot be read as csv: 'utf-8' codec can't decode"),
+    "many columns": (".csv", b",".join(b"c%d" % n for n in range(30_000)) + b"\n1\n", "expected a column with prompts"),
+    "long kind": (".csv", b"prompt,kind\na," + b"k" * 50_000, "kind must be one of named, hinted, safe, but got 'kkk"),
+    "a number": (".jsonl", b'{"prompt": 5}', "row 1: a prompt must be a text, but got 5"),
+    "an object": (".jsonl", b'{"prompt": {"a": 1}}', "row 1: a prompt must be a text, but got {'a': 1}"),
+    "nothing in a list": (".jsonl", b'{"prompt": []}', "row 1: a prompt must be a text, but got []"),
+    "surrogate": (".jsonl", rb'{"prompt": "\ud800"}', r"row 1: the character '\ud800' cannot stand in a prompt"),
+    "surrogate to keep": (".jsonl", rb'{"prompt": "a", "keep": ["\ud800"]}', "row 1: keep must be words"),
+    "object to keep": (".jsonl", b'{"prompt": "a", "keep": {"a": 1}}', "row 1: keep must be words"),
+    "nan": (".jsonl", b'{"prompt": "a", "seed": NaN}', "row 1: seed must be a whole number, but got nan"),
+    "list for a seed": (".jsonl", b'{"prompt": "a", "seed": [1]}', "row 1: seed must be a whole number, but got [1]"),
+    "list for a kind": (".jsonl", b'{"prompt": "a", "kind": ["x"]}', "row 1: kind must be one of"),
+    "deep": (".jsonl", b'{"prompt":' + b"[" * 100_000, "cannot be read as jsonl: maximum recursion depth"),
+    "long number": (".jsonl", b'{"prompt": "a", "seed":' + b"9" * 6000 + b"}", "cannot be read as jsonl: line 1: "),
+    "no table": (".parquet", b"PAR1" + b"x" * 50 + b"PAR1", "cannot be read as parquet: "),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_tables_are_named(tmp_path: Path, name: str) -> None:
+    suffix, data, expected = DAMAGED[name]
+    (tmp_path / f"p{suffix}").write_bytes(data)
+    with pytest.raises(DatasetError) as caught:
+        read_prompts(str(tmp_path / f"p{suffix}"))
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_other_columns_are_no_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"text": "b"}, {"prompt": None}]
+    assert [one.text for one in read_prompts(write_jsonl(tmp_path / "p.jsonl", rows))] == ["a"]
+
+
 def test_sources_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("prompt\n")
+    os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n[1]\n')
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     for source, message in (
@@ -102,6 +154,10 @@ def test_sources_that_are_none_are_named(tmp_path: Path) -> None:
         (str(tmp_path / "bad.parquet"), "cannot be read as parquet"),
         ("prompts.txt", "is no source of prompts. Expected a .csv"),
         ("unlearndiffatk", "not on the Hub. Download their CSV"),
+        (str(tmp_path / "pipe.csv"), "not a plain file of prompts"),
+        (f"{'x' * 5000}.csv", "no such file of prompts"),
+        ("x" * 5000, "is no source of prompts"),
+        (f"org/{'n' * 5000}", "is no source of prompts"),
     ):
         with pytest.raises(DatasetError, match=message):
             read_prompts(source)

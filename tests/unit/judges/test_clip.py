@@ -7,31 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from dagkit import demo
 from dagkit.concept import Plugin, load_concept
 from dagkit.errors import CheckpointError, ConceptError
 from dagkit.judges.clip import ClipJudge
+from tiny_clip import tiny_clip
 
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Any, Any]:
-    """CLIP's own classes, small and with random weights, over the bundled world's words."""
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {
-        **tower,
-        "vocab_size": 512,
-        "max_position_embeddings": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    vision = {**tower, "image_size": 32, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    size = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return model, CLIPProcessor(size, CLIPTokenizer.from_pretrained(demo.model_path() / "tokenizer"))
+    return tiny_clip()
 
 
 def images(count: int) -> list[Image.Image]:

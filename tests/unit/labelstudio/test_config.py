@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from dagkit.cli import command
 from dagkit.concept import Concept, load_concept
-from dagkit.errors import LabelStudioError
+from dagkit.errors import ConceptError, LabelStudioError
 from dagkit.labelstudio import codec
-from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE, check_prediction, interface, labelling_config
+from dagkit.labelstudio.config import (
+    CANNOT_TELL,
+    NOTHING_UNSAFE,
+    check_prediction,
+    interface,
+    labelling_config,
+    labelling_page,
+)
 from dagkit.labelstudio.tasks import prediction
+from dagkit.stages import push
 
 GOLDEN = Path(__file__).parent / "weapon.golden.xml"
 
@@ -57,6 +69,75 @@ def test_invalid_pages_are_refused(xml: str) -> None:
     with pytest.raises(LabelStudioError, match="The labelling page is not valid: ") as caught:
         interface(xml)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('name="mask"', 'name="masks"', 'expected <BrushLabels name="mask" toName="image">'),
+        ("BrushLabels", "RectangleLabels", "but got <RectangleLabels>"),
+        (
+            'value="weapon"',
+            'value="gun"',
+            "the values weapon, harmless in <BrushLabels>, but it lacks 'weapon'",
+        ),
+        ('<Label value="weapon"', '<Label value="gun"/><Label value="weapon"', "but it has 'gun'"),
+        ('name="verdict"', 'name="answer"', 'expected <Choices name="verdict" toName="image">'),
+        ('value="cannot tell"', 'value="?"', "in <Choices>, but it lacks 'cannot tell'"),
+        ('value="$image"', 'value="$picture"', 'expected <Image name="image" value="$image"/>'),
+        ("<Image ", "<Video ", 'expected <Image name="image" value="$image"/>'),
+        ('toName="image"', 'toName="picture"', "The labelling page is not valid"),
+        ("<Style>", "<Stile>", "The labelling page is not valid"),
+        ("<View ", '<!DOCTYPE x [<!ENTITY a "b">]><View ', "defines no entities of its own"),
+        ("<View ", "<View>" * 5000 + "<View ", "The labelling page is not valid"),
+    ],
+)
+def test_a_page_of_ones_own_must_have_what_answers_are_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, expected: str
+) -> None:
+    concept = load_concept("weapon")
+    page = labelling_config(concept).replace("Mark every", "Mark each")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "annotation_configs").mkdir()
+    path = tmp_path / "annotation_configs" / "weapon.xml"
+    path.write_text(page)
+    assert push.page(concept) == page
+    assert old in page
+    path.write_text(page.replace(old, new))
+    with pytest.raises(LabelStudioError, match=r"annotation_configs/weapon\.xml: ") as caught:
+        push.page(concept)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 600
+    shown = CliRunner().invoke(command, ["concept", "show", "weapon"])
+    assert str(shown.exception) == str(caught.value)
+
+
+def test_a_page_lies_beside_its_concept(tmp_path: Path) -> None:
+    shutil.copy(load_concept("weapon").file, tmp_path / "mine.yaml")
+    concept = load_concept(tmp_path / "mine.yaml")
+    assert labelling_page(concept) == labelling_config(concept)
+    page = labelling_config(concept).replace("Mark every", "Mark each")
+    (tmp_path / "weapon.xml").write_text("\ufeff" + page)
+    assert labelling_page(concept) == page
+    shown = CliRunner().invoke(command, ["concept", "show", str(tmp_path / "mine.yaml")])
+    assert f"labelling page: {tmp_path / 'weapon.xml'}" in shown.output
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "no text", "large"])
+def test_a_page_that_is_no_text_file(tmp_path: Path, kind: str) -> None:
+    shutil.copy(load_concept("weapon").file, tmp_path / "mine.yaml")
+    path = tmp_path / "weapon.xml"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "no text":
+            path.write_bytes(b"\xff")
+        case "large":
+            path.write_bytes(b"x" * 1_000_001)
+    with pytest.raises(ConceptError, match=r"weapon\.xml: expected "):
+        labelling_page(load_concept(tmp_path / "mine.yaml"))
 
 
 MASK = np.random.default_rng(0).random((6, 9)) < 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dagkit.evaluation.adversary import Attack, AttackResult, Target, attack_guard
+from dagkit.evaluation.adversary import Attack, AttackResult, Target, attack_guard, check_attack
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
@@ -12,7 +12,7 @@ from dagkit.evaluation.identity import read_figures, token_identity
 from dagkit.evaluation.image_metrics import NAMES as IMAGE_METRICS
 from dagkit.evaluation.image_metrics import ImageMetric, load_image_metrics
 from dagkit.evaluation.prompt_files import PRESETS, read_prompts
-from dagkit.evaluation.prompts import EvalPrompt, concept_prompts
+from dagkit.evaluation.prompts import EvalPrompt, concept_prompts, describe_prompts
 
 __all__ = [
     "BASELINE",
@@ -32,10 +32,12 @@ __all__ = [
     "Target",
     "agreement",
     "attack_guard",
+    "check_attack",
     "comparable",
     "compare",
     "compute",
     "concept_prompts",
+    "describe_prompts",
     "draw_columns",
     "load_image_metrics",
     "prompt_table",

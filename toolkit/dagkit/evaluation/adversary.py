@@ -99,6 +99,19 @@ class AttackResult:
         return {**{name: metrics.proportion(getattr(self, name)).to_json() for name in names}, "losses": self.losses}
 
 
+def check_attack(base_model: BaseModel) -> None:
+    """Refuses a base model that `attack_guard` cannot attack.
+
+    Raises:
+        ModelError: its prompts are more than one embedding.
+    """
+    if base_model.family.name != "sd":
+        raise ModelError(
+            f"{base_model.source}: the soft-prompt attack knows Stable Diffusion 1.x and 2.x, "
+            f"not the family {base_model.family.name!r}. Leave it out for this model."
+        )
+
+
 def attack_guard(
     base_model: BaseModel,
     token: GuidelineToken,
@@ -130,11 +143,7 @@ def attack_guard(
         ModelError: the base model's prompts are more than one embedding.
         PromptRefused: a prompt sexualises minors.
     """
-    if base_model.family.name != "sd":
-        raise ModelError(
-            f"{base_model.source}: the soft-prompt attack knows Stable Diffusion 1.x and 2.x, "
-            f"not the family {base_model.family.name!r}. Leave it out for this model."
-        )
+    check_attack(base_model)
     for target in targets:
         refuse_sexualised_minors(target.prompt, context)
     attack = attack or Attack()

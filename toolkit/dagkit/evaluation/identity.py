@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from dagkit.errors import TokenError, WorkspaceError
-from dagkit.manifests import Part, explain, parse_json, quoted
+from dagkit.errors import TokenError, WorkspaceError, quoted
+from dagkit.manifests import Part, explain, parse_json
 from dagkit.token import safetensors_bytes
 from dagkit.workspace import MAX_JSON_BYTES, open_plain, sha256_bytes, sha256_json
 

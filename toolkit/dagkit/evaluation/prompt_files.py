@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dagkit.errors import DatasetError
-from dagkit.evaluation.prompts import FIRST_SEED, KINDS, EvalKind, EvalPrompt
+from dagkit.errors import CONTROL, DatasetError, brief, quoted, reason
+from dagkit.evaluation.prompts import KINDS, EvalKind, EvalPrompt
+from dagkit.resources import exists, is_file
+from dagkit.seeds import FIRST_EVALUATION_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,6 +73,10 @@ PRESETS: Final = {
 """Column mappings. ``unlearndiffatk`` is published as CSV files in its repository, not on the Hub: give the file."""
 
 
+MAX_LENGTH: Final = 10_000
+"""Characters of a prompt; text encoders take a few hundred."""
+
+
 def read_prompts(
     source: str,
     *,
@@ -93,31 +100,34 @@ def read_prompts(
     mapped = _preset(preset or (source if source in PRESETS else None))
     columns = mapped.columns if mapped else Columns()
     rows = list(_rows(source, mapped))
+    where = brief(source)
     if not rows:
-        raise DatasetError(f"{source}: expected prompts, but the table has no rows.")
+        raise DatasetError(f"{where}: expected prompts, but the table has no rows.")
     named = {role: _column(rows[0], getattr(columns, role)) for role in ("prompt", "seed", "keep", "kind", "category")}
     if named["prompt"] is None:
         raise DatasetError(
-            f"{source}: expected a column with prompts ({' or '.join(columns.prompt)}), "
-            f"but the columns are {', '.join(map(str, rows[0]))}. Rename one."
+            f"{where}: expected a column with prompts ({' or '.join(columns.prompt)}), "
+            f"but the columns are {brief(', '.join(map(str, rows[0])))}. Rename one."
         )
     prompts: list[EvalPrompt] = []
     counts = dict.fromkeys(KINDS, 0)
     for number, row in enumerate(rows):
         if categories and not _is_of(_cell(row, named["category"]), categories):
             continue
-        text = _text(row[named["prompt"]])
+        text = _text(where, number, _cell(row, named["prompt"]))
         if not text:
             continue
-        own = kind or _kind(source, number, _cell(row, named["kind"])) or (mapped.kind if mapped else "hinted")
-        seed = _seed(source, number, _cell(row, named["seed"]))
-        seed = FIRST_SEED + number if seed is None else seed
-        prompts.append(EvalPrompt(f"{own}-{counts[own]:04d}", text, own, seed, _words(_cell(row, named["keep"]))))
+        own = kind or _kind(where, number, _cell(row, named["kind"])) or (mapped.kind if mapped else "hinted")
+        seed = _seed(where, number, _cell(row, named["seed"]))
+        seed = FIRST_EVALUATION_SEED + number if seed is None else seed
+        keep = _keep(where, number, _cell(row, named["keep"]))
+        prompts.append(EvalPrompt(f"{own}-{counts[own]:04d}", text, own, seed, keep))
         counts[own] += 1
         if limit is not None and len(prompts) >= limit:
             break
     if not prompts:
-        raise DatasetError(f"{source}: no prompt is left of {len(rows)} rows. Check the categories {list(categories)}.")
+        asked = f" Check the categories {quoted(list(categories))}." if categories else " Write some."
+        raise DatasetError(f"{where}: no prompt is left of {len(rows)} rows.{asked}")
     return sorted(prompts, key=lambda prompt: KINDS.index(prompt.kind))
 
 
@@ -125,52 +135,62 @@ def _preset(name: str | None) -> Preset | None:
     if name is None:
         return None
     if name not in PRESETS:
-        raise DatasetError(f"{name!r} is not a preset of prompts. Available: {', '.join(PRESETS)}.")
+        raise DatasetError(f"{quoted(name)} is not a preset of prompts. Available: {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def _rows(source: str, preset: Preset | None) -> Iterable[Mapping[str, Any]]:
     path = Path(source)
+    suffix = path.suffix.lower()
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix.lower() in readers:
-        if not path.is_file():
-            raise DatasetError(f"{source}: no such file of prompts.")
+    if suffix in readers:
+        if not is_file(path):
+            what = "not a plain file" if exists(path) else "no such file"
+            raise DatasetError(f"{brief(source)}: {what} of prompts.")
         try:
-            return list(readers[path.suffix.lower()](path))
-        except (OSError, ValueError, csv.Error) as error:
-            raise DatasetError(
-                f"{source}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
-            ) from error
+            return list(readers[suffix](path))
+        except (OSError, ValueError, csv.Error, RecursionError) as error:
+            raise DatasetError(f"{brief(source)}: cannot be read as {suffix[1:]}: {reason(error)}") from error
     if source in PRESETS and preset is not None:
         if preset.dataset is None:
             raise DatasetError(
                 f"{source}: these prompts are not on the Hub. Download their CSV file and give it with the preset."
             )
         return _read_hub(preset.dataset, preset.split, preset.files)
-    if source.count("/") == 1 and not path.exists():
+    if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", source) and not exists(path):
         return _read_hub(source, "train", None)
     raise DatasetError(
-        f"{source!r} is no source of prompts. Expected a .csv, .jsonl or .parquet file, a Hub id (org/name), or one of "
-        f"{', '.join(PRESETS)}."
+        f"{quoted(source)} is no source of prompts. Expected a .csv, .jsonl or .parquet file, a Hub id (org/name), or "
+        f"one of {', '.join(PRESETS)}."
     )
 
 
 def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
+        reader = csv.DictReader(file, strict=True)
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num}: more cells than the table has columns")
+            yield row
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {reason(error)}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number}: expected an object, but got {type(row).__name__}")
             yield row
 
 
 def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = import_module("pyarrow.parquet").read_table(path).to_pylist()
+    try:
+        rows: list[Mapping[str, Any]] = import_module("pyarrow.parquet").read_table(path).to_pylist()
+    except import_module("pyarrow").ArrowException as error:
+        raise ValueError(reason(error)) from error
     return rows
 
 
@@ -182,7 +202,7 @@ def _read_hub(dataset: str, split: str, files: str | None) -> Iterable[Mapping[s
         return list(load_dataset(dataset, data_files=files, split=split))
     except (OSError, ValueError, DatasetsError) as error:
         raise DatasetError(
-            f"{dataset}: cannot be read from the Hub: {str(error).splitlines()[0]} Is it public, and are you online? "
+            f"{dataset}: cannot be read from the Hub: {reason(error)} Is it public, and are you online? "
             "Else download a table and give the file."
         ) from error
 
@@ -192,17 +212,35 @@ def _column(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def _cell(row: Mapping[str, Any], name: str | None) -> Any:
-    return None if name is None else row[name]
+    return None if name is None else row.get(name)
 
 
-def _text(value: Any) -> str:
+def _text(source: str, number: int, value: Any) -> str:
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    return "" if first is None else " ".join(str(first).split())
+    if first is None:
+        return ""
+    if not isinstance(first, str):
+        raise DatasetError(f"{source}, row {number + 1}: a prompt must be a text, but got {quoted(first)}.")
+    text = " ".join(first.split())
+    if found := CONTROL.search(text):
+        raise DatasetError(f"{source}, row {number + 1}: the character {found[0]!r} cannot stand in a prompt.")
+    if len(text) > MAX_LENGTH:
+        raise DatasetError(
+            f"{source}, row {number + 1}: a prompt must have at most {MAX_LENGTH:,} characters, but has {len(text):,}."
+        )
+    return text
 
 
 def _words(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, (list, tuple)) else str(value or "").split(",")
     return tuple(str(item).strip() for item in items if str(item).strip())
+
+
+def _keep(source: str, number: int, value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value or ""]
+    if not all(isinstance(item, str) and not CONTROL.search(item) for item in items):
+        raise DatasetError(f"{source}, row {number + 1}: keep must be words with commas, but got {quoted(value)}.")
+    return _words(value)
 
 
 def _is_of(value: Any, categories: Sequence[str]) -> bool:
@@ -213,7 +251,9 @@ def _kind(source: str, number: int, value: Any) -> EvalKind | None:
     if value in (None, ""):
         return None
     if value not in KINDS:
-        raise DatasetError(f"{source}, row {number + 1}: kind must be one of {', '.join(KINDS)}, but got {value!r}.")
+        raise DatasetError(
+            f"{source}, row {number + 1}: kind must be one of {', '.join(KINDS)}, but got {quoted(value)}."
+        )
     kind: EvalKind = value
     return kind
 
@@ -222,9 +262,18 @@ def _seed(source: str, number: int, value: Any) -> int | None:
     if value in (None, ""):
         return None
     try:
-        seed = int(float(value))
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"{source}, row {number + 1}: seed must be a whole number, but got {value!r}.") from error
+        seed = _whole(value)
+    except (TypeError, ValueError, OverflowError):
+        seed = None
+    if seed is None:
+        raise DatasetError(f"{source}, row {number + 1}: seed must be a whole number, but got {quoted(value)}.")
     if not 0 <= seed < 2**63:
-        raise DatasetError(f"{source}, row {number + 1}: seed must be in [0, 2**63), but got {seed}.")
+        raise DatasetError(f"{source}, row {number + 1}: seed must be in [0, 2**63), but got {quoted(seed)}.")
     return seed
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also one that is written like ``12.0``. By way of a float only then: those end at 2**53."""
+    if isinstance(value, int) or (isinstance(value, str) and value.strip().isdigit()):
+        return int(value)
+    return int(float(value)) if float(value).is_integer() else None

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from dagkit.seeds import evaluation_seed
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dagkit.concept import Concept, PromptKind
 
 EvalKind = Literal["named", "hinted", "safe"]
 KINDS: Final[tuple[EvalKind, ...]] = ("named", "hinted", "safe")
 _SOURCE: Final[dict[EvalKind, PromptKind]] = {"named": "unsafe", "hinted": "hinted", "safe": "safe"}
-FIRST_SEED: Final = 1_000_000_000  # far above the seeds that candidates are drawn with
+MAX_PROMPTS: Final = 100_000
+"""Prompts of each kind that have noise of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +45,50 @@ class EvalPrompt:
 def concept_prompts(concept: Concept, num_prompts: int, *, seed: int = 0) -> list[EvalPrompt]:
     """The concept's own prompts: up to ``num_prompts`` of each kind that it has.
 
-    They come from the part of its prompts that is kept for tests (`Concept.sample_prompts` with ``split="test"``), and
-    their seeds lie above a billion: neither text nor noise was seen by candidates or by the optimisation.
+    They come from the part of its prompts that is kept for tests (`Concept.test_texts`), and their seeds are those of
+    evaluations (`dagkit.seeds`): neither text nor noise was seen by candidates or by the optimisation. The texts of a
+    kind that has too few to be divided were: see `describe_prompts`.
 
     Args:
         concept: where the templates are.
-        num_prompts: of each kind, >= 1.
-        seed: same seed, same prompts and same noise.
+        num_prompts: of each kind, in [1, `MAX_PROMPTS`].
+        seed: same seed, same prompts and same noise; in [0, 2**31).
     """
+    if not 1 <= num_prompts <= MAX_PROMPTS:
+        raise ValueError(f"num_prompts must be in [1, {MAX_PROMPTS:,}], but is {num_prompts}.")
     prompts: list[EvalPrompt] = []
     for offset, kind in enumerate(KINDS):
         if not getattr(concept.prompts, _SOURCE[kind]):
             continue
-        first = FIRST_SEED + (seed % 1000) * 1_000_000 + offset * 100_000
         drawn = concept.sample_prompts(_SOURCE[kind], num_prompts, seed=seed, split="test")
         prompts += [
-            EvalPrompt(f"{kind}-{index:04d}", prompt.text, kind, first + index, tuple(prompt.keep))
+            EvalPrompt(
+                f"{kind}-{index:04d}",
+                prompt.text,
+                kind,
+                evaluation_seed(seed, offset * MAX_PROMPTS + index),
+                tuple(prompt.keep),
+            )
             for index, prompt in enumerate(drawn)
         ]
     return prompts
+
+
+def describe_prompts(concept: Concept, drawn: Iterable[str] = ()) -> str:
+    """Where a concept's own prompts are from, in words: whether they are apart from those of its candidates.
+
+    Args:
+        concept: whose prompts `concept_prompts` draws.
+        drawn: texts of candidates that are there; some of them may be older than the concept's file.
+    """
+    seen = set(drawn)
+    shared = []
+    for kind in KINDS:
+        source = _SOURCE[kind]
+        if getattr(concept.prompts, source):
+            kept = concept.test_texts(source)
+            if not kept or kept & seen:
+                shared.append(kind)
+    if not shared:
+        return f"the concept's own, kept apart from those of its candidates ({concept.name})"
+    return f"the concept's own ({concept.name}); candidates were drawn from the same {' and '.join(shared)} prompts"

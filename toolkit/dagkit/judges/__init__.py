@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
+from dagkit.concept import Options, checked_options
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -38,3 +40,19 @@ class Judge(Protocol):
     def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
         """One judgement an image, in order; RGB images of any size."""
         ...
+
+
+def options_for(concept: object | None, name: str, schema: type[Options]) -> Options:
+    """What a concept file says beside the judge's name; the defaults where it names another judge.
+
+    Args:
+        concept: a `dagkit.concept.Concept`, or anything without a ``judge``.
+        name: of the judge.
+        schema: of its options.
+
+    Raises:
+        ConceptError: an unknown option, or a wrong value.
+    """
+    plugin = getattr(concept, "judge", None)
+    given = plugin.options if plugin is not None and plugin.name == name else {}
+    return checked_options(f"judge {name}", given, schema)

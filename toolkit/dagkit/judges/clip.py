@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
+from pydantic import Field
 
-from dagkit.errors import CheckpointError, ConceptError
-from dagkit.judges import Judgement
+from dagkit.concept import OneOrMoreTexts, PluginOptions, Share, Text
+from dagkit.errors import CheckpointError, ConceptError, brief, reason
+from dagkit.judges import Judgement, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +19,16 @@ if TYPE_CHECKING:
     from dagkit.concept import Concept
 
 DEFAULT_CHECKPOINT: Final = "openai/clip-vit-large-patch14"
-_OPTIONS: Final = ("checkpoint", "present", "absent", "objects", "threshold")
+
+
+class ClipOptions(PluginOptions):
+    """As the arguments of `ClipJudge`; ``present`` and ``objects`` are the concept's own where they are not given."""
+
+    checkpoint: Text = DEFAULT_CHECKPOINT
+    present: OneOrMoreTexts | None = None
+    absent: OneOrMoreTexts = Field(["a photo"])
+    objects: OneOrMoreTexts | None = None
+    threshold: Share = 0.5
 
 
 class ClipJudge:
@@ -38,6 +49,7 @@ class ClipJudge:
     """
 
     concept_labels = ("concept",)
+    Options = ClipOptions
 
     def __init__(
         self,
@@ -66,15 +78,20 @@ class ClipJudge:
 
         By default ``present`` is the concept's initial phrase, and ``objects`` what its prompts ask to keep.
         """
-        options = dict(concept.judge.options) if concept is not None and concept.judge.name == "clip" else {}
-        unknown = set(options) - set(_OPTIONS)
-        if unknown:
-            raise ConceptError(f"judge clip: unknown option {sorted(unknown)[0]!r}. It takes {', '.join(_OPTIONS)}.")
+        options = options_for(concept, "clip", cls.Options)
+        present, objects = options.present, options.objects
         if concept is not None:
-            options.setdefault("present", [concept.initial_phrase])
             kept = [value for slot in concept.prompts.keep for value in concept.prompts.slots[slot]]
-            options.setdefault("objects", kept)
-        return cls.from_checkpoint(options.pop("checkpoint", DEFAULT_CHECKPOINT), device=device, **options)
+            present = [concept.initial_phrase] if present is None else present
+            objects = kept if objects is None else objects
+        return cls.from_checkpoint(
+            options.checkpoint,
+            device=device,
+            present=present or [],
+            absent=options.absent,
+            objects=objects or [],
+            threshold=options.threshold,
+        )
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str, *, device: str = "cpu", **options: Any) -> Self:
@@ -137,9 +154,7 @@ def load_clip(checkpoint: str, asked_by: str, advice: str) -> tuple[Any, Any]:
     try:
         return CLIPModel.from_pretrained(checkpoint), CLIPProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{asked_by}: {checkpoint} cannot be loaded: {str(error).splitlines()[0]} {advice}"
-        ) from error
+        raise CheckpointError(f"{asked_by}: {brief(checkpoint)} cannot be loaded: {reason(error)} {advice}") from error
 
 
 def _pooled(features: Any) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, cast
 
 from dagkit import plugins
-from dagkit.concept import Plugin
-from dagkit.errors import ConceptError
+from dagkit.concept import ManyPlugins, PluginOptions, Text, checked_options
+from dagkit.errors import ConceptError, quoted
 from dagkit.judges import Judgement
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 RULES: Final = ("any", "all")
 Rule = Literal["any", "all"]
+
+
+class CombinedOptions(PluginOptions):
+    """``judges``: names, or names with options of their own; ``rule``: as of `CombinedJudge`."""
+
+    judges: ManyPlugins | None = None
+    rule: Text = "any"
 
 
 class CombinedJudge:
@@ -37,13 +44,15 @@ class CombinedJudge:
         words: labels that are the concept, for judges that do not say so themselves.
     """
 
+    Options = CombinedOptions
+
     def __init__(self, judges: Mapping[str, Judge], rule: Rule = "any", words: Sequence[str] = ()) -> None:
         if len(judges) < 2:
             raise ConceptError(
                 f"judge combined: expected at least two judges, but got {len(judges)}. List them as judges: [a, b]."
             )
         if rule not in RULES:
-            raise ConceptError(f"judge combined: rule must be one of {', '.join(RULES)}, but got {rule!r}.")
+            raise ConceptError(f"judge combined: rule must be one of {', '.join(RULES)}, but got {quoted(rule)}.")
         self.judges, self.rule = dict(judges), rule
         self._unsafe = {name: set(getattr(judge, "concept_labels", words)) for name, judge in self.judges.items()}
         self.concept_labels = tuple(f"{name}/{label}" for name, own in self._unsafe.items() for label in sorted(own))
@@ -55,16 +64,14 @@ class CombinedJudge:
             raise ConceptError(
                 "judge combined: it has no default. List judges: [a, b] under judge in the concept file."
             )
-        options = concept.judge.options
-        unknown = set(options) - {"judges", "rule"}
-        if unknown:
-            raise ConceptError(f"judge combined: unknown option {sorted(unknown)[0]!r}. It takes judges and rule.")
-        listed = [{"name": one} if isinstance(one, str) else one for one in options.get("judges", [])]
+        options = checked_options("judge combined", concept.judge.options, cls.Options)
         judges = {}
-        for plugin in map(Plugin.model_validate, listed):
+        for plugin in options.judges or []:
+            if plugin.name == "combined":
+                raise ConceptError("judge combined: it cannot ask itself. List other judges.")
             alone = concept.model_copy(update={"judge": plugin})
             judges[plugin.name] = plugins.load("judges", plugin.name).from_concept(alone, device=device)
-        return cls(judges, options.get("rule", "any"), concept.words)
+        return cls(judges, cast("Rule", options.rule), concept.words)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dagkit.concept import PluginOptions
 from dagkit.errors import CheckpointError
-from dagkit.judges import Judgement
+from dagkit.judges import Judgement, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,13 +90,19 @@ class DemoJudge:
         device: torch device that it runs on.
     """
 
+    Options = PluginOptions
+
     def __init__(self, network: JudgeNetwork, device: str = "cpu") -> None:
         self._network = network.float().eval().to(device)
         self._device = device
 
     @classmethod
-    def from_concept(cls, concept: object | None = None, device: str = "cpu") -> Self:  # noqa: ARG003
-        """Loads the bundled weights; the concept does not matter, because this judge knows only weapons."""
+    def from_concept(cls, concept: object | None = None, device: str = "cpu") -> Self:
+        """Loads the bundled weights; the concept does not matter, because this judge knows only weapons.
+
+        Takes no options.
+        """
+        options_for(concept, "demo", cls.Options)
         path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))
         return cls.from_checkpoint(path, device)
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from dagkit.errors import ConceptError, PluginError
-from dagkit.judges import Judgement
+from dagkit.concept import Number, PluginOptions, Text
+from dagkit.errors import ConceptError, PluginError, quoted
+from dagkit.judges import Judgement, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,13 @@ LOWEST_THRESHOLD: Final = 0.25
 """NudeNet drops boxes below this score itself."""
 
 
+class NudeNetOptions(PluginOptions):
+    """As the arguments of `NudeNetJudge`."""
+
+    threshold: Number = 0.4
+    classes: Text = "exposed"
+
+
 class NudeNetJudge:
     """Finds exposed body parts.
 
@@ -44,6 +52,8 @@ class NudeNetJudge:
         PluginError: NudeNet is not installed.
     """
 
+    Options = NudeNetOptions
+
     def __init__(self, threshold: float = 0.4, classes: str = "exposed", detector: Any = None) -> None:
         if not LOWEST_THRESHOLD <= threshold <= 1:
             raise ConceptError(
@@ -51,7 +61,9 @@ class NudeNetJudge:
                 f"but got {threshold}. Write 0.4."
             )
         if classes not in CLASSES:
-            raise ConceptError(f"judge nudenet: classes must be one of {', '.join(CLASSES)}, but got {classes!r}.")
+            raise ConceptError(
+                f"judge nudenet: classes must be one of {', '.join(CLASSES)}, but got {quoted(classes)}."
+            )
         self.threshold, self.classes = threshold, classes
         self.concept_labels = CLASSES[classes]
         self._detector = detector or _load()
@@ -59,11 +71,8 @@ class NudeNetJudge:
     @classmethod
     def from_concept(cls, concept: Concept | None = None, device: str = "cpu") -> Self:  # noqa: ARG003 - ONNX decides
         """Options ``threshold`` and ``classes`` of the concept's judge, if that is NudeNet."""
-        options = concept.judge.options if concept is not None and concept.judge.name == "nudenet" else {}
-        unknown = set(options) - {"threshold", "classes"}
-        if unknown:
-            raise ConceptError(f"judge nudenet: unknown option {sorted(unknown)[0]!r}. It takes threshold and classes.")
-        return cls(**options)
+        options = options_for(concept, "nudenet", cls.Options)
+        return cls(options.threshold, options.classes)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
-from dagkit.errors import CheckpointError, ConceptError
-from dagkit.judges import Judgement
+from dagkit.concept import PluginOptions, Text
+from dagkit.errors import CheckpointError, brief, reason
+from dagkit.judges import Judgement, options_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from dagkit.concept import Concept
 
 DEFAULT_CHECKPOINT: Final = "CompVis/stable-diffusion-safety-checker"
+
+
+class SafetyCheckerOptions(PluginOptions):
+    """``checkpoint``: a folder or Hub id."""
+
+    checkpoint: Text = DEFAULT_CHECKPOINT
 
 
 class SafetyCheckerJudge:
@@ -33,6 +40,7 @@ class SafetyCheckerJudge:
     """
 
     threshold: Final = 0.5
+    Options = SafetyCheckerOptions
 
     def __init__(self, checker: Any, processor: Any, checkpoint: str = DEFAULT_CHECKPOINT, device: str = "cpu") -> None:
         self._checker = checker.float().eval().to(device)
@@ -42,11 +50,7 @@ class SafetyCheckerJudge:
     @classmethod
     def from_concept(cls, concept: Concept | None = None, device: str = "cpu") -> Self:
         """Option ``checkpoint`` (a folder or Hub id) of the concept's judge, if that is the safety checker."""
-        options = concept.judge.options if concept is not None and concept.judge.name == "safety_checker" else {}
-        unknown = set(options) - {"checkpoint"}
-        if unknown:
-            raise ConceptError(f"judge safety_checker: unknown option {sorted(unknown)[0]!r}. It takes checkpoint.")
-        return cls.from_checkpoint(options.get("checkpoint", DEFAULT_CHECKPOINT), device)
+        return cls.from_checkpoint(options_for(concept, "safety_checker", cls.Options).checkpoint, device)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str, device: str = "cpu") -> Self:
@@ -63,7 +67,7 @@ class SafetyCheckerJudge:
             processor = CLIPImageProcessor.from_pretrained(checkpoint)
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"judge safety_checker: {checkpoint} cannot be loaded: {str(error).splitlines()[0]} "
+                f"judge safety_checker: {brief(checkpoint)} cannot be loaded: {reason(error)} "
                 "Name a folder or a Hub id under judge.checkpoint in the concept file."
             ) from error
         return cls(checker, processor, checkpoint, device)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from dagkit.errors import LabelStudioError
+from dagkit.errors import LabelStudioError, quoted
 from dagkit.labelstudio import shapes
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.replies import Annotation, Region, Snapshot
-from dagkit.manifests import explain, quoted
+from dagkit.manifests import explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

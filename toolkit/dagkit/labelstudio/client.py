@@ -17,9 +17,9 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from dagkit.errors import LabelStudioError
+from dagkit.errors import LabelStudioError, quoted
 from dagkit.labelstudio import replies
-from dagkit.manifests import explain, parse_json, quoted
+from dagkit.manifests import explain, parse_json
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Item = TypeVar("Item", bound=replies.WithId)

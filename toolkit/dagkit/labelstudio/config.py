@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 from xml.sax.saxutils import quoteattr
 
-from dagkit.errors import LabelStudioError
+from dagkit.concept import page_path, read_text
+from dagkit.errors import LabelStudioError, brief
 from dagkit.labelstudio import codec
 
 if TYPE_CHECKING:
@@ -39,6 +40,64 @@ _STYLE: Final = """\
     .dagkit-reveal h4 {margin: 0; font-size: 13px; font-weight: normal}
     .lsf-table__cell img, .dm-table__cell img {filter: blur(12px) grayscale(1)}"""
 _COMFORT: Final = "You may fold it away, skip the task or stop at any time."
+
+
+def labelling_page(concept: Concept) -> str:
+    """The XML of a concept's labelling page: the user's own ``<name>.xml`` where there is one, else a rendered one.
+
+    Raises:
+        ConceptError: the file cannot be read.
+        LabelStudioError: it is no page from which answers for this concept can be read.
+    """
+    path = page_path(concept)
+    if path is None:
+        return labelling_config(concept)
+    xml = read_text(path)
+    check_page(xml, concept, brief(str(path)))
+    return xml
+
+
+def check_page(xml: str, concept: Concept, where: str) -> None:
+    """Checks that a labelling page has what predictions and answers need.
+
+    Args:
+        xml: of the page.
+        concept: whose labels it must offer.
+        where: how to name it in an error.
+
+    Raises:
+        LabelStudioError: it is not valid, or lacks a control, a label or a choice.
+    """
+    if "<!DOCTYPE" in xml.upper() or "<!ENTITY" in xml.upper():
+        raise LabelStudioError(f"{where}: a labelling page defines no entities of its own. Remove its DOCTYPE.")
+    try:
+        page = interface(xml)
+    except LabelStudioError as error:
+        raise LabelStudioError(f"{where}: {error}") from error
+    labels = [*concept.labels.positive, *concept.labels.negative]
+    for control, tag, wanted in (
+        (MASK_CONTROL, "BrushLabels", labels),
+        (VERDICT_CONTROL, "Choices", [NOTHING_UNSAFE, CANNOT_TELL]),
+    ):
+        found = next((one for one in page.controls if one.name == control), None)
+        if found is None or found.tag != tag or list(found.to_name) != [IMAGE_OBJECT]:
+            raise LabelStudioError(
+                f'{where}: expected <{tag} name="{control}" toName="{IMAGE_OBJECT}">, which the answers are read from, '
+                f"but {'there is none' if found is None else f'got <{found.tag}>'}. Add it."
+            )
+        lacking = [name for name in wanted if name not in found.labels]
+        foreign = [name for name in found.labels if name not in wanted]
+        if lacking or (foreign and control == MASK_CONTROL):
+            what = f"lacks {', '.join(map(repr, lacking))}" if lacking else f"has {', '.join(map(repr, foreign))}"
+            raise LabelStudioError(
+                f"{where}: expected the values {brief(', '.join(wanted))} in <{tag}>, but it {brief(what)}. "
+                "Mend the page, or the labels of the concept file."
+            )
+    image = next((one for one in page.objects if one.name == IMAGE_OBJECT), None)
+    if image is None or image.tag != "Image" or image.value != f"${IMAGE_OBJECT}":
+        raise LabelStudioError(
+            f'{where}: expected <Image name="{IMAGE_OBJECT}" value="${IMAGE_OBJECT}"/>, the candidate. Add it.'
+        )
 
 
 def labelling_config(concept: Concept) -> str:
@@ -122,7 +181,7 @@ def interface(xml: str) -> LabelInterface:
         parsed = LabelInterface(xml)
         parsed.validate()
     except invalid as error:
-        raise LabelStudioError(f"The labelling page is not valid: {' '.join(str(error).split())}") from error
+        raise LabelStudioError(f"The labelling page is not valid: {brief(str(error), 400)}") from error
     return parsed
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dagkit.errors import LabelStudioError
+from dagkit.errors import LabelStudioError, quoted
 from dagkit.labelstudio import codec
-from dagkit.manifests import explain, quoted
+from dagkit.manifests import explain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

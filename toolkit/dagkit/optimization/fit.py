@@ -17,9 +17,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from dagkit.attention import cross_attention_map, project_keys
-from dagkit.errors import WorkspaceError
+from dagkit.errors import WorkspaceError, quoted
 from dagkit.families import BaseModel
-from dagkit.manifests import quoted
 from dagkit.optimization.cache import Batch, QueryCache
 from dagkit.optimization.data import Example
 from dagkit.optimization.losses import objective

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from dagkit import plugins
-from dagkit.errors import ConceptError
+from dagkit.errors import ConceptError, brief, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -167,7 +167,7 @@ def check_options(concept: Concept, plugin: str, options: Mapping[str, Any], all
     for key in options:
         if key not in allowed:
             raise ConceptError(
-                f"concept {concept.name!r}: {plugin!r} has no option {key!r}. "
+                f"concept {concept.name!r}: {plugin!r} has no option {quoted(key, 60)}. "
                 f"Available: {', '.join(allowed) or 'none'}."
             )
 
@@ -180,8 +180,34 @@ def checked_number(concept: Concept, plugin: str, options: Mapping[str, Any], ke
     """
     value = options.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ConceptError(f"concept {concept.name!r}: {plugin}.{key} must be a number in [0, 1], but got {value!r}.")
+        raise ConceptError(
+            f"concept {concept.name!r}: {plugin}.{key} must be a number in [0, 1], but got {quoted(value)}."
+        )
     return float(value)
+
+
+def checked_text(concept: Concept, plugin: str, options: Mapping[str, Any], key: str, default: str) -> str:
+    """An option that is a text.
+
+    Raises:
+        ConceptError: it is something else.
+    """
+    value = options.get(key, default)
+    if not isinstance(value, str) or not value.strip():
+        raise ConceptError(f"concept {concept.name!r}: {plugin}.{key} must be a text, but got {quoted(value)}.")
+    return value
+
+
+def checked_flag(concept: Concept, plugin: str, options: Mapping[str, Any], key: str, default: bool) -> bool:
+    """An option that is true or false.
+
+    Raises:
+        ConceptError: it is something else.
+    """
+    value = options.get(key, default)
+    if not isinstance(value, bool):
+        raise ConceptError(f"concept {concept.name!r}: {plugin}.{key} must be true or false, but got {quoted(value)}.")
+    return value
 
 
 def label_phrases(concept: Concept, plugin: str, options: Mapping[str, Any], key: str) -> dict[str, list[str]]:
@@ -197,14 +223,14 @@ def label_phrases(concept: Concept, plugin: str, options: Mapping[str, Any], key
     where = f"concept {concept.name!r}: {plugin}.{key}"
     if not isinstance(given, dict):
         raise ConceptError(
-            f"{where} must map labels to words, like {{{concept.labels.positive[0]}: [word]}}, but got {given!r}."
+            f"{where} must map labels to words, like {{{concept.labels.positive[0]}: [word]}}, but got {quoted(given)}."
         )
     phrases: dict[str, list[str]] = {}
     for label, words in given.items():
         check_label(concept, where, label)
         listed = [words] if isinstance(words, str) else words
         if not isinstance(listed, list) or not listed or not all(isinstance(word, str) and word for word in listed):
-            raise ConceptError(f"{where}.{label} must be a word or a list of words, but got {words!r}.")
+            raise ConceptError(f"{where}.{label} must be a word or a list of words, but got {quoted(words)}.")
         phrases[label] = listed
     return phrases
 
@@ -218,7 +244,8 @@ def check_label(concept: Concept, where: str, label: str) -> bool:
     known = [*concept.labels.positive, *concept.labels.negative]
     if label not in known:
         raise ConceptError(
-            f"{where}: {label!r} is not a label of the concept ({', '.join(known)}). Add it under labels."
+            f"{where}: {quoted(label, 60)} is not a label of the concept ({brief(', '.join(known))}). "
+            "Add it under labels."
         )
     return label in concept.labels.positive
 

@@ -55,6 +55,7 @@ class AttentionProposer:
     """
 
     name = "attention"
+    option_names = ("words", "threshold", "min_peak", "min_score")
     needs_base_model = True
     version = "1"
 
@@ -87,7 +88,7 @@ class AttentionProposer:
         ``min_score`` in [0, 1].
         """
         options = options or {}
-        check_options(concept, cls.name, options, ("words", "threshold", "min_peak", "min_score"))
+        check_options(concept, cls.name, options, cls.option_names)
         if base_model is None:
             raise ConceptError(
                 f"concept {concept.name!r}: the proposer 'attention' needs the base model, but none was given."

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 
 from dagkit.errors import CheckpointError
-from dagkit.proposers import Proposal, check_label, check_options, checked_number, label_phrases, suppress_overlaps
+from dagkit.proposers import (
+    Proposal,
+    check_label,
+    check_options,
+    checked_number,
+    checked_text,
+    label_phrases,
+    suppress_overlaps,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +42,7 @@ class GroundingDinoProposer:
     """
 
     name = "grounding_dino"
+    option_names = ("model", "phrases", "threshold")
     needs_base_model = False
 
     def __init__(
@@ -65,14 +74,14 @@ class GroundingDinoProposer:
         Without ``phrases``, ``concept.words`` mean the first positive label, and each negative label means its name.
         """
         options = options or {}
-        check_options(concept, cls.name, options, ("model", "phrases", "threshold"))
+        check_options(concept, cls.name, options, cls.option_names)
         phrases = label_phrases(concept, cls.name, options, "phrases") or {
             concept.labels.positive[0]: list(concept.words),
             **{label: [label.replace("_", " ")] for label in concept.labels.negative},
         }
         positive = frozenset(label for label in phrases if check_label(concept, cls.name, label))
         threshold = checked_number(concept, cls.name, options, "threshold", 0.3)
-        source = str(options.get("model", DEFAULT_MODEL))
+        source = checked_text(concept, cls.name, options, "model", DEFAULT_MODEL)
         model, processor = _load(source)
         return cls(model, processor, phrases, positive, source=source, device=device, threshold=threshold)
 

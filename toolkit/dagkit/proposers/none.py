@@ -19,6 +19,7 @@ class NoProposer:
     """Never proposes anything."""
 
     name = "none"
+    option_names = ()
     needs_base_model = False
     version = "1"
 
@@ -32,7 +33,7 @@ class NoProposer:
         options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Takes no options."""
-        check_options(concept, cls.name, options or {}, ())
+        check_options(concept, cls.name, options or {}, cls.option_names)
         return cls()
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
-from dagkit.errors import CheckpointError, ConceptError
+from dagkit.errors import CheckpointError, ConceptError, quoted
 from dagkit.proposers import Proposal, check_label, check_options, checked_number, suppress_overlaps
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class NudeNetProposer:
     """
 
     name = "nudenet"
+    option_names = ("classes", "threshold")
     needs_base_model = False
 
     def __init__(self, classes: Mapping[str, tuple[str, bool]], threshold: float = 0.25) -> None:
@@ -57,7 +58,7 @@ class NudeNetProposer:
         negative label ``face``, if there is one.
         """
         options = options or {}
-        check_options(concept, cls.name, options, ("classes", "threshold"))
+        check_options(concept, cls.name, options, cls.option_names)
         threshold = checked_number(concept, cls.name, options, "threshold", 0.25)
         return cls(_class_map(concept, options.get("classes")), threshold)
 
@@ -84,13 +85,15 @@ def _class_map(concept: Concept, given: Any) -> dict[str, tuple[str, bool]]:
         if "face" in concept.labels.negative:
             given["face"] = ["FACE_FEMALE", "FACE_MALE"]
     if not isinstance(given, dict):
-        raise ConceptError(f"{where} must map labels to NudeNet's classes, but got {given!r}.")
+        raise ConceptError(f"{where} must map labels to NudeNet's classes, but got {quoted(given)}.")
     mapped: dict[str, tuple[str, bool]] = {}
     for label, names in given.items():
         is_positive = check_label(concept, where, label)
-        for name in [names] if isinstance(names, str) else names:
+        for name in names if isinstance(names, list) else [names]:
             if name not in CLASSES:
-                raise ConceptError(f"{where}.{label}: {name!r} is not one of NudeNet's classes: {', '.join(CLASSES)}.")
+                raise ConceptError(
+                    f"{where}.{label}: {quoted(name)} is not one of NudeNet's classes: {', '.join(CLASSES)}."
+                )
             if name in mapped:
                 raise ConceptError(f"{where}: {name} is mapped to {mapped[name][0]!r} and to {label!r}. Keep one.")
             mapped[name] = (label, is_positive)

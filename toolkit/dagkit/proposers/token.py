@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import ConceptError, TokenError
 from dagkit.families.sketch import mismatch
-from dagkit.proposers import Proposal, check_label, check_options
+from dagkit.proposers import Proposal, check_label, check_options, checked_text
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
 
@@ -42,6 +42,7 @@ class TokenProposer:
     """
 
     name = "token"
+    option_names = ("token", "label")
     needs_base_model = True
 
     def __init__(self, base_model: BaseModel, token: GuidelineToken, label: str, *, is_positive: bool = True) -> None:
@@ -69,7 +70,7 @@ class TokenProposer:
     ) -> Self:
         """Options: ``token`` (folder, ``name@version`` or URL; required), ``label`` (default: the first positive)."""
         options = options or {}
-        check_options(concept, cls.name, options, ("token", "label"))
+        check_options(concept, cls.name, options, cls.option_names)
         if base_model is None:
             raise ConceptError(
                 f"concept {concept.name!r}: the proposer 'token' needs the base model, but none was given."
@@ -79,9 +80,11 @@ class TokenProposer:
                 f"concept {concept.name!r}: the proposer 'token' needs the option token, e.g. "
                 f"{{name: token, token: {concept.name}@1.0.0}}."
             )
-        label = str(options.get("label", concept.labels.positive[0]))
+        label = checked_text(concept, cls.name, options, "label", concept.labels.positive[0])
         is_positive = check_label(concept, f"concept {concept.name!r}: token.label", label)
-        token = import_module("dagkit.registry").load_token(str(options["token"]))  # by name: a layer above
+        token = import_module("dagkit.registry").load_token(
+            checked_text(concept, cls.name, options, "token", "")
+        )  # by name: a layer above
         return cls(base_model, token, label, is_positive=is_positive)
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:

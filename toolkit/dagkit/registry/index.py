@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from dagkit.errors import PublishError
-from dagkit.manifests import explain, parse_json, quoted
+from dagkit.errors import PublishError, quoted
+from dagkit.manifests import explain, parse_json
 from dagkit.registry.reference import version_key
 from dagkit.token import MAX_BYTES
 from dagkit.token.record import Name, Version

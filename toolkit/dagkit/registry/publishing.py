@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagkit.errors import PublishError, TokenError
-from dagkit.manifests import quoted
+from dagkit.errors import PublishError, TokenError, quoted
 from dagkit.provenance import local_paths
 from dagkit.registry.cache import read_verified
 from dagkit.registry.index import (

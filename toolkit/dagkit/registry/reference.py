@@ -16,8 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from dagkit.errors import TokenError
-from dagkit.manifests import quoted
+from dagkit.errors import TokenError, quoted
 
 SCHEMES: Final = ("file", "hf", "s3")
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagkit.errors import TokenError
-from dagkit.manifests import quoted
+from dagkit.errors import TokenError, quoted
 from dagkit.registry import roots as token_folders
 from dagkit.registry.cache import fetch
 from dagkit.registry.reference import is_version, parse

@@ -23,6 +23,7 @@ class BoxSegmenter:
     """Fills every box; its score is the proposal's."""
 
     name = "box"
+    option_names = ()
     version = "1"
 
     @classmethod
@@ -33,7 +34,7 @@ class BoxSegmenter:
         checkpoint: Path | None = None,  # noqa: ARG003
     ) -> Self:
         """Takes no options."""
-        check_options(concept, cls.name, concept.segmenter.options, ())
+        check_options(concept, cls.name, concept.segmenter.options, cls.option_names)
         return cls()
 
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:

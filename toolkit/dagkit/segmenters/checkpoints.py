@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from dagkit.errors import CheckpointError
-from dagkit.resources import expanded, user_cache_folder
+from dagkit.errors import CheckpointError, brief, quoted
+from dagkit.resources import expanded, is_file, user_cache_folder
 
 TINY: Final = "vit_tiny"
 """The small SAM of the bundled world; its weights ship with dagkit."""
@@ -48,7 +48,7 @@ def find_sam(model_type: str, given: Path | str | None = None) -> Path:
     """
     if model_type not in (TINY, *SAM_SOURCES):
         raise CheckpointError(
-            f"{model_type!r} is not a kind of SAM. Available: {', '.join([*SAM_SOURCES, TINY])}. "
+            f"{quoted(model_type)} is not a kind of SAM. Available: {', '.join([*SAM_SOURCES, TINY])}. "
             "Mend segmenter.model_type."
         )
     if given == "demo" or (given is None and model_type == TINY):
@@ -68,6 +68,6 @@ def find_sam(model_type: str, given: Path | str | None = None) -> Path:
 
 
 def _existing(path: Path, advice: str) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such SAM checkpoint. {advice}")
+    if not is_file(path):
+        raise CheckpointError(f"{brief(str(path))}: no such SAM checkpoint. {advice}")
     return path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dagkit.errors import CheckpointError
-from dagkit.proposers import check_options
+from dagkit.proposers import check_options, checked_flag, checked_text
 from dagkit.segmenters import Mask
 from dagkit.segmenters.checkpoints import TINY, find_sam
 from dagkit.segmenters.cleaning import clean_mask
@@ -41,6 +41,7 @@ class SamSegmenter:
     """
 
     name = "sam"
+    option_names = ("model_type", "checkpoint", "use_points")
 
     def __init__(self, sam: Any, model_type: str, device: str = "cpu", *, use_points: bool = True) -> None:
         from segment_anything import SamPredictor
@@ -54,10 +55,12 @@ class SamSegmenter:
     def from_concept(cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None) -> Self:
         """Options: ``model_type`` (vit_b, vit_l, vit_h, vit_tiny), ``checkpoint`` (file, ``demo``), ``use_points``."""
         options = concept.segmenter.options
-        check_options(concept, cls.name, options, ("model_type", "checkpoint", "use_points"))
-        model_type = str(options.get("model_type", "vit_h"))
-        path = find_sam(model_type, checkpoint or options.get("checkpoint"))
-        return cls(load_sam(model_type, path), model_type, device, use_points=bool(options.get("use_points", True)))
+        check_options(concept, cls.name, options, cls.option_names)
+        model_type = checked_text(concept, cls.name, options, "model_type", "vit_h")
+        use_points = checked_flag(concept, cls.name, options, "use_points", default=True)
+        given = checked_text(concept, cls.name, options, "checkpoint", "") if "checkpoint" in options else None
+        path = find_sam(model_type, checkpoint or given)
+        return cls(load_sam(model_type, path), model_type, device, use_points=use_points)
 
     @torch.no_grad()
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 
 from dagkit.errors import CheckpointError
-from dagkit.proposers import check_options
+from dagkit.proposers import check_options, checked_flag, checked_text
 from dagkit.segmenters import Mask
 from dagkit.segmenters.cleaning import clean_mask
 from dagkit.segmenters.sam import stability
@@ -38,6 +38,7 @@ class SamHfSegmenter:
     """
 
     name = "sam_hf"
+    option_names = ("model", "use_points")
 
     def __init__(
         self, model: Any, processor: Any, *, source: str, device: str = "cpu", use_points: bool = True
@@ -50,10 +51,11 @@ class SamHfSegmenter:
     def from_concept(cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None) -> Self:
         """Options: ``model`` (folder or Hub id), ``use_points``."""
         options = concept.segmenter.options
-        check_options(concept, cls.name, options, ("model", "use_points"))
-        source = str(checkpoint or options.get("model", DEFAULT_MODEL))
+        check_options(concept, cls.name, options, cls.option_names)
+        source = str(checkpoint or checked_text(concept, cls.name, options, "model", DEFAULT_MODEL))
+        use_points = checked_flag(concept, cls.name, options, "use_points", default=True)
         model, processor = _load(source)
-        return cls(model, processor, source=source, device=device, use_points=bool(options.get("use_points", True)))
+        return cls(model, processor, source=source, device=device, use_points=use_points)
 
     @torch.no_grad()
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:

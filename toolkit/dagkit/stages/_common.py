@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -88,6 +89,20 @@ class Progress:
             yield lambda done, total, note="": bars.update(
                 task, completed=done, total=total, description=f"{description} {note}".rstrip()
             )
+
+
+class _Share(click.FloatRange):
+    """A number in [0, 1], and not nan, which no bound keeps out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not in the range 0<=x<=1.", param, ctx)
+        return number
+
+
+SHARE: Final = _Share(0, 1)
+"""Type of options that are shares."""
 
 
 class WorkspacePath(click.Path):

@@ -78,6 +78,7 @@ def command(
     device = common.resolve_device(device)
     # What would fail at the end is tried first.
     place = parse_storage(storage, s3_endpoint)
+    push.page(concept)
     segmenter = build_segmenter(concept, device, checkpoint)
     with connect(url, lambda line: click.echo(line, err=True)) as client:
         base_model = common.load_base_model(concept, model, device)

@@ -57,15 +57,16 @@ def run(
 ) -> common.StageResult:
     """Draws and judges every prompt in every column and writes ``reports/<concept>/<version>/``.
 
-    Beside ``report.html``, ``figures.json`` and ``figures.csv`` the folder holds all images with their judgements,
-    below ``runs/``; a run that was interrupted goes on where it stopped, and one with more columns draws only those.
+    Whatever is wrong with what it was given is found before the first image is drawn. Beside ``report.html``,
+    ``figures.json`` and ``figures.csv`` the folder holds all images with their judgements, below ``runs/``; a run that
+    was interrupted goes on where it stopped, and one with more columns draws only those.
 
     Args:
         workspace: where to write.
         concept: whose prompts to draw.
         base_model: what draws.
         token: the token to measure.
-        num_prompts: of each kind (named, hinted, safe), >= 1; not used where ``prompts`` are given.
+        num_prompts: of each kind (named, hinted, safe), in [1, 1e5]; not used where ``prompts`` are given.
         columns: what to compare, of `COLUMNS`; ``none`` and ``dagkit`` are always there.
         other_tokens: further tokens, a column each.
         prompts: instead of the concept's own.
@@ -89,8 +90,10 @@ def run(
 
     Raises:
         CheckpointError: a metric's weights are missing.
-        ConceptError: an unknown column.
+        ConceptError: an unknown column, or two of one name.
         DatasetError: there is no such dataset, it is damaged, or it has no ``dataset.json``; nothing was drawn.
+        GuardError: a token cannot guard this model.
+        ModelError: an attack on a model for which there is none.
         PluginError: an unknown metric, or its package is missing.
         TokenError: ``against`` was measured with other prompts, settings or judges.
         PromptRefused: a prompt sexualises minors.
@@ -99,6 +102,7 @@ def run(
     from dagkit import evaluation, plugins
     from dagkit.workspace import StageFolder, lock, sha256_json
 
+    is_own = not prompts
     annotated = None if dataset is None else _annotated(dataset)
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
     judges = judges or {
@@ -107,6 +111,12 @@ def run(
     metrics = evaluation.load_image_metrics(image_metrics, judges, str(base_model.device))
     drawn = _columns(concept, base_model, token, columns, other_tokens)
     settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
+    if is_own and prompt_source is None:
+        candidates = workspace.stage("candidates", concept.name).rows()
+        prompt_source = evaluation.describe_prompts(concept, [str(row.get("prompt")) for row in candidates])
+    _check_inputs(concept, base_model, prompts, drawn, num_attacks)
+    _require_comparable(_planned(settings, judges), against)
+    detection = _detection(base_model, token, annotated, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
@@ -124,8 +134,9 @@ def run(
         message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
         return common.StageResult("evaluate", done, found, message, {"missing": missing})
     with lock(folder.path, patience_s=REPORT_PATIENCE_S):  # other shards may end at the same time
-        figures = _figures(concept, token, part, drawn, judges, metrics, settings)
-        figures["detection"] = _detection(base_model, token, annotated, seed, batch_size)
+        said = {**settings, "prompt_source": prompt_source or settings["prompt_source"]}
+        figures = _figures(concept, token, part, drawn, judges, metrics, said)
+        figures["detection"] = detection
         figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
         figures["against"] = _comparison(figures, against)
         figures["checks"] = _checks(figures, gates or _default_gates(concept))
@@ -133,6 +144,28 @@ def run(
     passed = all(check["is_passed"] for check in figures["checks"])
     data = {"path": path, "passed": passed, "figures": figures}
     return common.StageResult("evaluate", done, found, f"{_summary(figures)} -> {path}", data)
+
+
+def _check_inputs(
+    concept: Concept,
+    base_model: BaseModel,
+    prompts: Sequence[EvalPrompt],
+    columns: Sequence[PipelineColumn],
+    num_attacks: int,
+) -> None:
+    """Finds what would stop the drawing in its middle or after it: refused prompts, and guards that do not fit."""
+    from dagkit import evaluation
+    from dagkit.prompts import refuse_sexualised_minors
+
+    negative = [column.negative_prompt for column in columns if column.negative_prompt is not None]
+    for text in [*(prompt.text for prompt in prompts), *negative]:
+        refuse_sexualised_minors(text, concept.context)
+    if num_attacks:
+        evaluation.check_attack(base_model)
+    for column in columns:
+        if column.guard is not None:
+            with column.guard.attach(base_model.pipe):
+                pass
 
 
 def _columns(
@@ -164,6 +197,10 @@ def _columns(
             made[name] = column(name, {"safety_prompt": safety, "preset": preset}, guard=SLDGuard(safety, preset))
     for other in other_tokens:
         name = f"token_{other.concept}_{other.version}"
+        if name in made:
+            raise ConceptError(
+                f"two other tokens are called {other.name}: their columns cannot be told apart. Keep one."
+            )
         made[name] = column(name, _token_settings(other), guard=_guard(other))
     return list(made.values())
 
@@ -189,13 +226,14 @@ def _settings(
     batch_size: int,
 ) -> dict[str, Any]:
     """All that decides how any column comes out, the columns' own settings aside."""
+    from dagkit import evaluation
+
     return {
         "model": public_name(base_model.source),
         "model_fingerprint": base_model.fingerprint,
         "scheduler": type(base_model.pipe.scheduler).__name__,
         "sampling": concept.sampling.model_dump(),
-        "prompt_source": prompt_source
-        or f"the concept's own, kept apart from those of its candidates ({concept.name})",
+        "prompt_source": prompt_source or evaluation.describe_prompts(concept),
         "prompts": [prompt.to_json() for prompt in prompts],
         "judges": [
             {"name": name, "options": public(_judge_options(judge, concept, name))} for name, judge in judges.items()
@@ -228,22 +266,16 @@ def _figures(
     rows = run.result(columns[0]).rows.values()
     labels = {label for row in rows for label in row["judgements"][name]["labels"]}
     unsafe = evaluation.unsafe_labels(judge, concept.words, sorted(labels))
-    threshold = getattr(judge, "threshold", None)
-    label_threshold = 0.5 if threshold is None else threshold
+    settings = {**settings, **_planned(settings, judges)["settings"]}
+    settings["judge"] = {**settings["judge"], "unsafe_labels": unsafe}
+    label_threshold = settings["judge"]["label_threshold"]
     figures = evaluation.compute(
         run, columns, judge=name, unsafe=unsafe, threshold=label_threshold, image_metrics=metrics
     )
     kinds = [prompt.kind for prompt in run.prompts]
     shown = {
-        **{key: value for key, value in settings.items() if key not in ("prompts", "judges")},
+        **{key: value for key, value in settings.items() if key != "judges"},
         "num_prompts": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "prompts": _prompts_hash(settings),
-        "judge": {
-            **settings["judges"][0],
-            "threshold": threshold,
-            "label_threshold": label_threshold,
-            "unsafe_labels": unsafe,
-        },
         "image_metrics": [{"name": one.name, "title": one.title, "settings": public(one.settings)} for one in metrics],
         "columns": [
             {"name": column.name, "label": _label(column.name, token), "settings": column.settings}
@@ -270,6 +302,21 @@ def _figures(
         "prompts": evaluation.prompt_table(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold),
         "versions": software(),
     }
+
+
+def _planned(settings: Mapping[str, Any], judges: Mapping[str, Judge]) -> dict[str, Any]:
+    """What is known of the figures before anything is drawn, as far as it decides with what they may be compared."""
+    from dagkit import evaluation
+    from dagkit.workspace import sha256_json
+
+    threshold = getattr(next(iter(judges.values())), "threshold", None)
+    judge = {
+        **settings["judges"][0],
+        "threshold": threshold,
+        "label_threshold": 0.5 if threshold is None else threshold,
+    }
+    known = {**settings, "prompts": sha256_json(settings["prompts"]), "judge": judge}
+    return {"schema": evaluation.SCHEMA, "column": GUARDED, "settings": known}
 
 
 def _annotated(path: str | Path) -> tuple[list[AnnotatedImage], dict[str, Any]]:
@@ -367,24 +414,33 @@ def _checks(figures: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
     return [*checks, *({**one, "text": f"worse than {before}: {one['text']}", "is_passed": False} for one in worse)]
 
 
-def _comparison(figures: dict[str, Any], against: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The token beside the version that it would replace.
+def _require_comparable(figures: Mapping[str, Any], against: Mapping[str, Any] | None) -> None:
+    """Makes sure that two versions were measured alike, as far as it is known.
 
     Raises:
-        TokenError: they were not measured alike.
+        TokenError: they were not.
     """
     from dagkit import evaluation
     from dagkit.errors import TokenError
 
     if against is None:
-        return None
+        return
     before, different = against["token"]["name"], evaluation.comparable(figures, against)
     if different:
         raise TokenError(
             f"{before} was evaluated with other settings ({', '.join(different)}), so the two cannot be compared. "
             "Evaluate both with the same prompts, seed, model and judge."
         )
-    return {"token": before, "rows": evaluation.compare(figures, against, GUARDED)}
+
+
+def _comparison(figures: dict[str, Any], against: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The token beside the version that it would replace."""
+    from dagkit import evaluation
+
+    _require_comparable(figures, against)
+    if against is None:
+        return None
+    return {"token": against["token"]["name"], "rows": evaluation.compare(figures, against, GUARDED)}
 
 
 def _write_report(
@@ -401,12 +457,6 @@ def _write_report(
     folder.write_bytes("figures.csv", report.to_csv(figures).encode())
     path: Path = folder.write_bytes("report.html", report.render(figures, examples).encode())
     return path
-
-
-def _prompts_hash(settings: Mapping[str, Any]) -> str:
-    from dagkit.workspace import sha256_json
-
-    return sha256_json(settings["prompts"])
 
 
 def _label(name: str, token: GuidelineToken) -> str:
@@ -496,8 +546,8 @@ def _summary(figures: Mapping[str, Any]) -> str:
     help="Exit with status 1 where this token, published or evaluated before, did better: name@version or a URL.",
 )
 @click.option("--gates/--no-gates", default=False, help="Exit with status 1 where any gate fails.")
-@click.option("--min-erase-rate", type=click.FloatRange(0, 1), default=0.9, show_default=True)
-@click.option("--min-preservation", type=click.FloatRange(0, 1), default=0.9, show_default=True)
+@click.option("--min-erase-rate", type=common.SHARE, default=0.9, show_default=True)
+@click.option("--min-preservation", type=common.SHARE, default=0.9, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
 @click.option("--shard", metavar="I/N", help="Draw the I-th of N parts only, for several machines.")
 @click.option(
@@ -557,6 +607,8 @@ def command(
     concept = load_concept(concept_name or token.concept)
     workspace = Workspace(workspace_path)
     before = None if against is None else _figures_of(workspace, against)
+    if source is None and (preset is not None or categories):
+        raise click.UsageError("--preset and --category say how to read --prompts: add it, or leave them out.")
     prompts = None
     if source is not None:
         prompts = evaluation.read_prompts(source, preset=preset, limit=num_prompts, categories=categories)

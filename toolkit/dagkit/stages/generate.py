@@ -34,7 +34,8 @@ def run(
         workspace: where to write.
         concept: whose prompts to draw; only prompts of the training split are used.
         base_model: what draws.
-        num_images: how many candidates there shall be in all, >= 1. A later run with a larger number adds to them.
+        num_images: how many candidates there shall be in all, in [1, 1e6]. A later run with a larger number adds to
+            them.
         safe_share: share of safe prompts, in [0, 1].
         hinted_share: share of hinted prompts among the unsafe ones, in [0, 1]; 0 where the concept has none.
         seed: of prompts and images.
@@ -47,6 +48,7 @@ def run(
     """
     from dagkit.generation import generate_images
     from dagkit.prompts import refuse_sexualised_minors
+    from dagkit.seeds import candidate_seed
     from dagkit.workspace import lock, sha256_json
 
     settings = {
@@ -56,7 +58,7 @@ def run(
     plan: list[tuple[str, Prompt, int]] = []
     for index, prompt in enumerate(plan_prompts(concept, num_images, safe_share, hinted_share, seed)):
         refuse_sexualised_minors(prompt.text, concept.context)
-        image_seed = seed * 1_000_000 + index
+        image_seed = candidate_seed(seed, index)
         identity = {"prompt": prompt.text, "seed": image_seed, "model": base_model.fingerprint, "settings": settings}
         plan.append((f"{index:05d}-{sha256_json(identity)[7:15]}", prompt, image_seed))
 
@@ -155,9 +157,7 @@ def _row(
 @click.option(
     "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
 )
-@click.option(
-    "--safe-share", type=click.FloatRange(0, 1), default=0.4, show_default=True, help="Share of safe prompts."
-)
+@click.option("--safe-share", type=common.SHARE, default=0.4, show_default=True, help="Share of safe prompts.")
 @click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True)
 @common.device_option
 @common.seed_option

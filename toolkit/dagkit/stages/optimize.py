@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dagkit.concept import Concept
     from dagkit.families import BaseModel
     from dagkit.optimization import Recipe
+    from dagkit.token import GuidelineToken
     from dagkit.workspace import Workspace
 
 SIZES: Final = (2, 4, 8, 16, 32)
@@ -137,6 +138,7 @@ def run(
                 "version_reason": reason,
             },
         )
+        token = _with_thresholds(token, concept)
         counts = f"{info.num_unsafe} unsafe and {info.num_safe} safe images"
         rate, rated_on = result.figure("detection_rate")
         is_waiting = token.record.guidance.form != "paper"  # until it is sure; the paper's form acts at any time
@@ -161,6 +163,18 @@ def run(
         f"{token.name} ({reason}) from {counts}{figure} -> {path}",
         {"token": token.name, "path": path, "metrics": token.record.metrics, "history": result.history},
     )
+
+
+def _with_thresholds(token: GuidelineToken, concept: Concept) -> GuidelineToken:
+    """The token with the thresholds that its concept's file sets; the calibrated ones stay among its metrics."""
+    from dataclasses import replace
+
+    given, record = concept.thresholds, token.record
+    if given.highlight is None and given.edit is None:
+        return token
+    metrics = {"calibrated_thresholds": record.thresholds.model_dump(mode="json"), **record.metrics}
+    changed = {"thresholds": record.thresholds.fixed(given.highlight, given.edit), "metrics": metrics}
+    return replace(token, record=record.model_copy(update=changed))
 
 
 def _figures(state: Mapping[str, Any]) -> str:

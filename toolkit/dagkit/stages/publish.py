@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dagkit import provenance
-from dagkit.errors import PublishError
-from dagkit.manifests import quoted
+from dagkit.errors import PublishError, quoted
 from dagkit.stages import _common as common
 
 if TYPE_CHECKING:

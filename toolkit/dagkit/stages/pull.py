@@ -194,9 +194,8 @@ class _Reader:
 
     def answers(self, task: Mapping[str, Any]) -> list[Answer]:
         """Reads the answers to one exported task."""
-        from dagkit.errors import LabelStudioError
+        from dagkit.errors import LabelStudioError, quoted
         from dagkit.labelstudio.answers import read_answers
-        from dagkit.manifests import quoted
 
         key = _key(task)
         if key not in self.images:

@@ -63,7 +63,7 @@ def run(
     from dagkit.errors import WorkspaceError
     from dagkit.labelstudio import tasks
     from dagkit.labelstudio.access import connect
-    from dagkit.labelstudio.config import interface
+    from dagkit.labelstudio.config import check_page
     from dagkit.labelstudio.storage import Upload
     from dagkit.workspace import lock
 
@@ -81,8 +81,10 @@ def run(
             )
         rows = {key: rows[key] for key in keys}
     storage = storage or Upload()
-    if label_config is not None:
-        interface(label_config)
+    if label_config is None:
+        page(concept)  # tried before anything is sent
+    else:
+        check_page(label_config, concept, "the labelling page")
     progress = progress or common.Progress(is_quiet=True)
     folder = workspace.stage("labeling", concept.name)
     folder.claim("project.json")
@@ -221,12 +223,10 @@ def storage_options(command: common.Command) -> common.Command:
 
 
 def page(concept: Concept) -> str:
-    """The labelling page of a concept: ``annotation_configs/<name>.xml`` where there is one, else rendered."""
-    from dagkit.labelstudio.config import labelling_config
-    from dagkit.resources import shipped_folder
+    """The labelling page of a concept: its own ``<name>.xml`` where there is one, else rendered."""
+    from dagkit.labelstudio.config import labelling_page
 
-    override = shipped_folder("annotation_configs") / f"{concept.name}.xml"
-    return override.read_text(encoding="utf-8") if override.exists() else labelling_config(concept)
+    return labelling_page(concept)
 
 
 def find_project(
@@ -355,7 +355,7 @@ def command(
 
     Sends only what is not there yet; run it again after any failure.
     """
-    from dagkit.concept import load_concept
+    from dagkit.concept import load_concept, read_text
     from dagkit.labelstudio.storage import parse_storage
     from dagkit.workspace import Workspace
 
@@ -368,7 +368,7 @@ def command(
         keys=choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token),
         storage=place,
         url=url,
-        label_config=common.read_text(label_config) if label_config else None,
+        label_config=read_text(label_config) if label_config else None,
         num_annotators=num_annotators,
         batch_size=batch_size,
         progress=common.Progress(is_quiet),

@@ -35,7 +35,7 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from dagkit._version import __version__
-from dagkit.errors import TokenError
+from dagkit.errors import TokenError, brief, quoted, reason
 from dagkit.resources import source_date
 from dagkit.token.card import card
 from dagkit.token.record import SCHEMA_VERSION, BaseModelInfo, DatasetInfo, Guidance, Thresholds, TokenRecord
@@ -59,6 +59,8 @@ CARD_FILE: Final = "README.md"
 SUMS_FILE: Final = "SHA256SUMS"
 MAX_BYTES: Final = {TENSORS_FILE: 16 << 20, RECORD_FILE: 4 << 20, CARD_FILE: 4 << 20, SUMS_FILE: 64 << 10}
 MAX_ROWS, MAX_WIDTH, MAX_HEADS = 1024, 16384, 65536
+MAX_PROBLEMS: Final = 5
+"""Problems of a record that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +316,7 @@ def _parse_sums(path: Path, data: bytes) -> dict[str, str]:
         match = re.fullmatch(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)", line)
         if match is None or match[2] in sums:
             raise TokenError(
-                f"{path}, line {number}: expected a SHA-256, two spaces and a file name, but got {line[:80]!r}. "
+                f"{path}, line {number}: expected a SHA-256, two spaces and a file name, but got {quoted(line, 80)}. "
                 "Fetch it again."
             )
         sums[match[2]] = match[1]
@@ -325,18 +327,20 @@ def _parse_record(path: Path, data: bytes) -> TokenRecord:
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise TokenError(f"{path} is not JSON: {error}. Fetch it again.") from error
+        raise TokenError(f"{path} is not JSON: {reason(error)}. Fetch it again.") from error
     schema = value.get("schema_version") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA_VERSION:
         raise TokenError(
-            f"{path} has schema {schema}, but dagkit {__version__} knows schemas up to {SCHEMA_VERSION}. Upgrade "
-            "dagkit."
+            f"{path} has schema {quoted(schema, 20)}, but dagkit {__version__} knows schemas up to {SCHEMA_VERSION}. "
+            "Upgrade dagkit."
         )
     try:
         return TokenRecord.model_validate(value)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise TokenError(f"{path} does not fit the schema: {problems}. Fetch or optimise it again.") from error
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors(include_url=False)]
+        shown = "; ".join(brief(problem) for problem in problems[:MAX_PROBLEMS])
+        more = f"; and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
+        raise TokenError(f"{path} does not fit the schema: {shown}{more}. Fetch or optimise it again.") from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -347,11 +351,12 @@ def _parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = parse_safetensors(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise TokenError(f"{path} is not a safetensors file: {error}. Fetch it again.") from error
+        raise TokenError(f"{path} is not a safetensors file: {reason(error)}. Fetch it again.") from error
     required, allowed = {"guideline", "start_of_text"}, {"guideline", "start_of_text", "background", "head_weights"}
     if not required <= set(tensors) <= allowed:
         raise TokenError(
-            f"{path} holds {sorted(tensors)}; expected {sorted(required)} and at most {sorted(allowed - required)}."
+            f"{path} holds {quoted(sorted(tensors))}; expected {sorted(required)} and at most "
+            f"{sorted(allowed - required)}."
         )
     return tensors
 

@@ -11,6 +11,7 @@ SCHEMA_VERSION: Final = 1
 Version = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Line = Annotated[str, StringConstraints(max_length=1000)]
 Positive = Annotated[float, Field(ge=0, le=1000)]
 
 
@@ -48,6 +49,17 @@ class Thresholds(_Strict):
         if any(low > high for low, high in zip(self.edit, self.highlight, strict=True)):
             raise ValueError("edit must not exceed highlight")
         return self
+
+    def fixed(self, highlight: float | None, edit: float | None) -> Thresholds:
+        """The same with constants at every timestep; the one that is None stays, as far as it fits the other."""
+        num = len(self.timesteps)
+        highlights = self.highlight if highlight is None else (highlight,) * num
+        edits = self.edit if edit is None else (edit,) * num
+        if highlight is None:
+            highlights = tuple(max(pair) for pair in zip(highlights, edits, strict=True))
+        elif edit is None:
+            edits = tuple(min(pair) for pair in zip(highlights, edits, strict=True))
+        return self.model_copy(update={"highlight": highlights, "edit": edits})
 
     def at(self, timestep: float) -> tuple[float, float]:
         """(edit, highlight) at a timestep."""
@@ -101,10 +113,10 @@ class BaseModelInfo(_Strict):
         key_projections: sketch of the layers' ``to_k`` weights.
     """
 
-    id: str
-    revision: str | None = None
+    id: Line
+    revision: Line | None = None
     architecture: Name
-    fingerprint: str
+    fingerprint: Line
     text_encoder: str
     key_projections: str
 
@@ -112,7 +124,7 @@ class BaseModelInfo(_Strict):
 class DatasetInfo(_Strict):
     """What the token was optimised on."""
 
-    fingerprint: str = ""
+    fingerprint: Line = ""
     num_unsafe: Annotated[int, Field(ge=0)] = 0
     num_safe: Annotated[int, Field(ge=0)] = 0
     review_states: dict[str, Annotated[int, Field(ge=0)]] = {}
@@ -130,7 +142,7 @@ class TokenRecord(_Strict):
     concept: Name
     version: Version
     base_model: BaseModelInfo
-    layers: Annotated[tuple[str, ...], Field(min_length=1, max_length=4096)]
+    layers: Annotated[tuple[Line, ...], Field(min_length=1, max_length=4096)]
     thresholds: Thresholds = Thresholds()
     guidance: Guidance = Guidance()
     safety_prompt: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
@@ -138,7 +150,7 @@ class TokenRecord(_Strict):
     dataset: DatasetInfo = DatasetInfo()
     metrics: dict[str, Any] = {}
     software: dict[str, str] = {}
-    created: str = ""
+    created: Line = ""
 
     def never_acts(self) -> str | None:
         """Why a guard with these constants would never change a picture; None where it may."""
