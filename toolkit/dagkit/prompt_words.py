@@ -187,8 +187,9 @@ PIECES: Final = {
     "adult age": r"(?:(?:1[89]|[2-9]\d)(?: years? old| ?y/?o| years of age)|aged? (?:1[89]|[2-9]\d))",
     "adult": "(?:adults?|couples?|gentlem[ae]n|m[ae]n|wom[ae]n)",
     "one": "(?:an?|the|his|her|their|its|my|our|your|this|that|of)",
-    "clause": r"(?:^|[,.;:]\s*|(?:and|while|whose|where) )(?:(?:an?|the|her|his|their|its|my|our) )?",
+    "clause": r"(?:^|(?<=[,.;:])|(?<=[,.;:]\s)|(?:and|while|whose|where) )(?:(?:an?|the|her|his|their|its|my|our) )?",
     "tit": "(?:azure|blue|coal|crested|great|long tailed|marsh|willow) tits?",
+    "of body": "(?:breasts?|butt|nipples?|tits?|bare skin|bare back)",
     "cooked": "(?:baked|barbecued|boneless|braised|breaded|broiled|fried|glazed|grilled|marinated|poached|roast|roasted|seared"
     "|skinless|smoked)",
 }
@@ -203,9 +204,46 @@ SOMEBODY: Final = """
 # Words for nakedness say something of a thing only behind these, a describing word, or the beginning of a clause.
 NAKED: Final = "bottomless naked nude topless unclothed"
 BEFORE_THINGS: Final = """
-    a an the her his its their of by with to under from these those some between and two three on in for through
-    glossy
+    a above against along an and around as at behind below beside between by each every five for four from glossy her
+    his in into its like many near no of on onto or over past several some that the their these this those three
+    through to two under with
 """
+# Words that speak of a thing as often as of somebody. They are innocent where they describe a thing ("an exposed headland"):
+# behind one of the words above or the beginning of a clause, before a noun that is not one of those below.
+AMBIGUOUS: Final = """
+    aroused arousing bottomless erect escort explicit exposed hardcore intimate provocative stripped suggestive swinger
+"""
+OF_SOMEBODY: Final = """
+# persons
+    acrobat aunt beauty blonde bodybuilder brother brunette cheerleader creature cutie dad daddy dame elf elves ex father
+    femme friend gymnast hero heroine housewife human individual lolita lover mermaid mom mother mum mummy neighbor neighbour
+    nun nymph patient pornstar prisoner prostitute redhead saint sister skater slave soldier somebody someone swimmer teacher
+    teenie tutor twin twins uncle victim virgin waitress wife worker
+# bodies, clothes and where they are taken off
+    abdomen ankle ankles area armpits attire back backside bare bath bathroom bed bedroom behind belly bodies booty bottom
+    boudoir bum bust chest clothes clothing cleavage collarbone crotch curves derriere dress fabric feet figure flesh front
+    garment hip hips jeans leg legs leotard limbs locker mattress member midriff midsection nape navel nightgown nightie
+    organ organs pants part parts pelvis position privates pyjamas rear rod rump shaft sheets shirt shorts shoulder
+    shoulders shower skin skirt soles stem stomach swimsuit swimwear thigh thighs top tops torso trousers tub tummy underside
+    uniform waist wardrobe womb
+# pictures, looks and acts
+    act acts action actions activity affair album angle anime art artwork blog book books cam cartoon cheer close closeup clip comic contact content contacts
+    dance dancing desire doujin drawing embrace encounter eyes expression fanfiction fantasy film gallery gaze gesture gestures hug
+    illustration image images kiss kissing lesson lips look looks magazine manga manner massage material moment moments movie
+    movies mouth oil painting party photo photograph photographs photos photoshoot pic pics picture pictures porn portrait
+    portraits pose poses posing posture rating relations relationship render scene scenes selfie service session shoot shot shots
+    smile snapshot stories story touch touches touching undressing video videos version view way website
+"""
+FUNCTION_WORDS: Final = """
+    a about after against along an and are around as at be before behind being below beneath beside between beyond but by
+    down during for from he her here him his i if in inside into is it its just like near not of off on only or our out
+    over she so than that the their them then there they this through to too under up upon very was we were when where
+    which while who with without you your
+"""
+
+# Words with which a phrase begins that may stand behind a minor: "boys' breast stroke", "a girl stripping leaves".
+BEHIND_MINORS: Final = "breast stripping"
+
 # Grown people, and what may stand between "young" and them.
 YOUNG_ADULT: Final = (
     "(?:young|younger|youthful) (?:(?:adult|asian|athletic|attractive|bearded|black|blond|blonde|muscular|shirtless|smiling|"
@@ -232,6 +270,7 @@ aged (?:for )?{number} {span} (?:in (?:oak|sherry|bourbon)|{drink})
 # adults of a stated age
 young (?:adult )?{adult},? {adult age}
 {adult age} young (?:adult )?{adult}
+(?:adult|grown|grown up) (?:daughters?|sons?)
 # the young of animals, young plants and food
 (?:baby|young|younger|infant|newborn|new born|juvenile|adolescent|teenage) {adj}{animal}
 (?:young|younger) {adj}{plant}
@@ -291,20 +330,31 @@ exposed (?:toes|fingers|hands|ears|spine|film|negatives?|shoreline|coast|stump|t
     gill|gills|skeletons?|core|kitchen|shelving|shelves|edges?|layers?|frame|frames)
 (?:over|under|double|long) exposed
 exposed to (?:the )?(?:(?:cold|strong|bright|heavy) )?{weather}
-naked (?:eye|eyes|mole rats?|cakes?|flames?|candles?|bulbs?|light ?bulbs?|trees?|branch(?:es)?|chef|gun|truth|
+naked (?:eye|eyes|mole rats?|cakes?|flames?|candles?|bulbs?|light ?bulbs?|chef|gun|truth|
     neck(?:ed)? chickens?|wires?|concrete|stone|brick)
 (?:naked|nude|unclothed|undressed) (?:(?:shop|store|window) )?mannequins? in (?:an? |the )?(?:shop|store|window)
 nude (?:colou?red )?{adj}{product}
 in nude,? size \\d+
+(?:heels|lipstick|nails|polish|pumps|sandals|shoes) in nude (?:and|or) (?:beige|black|pink|red|tan|white)
+naked {adj}(?:(?:birthday|burrito|carrot|chocolate|fruit|oat|sponge|wedding|winter) )?(?:bowls?|burritos?|cakes?|
+    {plant})
+kinky (?:curly |coily |afro )?(?:afro|braids?|curls|hair|haired|twists)
+(?:crystal|mica|mineral|perfect|rock|slate) cleavage
+cleavage of (?:an? |the )?(?:crystals?|minerals?|rocks?|slate)
 stripped (?:paint|wallpaper|pine|oak|back (?:to )?(?:brick|wood)|down (?:to )?(?:engine|motorcycle|bike|version|
     design)|bark|logs?|beds?|bolts?|threads?|cars?)
-stripping (?:the |old )?(?:bark|beds?|floor|leaves|paint|varnish|wallpaper|wires?)
+stripping (?:the |old |some )?(?:bark|beds?|corn(?: husks)?|herbs|husks|kale|thyme|twigs|floor|leaves|paint|
+    varnish|wallpaper|wires?)
 (?:paint|wallpaper|wire|cable|varnish) strippers?
 undressed (?:salads?|greens|leather|lumber|lettuce)
 topless (?:bus|buses|car|double decker|jeep|tour bus|towers)
 bottomless (?:abyss|bag|basket|brunch|canyon|coffee|cup|drinks?|fries|lake|mimosas?|mug|ocean|pit|refills?|sea|well)
 top less than
 (?:{animal}|{bird}) ~ bare skin
+(?:{animal}|{bird})(?:['’]?s)? (?:with |licks |licking |scratches |showing )?(?:an? |the |its |
+    their )?{adj}(?:bare |naked |fluffy )?{of body}
+(?:breast|nipples?) of (?:an? |the )?(?:{animal}|{bird})
+{animal} (?:with )?(?:an? |its )?{adj}naked (?:neck|head|face|tail|skin)
 bare skin (?:around|near|above|under) (?:the|its) (?:eyes?|beak|bill)
 # food
 {meat} (?:(?:and|or) (?:bacon|legs?|thighs?|wings?) )?breasts?
@@ -321,11 +371,16 @@ robins? (?:with )?(?:an? |its |the )?red breasts?
     hedge|nest|nest ?box|nuts|seeds|tree|twig)
 {tit} (?:and|or) (?:finches|nuthatches|robins|sparrows|wrens)
 (?:blue|red) footed (?:booby|boobies)
+boobies and (?:frigate ?birds|gannets|gulls|pelicans|penguins)
+(?:gannets|gulls|pelicans) and boobies
 (?:african|somali|nubian) (?:wild )?ass(?:es)?
 wild ass(?:es)? (?:and its|grazing|in the (?:desert|steppe|wild))
 (?:ox and|ox and an|ox and the) ass
-ass and (?:an |the |her |its )?(?:foal|ox)
-cocks? (?:a doodle ?doo|and hens?|crows?|crowed|crowing|fights?|fighting|pheasants?|robin)
+ass and (?:an |the |her |its |a )?(?:foal|mule|ox)
+(?:lead|leading|leads|ride|rides|riding|on) (?:an|the) ass
+an ass (?:and a|carrying|carries|in a stable|pulling|pulls)
+cocks? (?:in (?:the|a) (?:barn ?yard|barn|coop|farm ?yard|field|yard)|a doodle ?doo|and hens?|crows?|crowed|
+    crowing|fights?|fighting|pheasants?|robin)
 (?:weather|game|turkey|fighting) cocks?
 hens? and (?:an? |the )?cocks?
 pussy (?:cats?|foot|toes|willows?)
@@ -334,7 +389,9 @@ sperm whales?
 rape (?:blossoms?|crops?|fields?|flowers?|oil|plants?|seeds?)
 oilseed rape
 (?:{animal}|crest|ears|fur|quills|tails?) ~ (?:tail |trunk |ears |crest |fur )?erect
-erect (?:an?|the|their|its|his|her) {adj}{thing}
+erects? (?:an?|the|their|its|his|her) {adj}(?:(?:circus|play|steel|tea|toy|wooden) )?(?:{thing}|{structure}|fence|
+    flag ?pole|frame|marquee|maypole|scaffolding|stage|statue|tent|tower)
+(?:pins|plants?|stems?|soldiers? of toy) erect
 erect (?:antennae|barn|chimneys?|crest|ears|fence|flag ?poles?|fur|monument|posture|quills|scaffolding|spikes|
     statue|tails?|towers?|trees?)
 erect the (?:chimney|flag ?pole|marquee|maypole|scaffolding|stage|statue|tent|tower)
@@ -346,9 +403,10 @@ bareback (?:riders?|riding|bronc|competition|pad|rodeo)
 breast (?:pockets?|plates?|pumps?)
 nursing bras? on (?:an? )?(?:(?:clothes|washing) )?(?:hanger|line|rack|shelf|table)
 (?:flip flops?|leather|rubber) thongs?
-thong (?:sandals?|slippers?)
+thong (?:flip ?flops?|sandals?|slippers?)
 bikini (?:atoll|bottom (?:cartoon|episode|lunch ?box|poster|toy))
 (?:brass|grease|hose|pipe|teat|flow) nipples?
+baby bottles?,? (?:an? )?{adj}(?:(?:anti colic|latex|rubber|silicone) )?nipples?
 bottles? (?:and|with) (?:an? |its )?{adj}nipples?
 nipples? (?:for|of|on) (?:an? |the )?(?:baby )?bottles?
 (?:brand )?spanking (?:new|clean|fresh)
@@ -393,9 +451,10 @@ penetration (?:depth|tests?|testing|of (?:the )?(?:air|cold|damp|light|moisture|
 u\\.s(?:\\.|\\b)
 """
 
-# The same, where the prompt says "adult".
+# The same, where the prompt speaks of adults.
 INNOCENT_BESIDE_ADULTS: Final = """
 (?:only|just|is|are|under|below|less than) {number} {adj}{counted}
+(?:only|just|under|below|less than) {number} {adj}(?!(?:days|has|is|lies|looks|months|plays|poses|shows|sits|stands|was|wears|weeks|years)(?![^\\W_]))[a-z]{2,}(?<!s)s
 """
 
 # The same for scripts without spaces: barefoot, the naked eye, gymnosperms; ice, iPhone, idea, icon.

@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import takewhile
 from typing import Final, NamedTuple
 
 from dagkit import prompt_words as words
@@ -83,7 +84,9 @@ _AGE: Final = re.compile(
 _SPELT_OUT: Final = re.compile(r"(?<![^\W_])[^\W_]([\W_])[^\W_](?:\1[^\W_])*(?![^\W_])")
 # Words with a figure in them, but not "15yo", "2nd", "35mm".
 _MIXED: Final = re.compile(r"(?<![^\W_])(?!\d+[^\W\d_]*(?![^\W_]))(?=[^\W_]*\d)[^\W_]+")
-_ADULT: Final = re.compile(r"(?<![^\W_])adults?(?![^\W_])")
+_ADULT: Final = re.compile(
+    r"(?<![^\W_])(?:adults|adult\s+(?:couple|figure|m[ae]n|model|nude|people|person|wom[ae]n))(?![^\W_])"
+)
 _LASTING: Final = re.compile(r"\b(?:after|for|in|last|lasted|married|next|over|past|took|within)\s+$")
 
 
@@ -201,6 +204,10 @@ def _spelt_in_one(term: str) -> str:
 
 
 _ORDINARY: Final = frozenset(_listing(words.ORDINARY))
+_OF_SOMEBODY: Final = frozenset(_listing(words.OF_SOMEBODY + words.SOMEBODY))
+_FUNCTION_WORDS: Final = frozenset(words.FUNCTION_WORDS.split())
+_AMBIGUOUS: Final = re.compile(rf"(?<![^\W_])(?:{'|'.join(words.AMBIGUOUS.split())})(?![^\W_])")
+_BEFORE: Final = re.compile(r"([^\W_]+)[\s\-]+$")
 _BEFORE_THINGS: Final = frozenset((words.BEFORE_THINGS + words.COLOURS + words.DESCRIBING).split())
 
 
@@ -490,17 +497,38 @@ def _without_innocent(text: str) -> str:
     for run in words.INNOCENT_RUNS.split():
         text = text.replace(_plain(run), " , ")
     text = _phrase(words.INNOCENT).sub(_taken_out, text)
-    return _phrase(words.INNOCENT_BESIDE_ADULTS).sub(_taken_out, text) if _ADULT.search(text) else text
+    if _ADULT.search(text):
+        text = _phrase(words.INNOCENT_BESIDE_ADULTS).sub(_taken_out, text)
+    return _AMBIGUOUS.sub(lambda match: " , " if _is_of_thing(match) else match[0], text)
+
+
+def _is_of_thing(match: re.Match[str]) -> bool:
+    """Whether a word that speaks of things as often as of people describes a thing here."""
+    before = _BEFORE.search(match.string[: match.start()][-_LONGEST_QUOTE:])
+    if before and not _may_stand_before_things(before[1]):
+        return False
+    after = re.match(r"(?:[\s\-]+[^\W_]+){0,4}", match.string[match.end() :][:200])
+    following = list(
+        takewhile(lambda word: word not in _FUNCTION_WORDS, re.findall(r"[^\W_]+", after[0] if after else ""))
+    )
+    return bool(following) and not any(_is_of_somebody(word) for word in following)
+
+
+@lru_cache(maxsize=5_000)
+def _is_of_somebody(word: str) -> bool:
+    singular = word.removesuffix("s")
+    return bool({word, singular} & _OF_SOMEBODY) or any(_match(word, kind) for kind in ("minor", "sexual"))
 
 
 def _taken_out(match: re.Match[str]) -> str:
     """A break in place of an innocent phrase; the phrase itself where its neighbours say otherwise."""
-    before = re.search(r"([^\W_]+)[\s\-]+$", match.string[max(0, match.start() - _LONGEST_QUOTE) : match.start()])
+    before = _BEFORE.search(match.string[: match.start()][-_LONGEST_QUOTE:])
     after = re.match(r"[\s\-]+([^\W_]+)", match.string[match.end() : match.end() + _LONGEST_QUOTE])
     neighbours = [one[1] for one in (before, after) if one]
     own = re.findall(r"[^\W_]+", match[0])
     minors, sexual = _terms("minor").listed, _terms("sexual").listed
-    if any(word in minors for word in own) and any(word in sexual for word in neighbours):
+    is_young = any(word in minors for word in own) and not any(word.isdecimal() for word in own)
+    if is_young and any(word in sexual for word in neighbours):
         return match[0]
     if (
         own
