@@ -521,24 +521,22 @@ def _is_of_somebody(word: str) -> bool:
 
 
 def _taken_out(match: re.Match[str]) -> str:
-    """A break in place of an innocent phrase; the phrase itself where its neighbours say otherwise."""
+    """A break in place of an innocent phrase; the phrase itself where the words beside it say otherwise."""
     before = _BEFORE.search(match.string[: match.start()][-_LONGEST_QUOTE:])
-    after = re.match(r"[\s\-]+([^\W_]+)", match.string[match.end() : match.end() + _LONGEST_QUOTE])
-    neighbours = [one[1] for one in (before, after) if one]
-    own = re.findall(r"[^\W_]+", match[0])
+    after = re.match(r"[\s\-]+([^\W_]+)", match.string[match.end() :][:_LONGEST_QUOTE])
     minors, sexual = _terms("minor").listed, _terms("sexual").listed
+    own = re.findall(r"[^\W_]+", match[0])
+    # "nude young fox", but not "nude young man, 25 years old"
     is_young = any(word in minors for word in own) and not any(word.isdecimal() for word in own)
-    if is_young and any(word in sexual for word in neighbours):
+    if is_young and any(one[1] in sexual for one in (before, after) if one):
         return match[0]
-    if (
-        own
-        and own[0] in sexual
-        and own[:2] != ["exposed", "to"]
-        and any(word in minors for word in neighbours[:1] if before)
-    ):
+    # "girl exposed brick wall"
+    is_sexual = own[0] in sexual and own[0] not in words.BEHIND_MINORS.split() and own[:2] != ["exposed", "to"]
+    if is_sexual and before and before[1] in minors:
         return match[0]
+    # "posing naked tree", "in the nude shoes"
     is_idiom = match.string[: match.start()].endswith("in the ")
-    if own and own[0] in words.NAKED.split() and before and (is_idiom or not _may_stand_before_things(before[1])):
+    if own[0] in words.NAKED.split() and before and (is_idiom or not _may_stand_before_things(before[1])):
         return match[0]
     return " , "
 
