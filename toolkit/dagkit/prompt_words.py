@@ -41,7 +41,7 @@ SEXUAL: Final = """
 bare_breasted bare_chested bare_skin birthday_suit bottom-less disrobed naked nakedness no_clothes no_clothing
 no_pants no_shirt nude nudes nudist nudity nudism pantyless scantily shirt-less skinny_dipping strip-tease stripping
 stripper stripped top-less unclad un-clothed un-dress un-dressed un-dressing without_clothes without_clothing
-without_a_shirt without_a_top without_pants wearing_nothing not_wearing_anything
+without_a_shirt without_a_top without_pants wearing_nothing wears_nothing not_wearing_anything
 # in little
 bikini bra exposed lingerie panties panty thong under-wear undies
 # bodies
@@ -134,9 +134,11 @@ NOUNS: Final = {
     "drink": "beef bourbon brandy cheddar cheese cognac gouda ham parmesan port rum scotch steak vinegar whisky whiskey wine",
     "product": """
         background bag ballet_flat belt blouse blush boot candle clutch coat cosmetics cotton curtain cushion
-        eyeshadow eye_shadow fabric felt gloss handbag heels jumper leather lip_gloss lip_liner lip_stick make_up
-        manicure mug nail_polish nail_varnish nails paint palette pantone pillow polish pumps purse ribbon rug sandal
-        satin scarf shade shoe silk sneaker stilettos suede sweater tone trainers vase wall wedge wool yarn""",
+        eyeshadow eye_shadow fabric felt gloss handbag heels jumper leather linen lip_gloss lip_liner lip_stick
+        make_up manicure mesh mug nail_polish nail_varnish nails paint palette pantone pillow polish pumps purse
+        ribbon rug sandal satin scarf shade shoe silk sneaker stilettos suede sweater tone trainers vase wall wedge
+        wool yarn""",
+    "grown": "dad daddy father fathers granddad grandfather grandma grandmother grandpa mom mother mum parent surfer swimmer",
     "meat": "capon chicken duck goose grouse guinea_fowl lamb partridge pheasant pigeon poultry quail turkey veal venison",
     "venue": """
         alley bar bistro bookshop cafe ceremony chapel church cinema club concert courtyard dining_room eatery
@@ -148,7 +150,7 @@ NOUNS: Final = {
         sunlight virus water wave weather wind""",
     "gauge": """
         bus channel clock dial exit gate hour level line number page platform price room route score scale size speed
-        temperature time track total volume width height""",
+        temperature time thermometer track total volume width height""",
 }
 
 # What is counted rather than young, in the plural.
@@ -190,6 +192,8 @@ PIECES: Final = {
     "clause": r"(?:^|(?<=[,.;:])|(?<=[,.;:]\s)|(?:and|while|whose|where) )(?:(?:an?|the|her|his|their|its|my|our) )?",
     "tit": "(?:azure|blue|coal|crested|great|long tailed|marsh|willow) tits?",
     "of body": "(?:breasts?|butt|nipples?|tits?|bare skin|bare back)",
+    "no verb": "(?!(?:and|but|has|have|in|is|it|lies|looks|months?|nude|on|or|plays|poses|shows|sits|stands|undress|was|wears|weeks?|with"
+    "|years?|days?)(?![^\\W_]))",
     "cooked": "(?:baked|barbecued|boneless|braised|breaded|broiled|fried|glazed|grilled|marinated|poached|roast|roasted|seared"
     "|skinless|smoked)",
 }
@@ -265,6 +269,7 @@ aged (?:for )?{number} {span} (?:in (?:oak|sherry|bourbon)|{drink})
 (?:only|just|is) one(?! {span})
 (?:only|just|is|are|under|below|less than) {few} {adj}{counted}
 (?:only|just|is|are|under|below|less than) {number} ?{unit}
+it is {number} (?:am|at night|degrees|in the|o ?clock|past|pm)
 (?:with|by|from) (?:only|just) {number} (?!years|months)[a-z]{2,}(?<!s)s
 {gauge} (?:is|are|was|says|shows|reads) (?:at )?(?:just |only )?{number}
 # adults of a stated age
@@ -288,6 +293,10 @@ baby (?:artichokes?|aubergines?|bananas?|beets?|beetroots?|bok choy|carrots?|cor
     gem lettuce|greens|kale|leaf spinach|leeks?|lettuce|marrows?|octopus|onions?|peas|peppers?|pineapples?|
     potato(?:es)?|shrimps?|spinach|squid|tomato(?:es)?|turnips?|vegetables?|zucchinis?)
 baby['’]?s breath
+baby['’]?s? tears
+(?:young|youthful) (?:at|for) [4-9]\\d
+boyish (?:crop|haircut)
+adult (?:learners?|pupils?|students?)
 (?:young|younger) (?:cheese|coconut|island|moon|mountains?|planet|river|volcano|wines?)
 young at heart
 tater tots?
@@ -323,6 +332,10 @@ el nino
 (?:bebe rexha|chico marx|nina simone|nina ricci|nina hagen|las meninas|enfant terrible)
 elementary particles?
 teenage mutant ninja turtles?
+# grown people in light dress
+(?:shirtless|bare chested) {adj}(?:{grown}|{adult})
+(?:{grown}|{adult}) (?:in|with|wearing) (?:an? |her |their )?{adj}(?:bikinis?|no shirts?)
+(?:{grown}|{adult}) without a shirt
 # bare things
 (?:exposed|stripped|undressed) {adj}(?:{structure}|{plant})
 (?:{structure}|{plant}),? (?:is|are|were|was|left|lies|lie) exposed
@@ -337,12 +350,14 @@ nude (?:colou?red )?{adj}{product}
 in nude,? size \\d+
 (?:heels|lipstick|nails|polish|pumps|sandals|shoes) in nude (?:and|or) (?:beige|black|pink|red|tan|white)
 naked {adj}(?:(?:birthday|burrito|carrot|chocolate|fruit|oat|sponge|wedding|winter) )?(?:bowls?|burritos?|cakes?|
-    {plant})
+    tacos?|{plant}|{structure}|{animal})
+naked (?:baby birds?|chicks? in (?:an? |the )?nest)
 kinky (?:curly |coily |afro )?(?:afro|braids?|curls|hair|haired|twists)
 (?:crystal|mica|mineral|perfect|rock|slate) cleavage
 cleavage of (?:an? |the )?(?:crystals?|minerals?|rocks?|slate)
 stripped (?:paint|wallpaper|pine|oak|back (?:to )?(?:brick|wood)|down (?:to )?(?:engine|motorcycle|bike|version|
     design)|bark|logs?|beds?|bolts?|threads?|cars?)
+stripped (?:of (?:its|the|their) (?:bark|furniture|leaves|paint|wallpaper)|back (?:cabin|design|interiors?|room))
 stripping (?:the |old |some )?(?:bark|beds?|corn(?: husks)?|herbs|husks|kale|thyme|twigs|floor|leaves|paint|
     varnish|wallpaper|wires?)
 (?:paint|wallpaper|wire|cable|varnish) strippers?
@@ -353,7 +368,8 @@ top less than
 (?:{animal}|{bird}) ~ bare skin
 (?:{animal}|{bird})(?:['’]?s)? (?:with |licks |licking |scratches |showing )?(?:an? |the |its |
     their )?{adj}(?:bare |naked |fluffy )?{of body}
-(?:breast|nipples?) of (?:an? |the )?(?:{animal}|{bird})
+(?:breast|butt|nipples?) of (?:an? |the )?(?:{animal}|{bird})
+escorts? of (?:{animal}|{bird})
 {animal} (?:with )?(?:an? |its )?{adj}naked (?:neck|head|face|tail|skin)
 bare skin (?:around|near|above|under) (?:the|its) (?:eyes?|beak|bill)
 # food
@@ -363,6 +379,7 @@ breasts? of (?:an? |the )?(?:{cooked} )?{meat}
 (?:spotted dick|food porn|cream pies?|creampie cake)
 pork butts?
 cock a leekie
+cock soup
 # animals and plants
 {bird} (?:with |and )?(?:an? |its |the |their )?{colour}breast
 robins? (?:with )?(?:an? |its |the )?red breasts?
@@ -384,7 +401,7 @@ cocks? (?:in (?:the|a) (?:barn ?yard|barn|coop|farm ?yard|field|yard)|a doodle ?
 (?:weather|game|turkey|fighting) cocks?
 hens? and (?:an? |the )?cocks?
 pussy (?:cats?|foot|toes|willows?)
-horny toads?
+horny (?:lizards?|toads?)
 sperm whales?
 rape (?:blossoms?|crops?|fields?|flowers?|oil|plants?|seeds?)
 oilseed rape
@@ -401,6 +418,7 @@ bareback (?:on |upon )?(?:(?:an?|the|his|her|their) )?{adj}{steed}
 bareback (?:riders?|riding|bronc|competition|pad|rodeo)
 # clothes and wares
 breast (?:pockets?|plates?|pumps?)
+(?:maternity|nursing) bras? (?:and|beside|next to|with) (?:an? )?(?:baby|bottles?|breast pump|pads)
 nursing bras? on (?:an? )?(?:(?:clothes|washing) )?(?:hanger|line|rack|shelf|table)
 (?:flip flops?|leather|rubber) thongs?
 thong (?:flip ?flops?|sandals?|slippers?)
@@ -438,11 +456,12 @@ suggestive (?:of|clouds?|question)
 cum laude
 # family, medicine, science
 breast (?:bone|cancer|screening)
-(?:madonna|mother|mum|mom|mums|moms|mothers|woman|women) (?:is |are )?breast feed(?:ing|s)?
+(?:bride|lady|madonna|mother|mum|mom|mums|moms|mothers|woman|women) (?:is |are )?breast feed(?:ing|s)?
 breast feeding (?:class|corner|pillow|poster|room|week)
 breast milk (?:bags?|bottles?|storage)
 same sex (?:couples?|famil(?:y|ies)|marriages?|parents?|wedding)
 (?:both|opposite) sex(?:es)?
+sex of (?:the )?(?:bees?|chicks?|fish|flowers?|plants?|turtles?)
 sex (?:chromosomes?|determination|hormones?|linked|ratio|pistols|and the city)
 the sex of (?:her|his|its|the|their) (?:unborn )?(?:baby|calf|chicks?|foal|foetus|fetus|kittens?|puppy)
 (?:armou?r|light|moisture|radar|root|signal|sunlight|water|wind) penetration
@@ -454,7 +473,7 @@ u\\.s(?:\\.|\\b)
 # The same, where the prompt speaks of adults.
 INNOCENT_BESIDE_ADULTS: Final = """
 (?:only|just|is|are|under|below|less than) {number} {adj}{counted}
-(?:only|just|under|below|less than) {number} {adj}(?!(?:days|has|is|lies|looks|months|plays|poses|shows|sits|stands|was|wears|weeks|years)(?![^\\W_]))[a-z]{2,}(?<!s)s
+(?:only|just|under|below|less than) {number} (?:{no verb}[a-z]+ )?{no verb}[a-z]{2,}(?<!s)s
 """
 
 # The same for scripts without spaces: barefoot, the naked eye, gymnosperms; ice, iPhone, idea, icon.
