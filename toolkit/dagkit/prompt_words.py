@@ -19,7 +19,7 @@ youngster youngsters youth youths cub prepubescent pre-teen pre-teens pubescent 
 # at school
 elementary first_grader second_grader third_grader fourth_grader fifth_grader sixth_grader seventh_grader
 eighth_grader high_school high_schooler high_schoolers kinder-garten kindergartner middle_school middle_schooler
-nursery_school pre-school pre-schooler pre-schoolers primary_school pupil school-boy school-boys school-child
+nursery_school pre-school pre-schooler pre-schoolers primary_school pupil pupils school-boy school-boys school-child
 school-children school-girl school-girls school-kid school-kids school_uniform
 # words that exist for the abuse of children
 barely_legal jail-bait loli lolis lolicon lolita lolitas nymphet pedo pedophile pedophilia paedophile paedophilia
@@ -134,10 +134,10 @@ NOUNS: Final = {
     "drink": "beef bourbon brandy cheddar cheese cognac gouda ham parmesan port rum scotch steak vinegar whisky whiskey wine",
     "product": """
         background bag ballet_flat belt blouse blush boot candle clutch coat cosmetics cotton curtain cushion
-        eyeshadow eye_shadow fabric felt gloss handbag heels jumper leather linen lip_gloss lip_liner lip_stick
-        make_up manicure mesh mug nail_polish nail_varnish nails paint palette pantone pillow polish pumps purse
-        ribbon rug sandal satin scarf shade shoe silk sneaker stilettos suede sweater tone trainers vase wall wedge
-        wool yarn""",
+        eyeshadow eye_shadow fabric felt gloss handbag heels jumper leather linen lip_gloss lip_liner lipstick
+        lipgloss mascara make_up manicure mesh mug nail_polish nail_varnish nails paint palette pantone pillow polish
+        pumps purse ribbon rug sandal satin scarf shade shoe silk sneaker stilettos suede sweater tone trainers vase
+        wall wedge wool yarn""",
     "grown": "dad daddy father fathers granddad grandfather grandma grandmother grandpa mom mother mum parent surfer swimmer",
     "meat": "capon chicken duck goose grouse guinea_fowl lamb partridge pheasant pigeon poultry quail turkey veal venison",
     "venue": """
@@ -214,12 +214,10 @@ BEFORE_THINGS: Final = """
 """
 # Words that speak of a thing as often as of somebody. They are innocent where they describe a thing ("an exposed headland"):
 # behind one of the words above or the beginning of a clause, before a noun that is not one of those below.
-AMBIGUOUS: Final = """
-    aroused arousing bottomless erect escort explicit exposed hardcore intimate provocative stripped suggestive swinger
-"""
+AMBIGUOUS: Final = "bottomless erect explicit exposed hardcore intimate provocative stripped suggestive"
 OF_SOMEBODY: Final = """
 # persons
-    acrobat aunt beauty blonde bodybuilder brother brunette cheerleader creature cutie dad daddy dame elf elves ex father
+    acrobat aunt babe beauty blonde bodybuilder brother brunette cheerleader creature cutie dad daddy dame elf elves ex father
     femme friend gymnast hero heroine housewife human individual lolita lover mermaid mom mother mum mummy neighbor neighbour
     nun nymph patient pornstar prisoner prostitute redhead saint sister skater slave soldier somebody someone swimmer teacher
     teenie tutor twin twins uncle victim virgin waitress wife worker
@@ -369,7 +367,9 @@ top less than
 (?:{animal}|{bird})(?:['’]?s)? (?:with |licks |licking |scratches |showing )?(?:an? |the |its |
     their )?{adj}(?:bare |naked |fluffy )?{of body}
 (?:breast|butt|nipples?) of (?:an? |the )?(?:{animal}|{bird})
-escorts? of (?:{animal}|{bird})
+erects itself
+escorts? of (?:{number} )?(?:{animal}|{bird}|{kitten})
+(?:{animal}|{bird}),? (?:[a-z]+ )?its (?:bare |naked )?{of body}
 {animal} (?:with )?(?:an? |its )?{adj}naked (?:neck|head|face|tail|skin)
 bare skin (?:around|near|above|under) (?:the|its) (?:eyes?|beak|bill)
 # food
@@ -395,8 +395,10 @@ wild ass(?:es)? (?:and its|grazing|in the (?:desert|steppe|wild))
 (?:ox and|ox and an|ox and the) ass
 ass and (?:an |the |her |its |a )?(?:foal|mule|ox)
 (?:lead|leading|leads|ride|rides|riding|on) (?:an|the) ass
+and an ass (?:at|drinks?|eats?|grazes?|in|near|nearby|stands?)
 an ass (?:and a|carrying|carries|in a stable|pulling|pulls)
-cocks? (?:in (?:the|a) (?:barn ?yard|barn|coop|farm ?yard|field|yard)|a doodle ?doo|and hens?|crows?|crowed|
+cocks? (?:weather ?vanes?|in (?:the|a) (?:barn ?yard|barn|coop|farm ?yard|field|yard)|a doodle ?doo|and hens?|
+    crows?|crowed|
     crowing|fights?|fighting|pheasants?|robin)
 (?:weather|game|turkey|fighting) cocks?
 hens? and (?:an? |the )?cocks?
@@ -417,11 +419,11 @@ erect the (?:chimney|flag ?pole|marquee|maypole|scaffolding|stage|statue|tent|to
 bareback (?:on |upon )?(?:(?:an?|the|his|her|their) )?{adj}{steed}
 bareback (?:riders?|riding|bronc|competition|pad|rodeo)
 # clothes and wares
-breast (?:pockets?|plates?|pumps?)
+breast (?:feathers|fillets?|first(?! grader)|meat|muscles?|pads|plumage|pockets?|plates?|pumps?|slices|strips)
 (?:maternity|nursing) bras? (?:and|beside|next to|with) (?:an? )?(?:baby|bottles?|breast pump|pads)
 nursing bras? on (?:an? )?(?:(?:clothes|washing) )?(?:hanger|line|rack|shelf|table)
 (?:flip flops?|leather|rubber) thongs?
-thong (?:flip ?flops?|sandals?|slippers?)
+thong (?:shaped|flip ?flops?|sandals?|slippers?|straps?)
 bikini (?:atoll|bottom (?:cartoon|episode|lunch ?box|poster|toy))
 (?:brass|grease|hose|pipe|teat|flow) nipples?
 baby bottles?,? (?:an? )?{adj}(?:(?:anti colic|latex|rubber|silicone) )?nipples?
@@ -429,7 +431,7 @@ bottles? (?:and|with) (?:an? |its )?{adj}nipples?
 nipples? (?:for|of|on) (?:an? |the )?(?:baby )?bottles?
 (?:brand )?spanking (?:new|clean|fresh)
 (?:cigar|cigarette|gun|rifle|water) butts?
-butt (?:ends?|hinges?|joints?|welds?)
+butt (?:cans?|ends?|hinges?|joints?|welds?)
 butt of (?:an? |the )?(?:cigar|gun|hill|joke|jokes|pistol|rifle|spear)
 explicit (?:consent|directions|equation|example|formula|instructions?|licen[cs]e|lyrics|permission|rules|
     content warning (?:label|sticker))
@@ -437,7 +439,7 @@ explicit (?:consent|directions|equation|example|formula|instructions?|licen[cs]e
 intimate {adj}{venue}
 groin (?:vault|vaults|vaulted|vaulting|ribs|guard)
 (?:armed|destroyer|fighter|ford|medical|military|motorcycle|naval|police|security|tug) escorts?
-escort (?:boat|car|carrier|destroyer|dog|fighter|mission|motorcycle|ship|van|vehicle|vessel|wagon)s?
+escort (?:boat|bike|car|motorbike|carrier|destroyer|dog|fighter|mission|motorcycle|ship|van|vehicle|vessel|wagon)s?
 (?:exit|highway|motorway|road|route) r18
 r18 (?:exit|highway|motorway|road|route)
 # music, sports, books

@@ -41,8 +41,9 @@ _LOOK_ALIKES: Final = str.maketrans(
 _LEET: Final = [str.maketrans("03456789@$€£(+1!|", "oeasgtbgaselct" + 3 * one) for one in "il"]
 _FILLERS: Final = re.compile("[\u02b0-\u02ff\u115f\u1160]")
 _TOKEN: Final = re.compile(r"[^\W_]+(?:['’*]+[^\W_]*)*")
-# Signs that stand for no letter: brackets, and those behind words long enough to be read with one letter wrong.
-_CLOSING: Final = re.compile(r"(?<=[^\W_]{5})[!|(+]+(?![\w@$€£])|\((?=[^)]*\))")
+# Signs that stand for no letter: brackets and those behind a word. Of short words both is tried.
+_CLOSING: Final = re.compile(r"(?<=[^\W_])[!|(+]+(?![\w@$€£])|\((?=[^)]*\))")
+_CLOSING_LONG: Final = re.compile(r"(?<=[^\W_]{5})[!|(+]+(?![\w@$€£])|\((?=[^)]*\))")
 _CYRILLIC: Final = re.compile(r"[а-яё]{2,}")
 
 _ONES: Final = (
@@ -55,7 +56,13 @@ _VALUES: Final = {
     **{word: 10 * value for value, word in enumerate(_TENS, start=2)},
     "hundred": 100,
 }
+_HUNDRED: Final = r"(?:hundred[\s\-]+(?:and[\s\-]+)?)?"
 _WORD_NUMBER: Final = (
+    # The six of "sixty" is no number, that of "sixyearold" is.
+    rf"{_HUNDRED}(?:(?:{'|'.join(_TENS)})[\s\-]*)?(?:{'|'.join(sorted(_ONES, key=len, reverse=True))})(?!t?een|t?y(?![eor]))"
+    rf"|{_HUNDRED}(?:{'|'.join(_TENS)})|hundred"
+)
+_NUMBER: Final = (
     rf"(?:hundred[\s\-]+(?:and[\s\-]+)?)?(?:(?:{'|'.join(_TENS)})[\s\-]*)?(?:{'|'.join(sorted(_ONES, key=len, reverse=True))})"
     rf"|(?:hundred[\s\-]+(?:and[\s\-]+)?)?(?:{'|'.join(_TENS)})|hundred"
 )
@@ -69,7 +76,7 @@ _AGE: Final = re.compile(
     rf"(?:(?:years?|yrs?|y|y[o0]|yr|months?|weeks?|days?){_GAP}(?:[o0]ld|of{_GAP}age|o(?![^\W_])|young)"
     r"|y[o0](?![^\W_])|yrs?(?![^\W_])|year(?=\s+(?:boy|girl|female|male)s?\b)"
     # "a model, 15 years", but not "for 15 years"
-    r"|years?(?=\s*(?:[,;)]|\.|$)))"
+    r"|years?(?=\s*(?:[^\w\s'’\-]|$)))"
     # "aged 15", "age of 15", "she's 15", "looks 15"
     r"|(?<![^\W_])(?:aged?|ages|age\s+of|turning|turned|barely|looks?|looking|(?:she|he|who)['’]?s|i['’]?m)"
     rf"(?:{_GAP}|[=:\s]*)(?P<aged>{_NUMBERS}){_NO_FRACTION}"
@@ -81,12 +88,15 @@ _AGE: Final = re.compile(
     r"|(?P<grade>(?<![^\W_])\d{1,2}(?:st|nd|rd|th)[\s\-_]*graders?(?![^\W_]))"
 )
 # "n u d e", "n.u.d.e"
+# Signs that do not hold the pieces of a word together.
+_LOOSE: Final = re.compile(r"[\s'’/&\-–—]")
 _SPELT_OUT: Final = re.compile(r"(?<![^\W_])[^\W_]([\W_])[^\W_](?:\1[^\W_])*(?![^\W_])")
 # Words with a figure in them, but not "15yo", "2nd", "35mm".
 _MIXED: Final = re.compile(r"(?<![^\W_])(?!\d+[^\W\d_]*(?![^\W_]))(?=[^\W_]*\d)[^\W_]+")
 _ADULT: Final = re.compile(
     r"(?<![^\W_])(?:adults|adult\s+(?:couple|figure|m[ae]n|model|nude|people|person|wom[ae]n))(?![^\W_])"
 )
+_GROWN: Final = re.compile(r"adults?|couples?|m[ae]n|wom[ae]n")
 _LASTING: Final = re.compile(r"\b(?:after|for|in|last|lasted|married|next|over|past|took|within)\s+$")
 
 
@@ -238,8 +248,8 @@ def _readings(plain: str) -> Iterator[_Text]:
     spelt = _SPELT_OUT.sub(lambda match: match[0].replace(match[1], ""), latin)
     for text in dict.fromkeys((plain, latin, spelt)):
         yield _Text(text, text)
-    signs = _CLOSING.sub(" ", latin)
-    for text in sorted({signs.translate(table) for table in _LEET} - {plain, latin, signs}):
+    closed = {pattern.sub(lambda match: " " * len(match[0]), latin) for pattern in (_CLOSING, _CLOSING_LONG)}
+    for text in sorted({text.translate(table) for text in closed for table in _LEET} - {plain, latin, *closed}):
         yield _Text(text, latin)
 
 
@@ -251,7 +261,7 @@ def _find(plain: str, kind: str) -> _Reading | None:
         for token in tokens:
             found = _match(token.text, kind) if not token.is_number else None
             if found:
-                return found
+                return found._replace(written=token.written) if found.written == token.text else found
         for found in _joined(tokens, terms):
             return found
     return next((_Reading(term, term) for term in terms.runs if term in plain), None)
@@ -259,6 +269,7 @@ def _find(plain: str, kind: str) -> _Reading | None:
 
 class _Token(NamedTuple):
     text: str
+    written: str
     word: str
     gap: str
     """What stands between it and the token before it."""
@@ -270,10 +281,12 @@ def _tokens(reading: _Text) -> Iterator[_Token]:
     end = 0
     for match in _TOKEN.finditer(reading.text):
         raw = match[0].replace("’", "'")
-        is_number = reading.figures[match.start() : match.end()].isdecimal()
+        figures = reading.figures[match.start() : match.end()]
+        is_number = figures.isdecimal()
         word = raw.replace("'", "")
         yield _Token(
             raw,
+            figures,
             word,
             reading.text[end : match.start()],
             # Five digits and more are no number that anybody paints: 80085.
@@ -360,33 +373,35 @@ def _glued(word: str, terms: _Terms) -> str | None:
 
 
 def _joined(tokens: Sequence[_Token], terms: _Terms) -> Iterator[_Reading]:
-    """Words that were cut by punctuation or spaces, or spelt letter by letter.
+    """Words that were cut by punctuation or spaces, or spelt letter by letter, the longest first.
 
     Ordinary words make no other word with their neighbours ("the pen is"), unless signs alone hold them together
     ("pen.is") or the term is one of several words.
     """
     for start in range(len(tokens)):
+        found = []
         word = ""
         is_ordinary, is_short, is_held = True, True, True
         for end in range(start, len(tokens)):
             token = tokens[end]
-            if token.is_number and len(token.word) > 1:
-                break
             word += token.word
             is_ordinary &= token.is_ordinary
             is_short &= len(token.word) <= 2
-            if end > start:
-                is_held &= bool(token.gap) and not re.search(r"[\s'’/&\-–—]", token.gap)
-            if len(word) > 24 or not (end - start < 3 or is_short or is_held):
+            is_held &= end == start or bool(token.gap) and not _LOOSE.search(token.gap)
+            if (
+                token.is_number
+                and len(token.word) > 1
+                or len(word) > 24
+                or not (end - start < 3 or is_short or is_held)
+            ):
                 break
-            if end == start:
-                continue
-            written = " ".join(one.text for one in tokens[start : end + 1])
-            if word in terms.listed and (not is_ordinary or is_held or word in terms.compounds):
-                yield _Reading(written, terms.listed[word])
-            squeezed = _squeeze(word)
-            if is_short and squeezed != word and not is_ordinary and squeezed in terms.squeezed:
-                yield _Reading(written, terms.listed[terms.squeezed[squeezed]])
+            term = next((one for one in (word, word.removesuffix("s")) if one in terms.listed), None)
+            if is_short and not is_ordinary and not term:
+                term = terms.squeezed.get(_squeeze(word))
+            if end > start and term and (not is_ordinary or is_held or term in terms.compounds):
+                written = " ".join(one.written for one in tokens[start : end + 1])
+                found.append(_Reading(written, terms.listed[term]))
+        yield from reversed(found)
     yield from _shifted(tokens, terms)
 
 
@@ -507,17 +522,17 @@ def _is_of_thing(match: re.Match[str]) -> bool:
     before = _BEFORE.search(match.string[: match.start()][-_LONGEST_QUOTE:])
     if before and not _may_stand_before_things(before[1]):
         return False
-    after = re.match(r"(?:[\s\-]+[^\W_]+){0,4}", match.string[match.end() :][:200])
-    following = list(
-        takewhile(lambda word: word not in _FUNCTION_WORDS, re.findall(r"[^\W_]+", after[0] if after else ""))
-    )
-    return bool(following) and not any(_is_of_somebody(word) for word in following)
+    after = re.match(r"(?:[\s\-]+[^\s\-,.;:!?]+){0,4}", match.string[match.end() :][:200])
+    if not after or not after[0].isascii():
+        return False
+    following = list(takewhile(lambda word: word not in _FUNCTION_WORDS, re.findall(r"[^\W_]+", after[0])))
+    return bool(following) and not any(_is_of_somebody(word) for word in (*following, " ".join(following)))
 
 
 @lru_cache(maxsize=5_000)
 def _is_of_somebody(word: str) -> bool:
     singular = word.removesuffix("s")
-    return bool({word, singular} & _OF_SOMEBODY) or any(_match(word, kind) for kind in ("minor", "sexual"))
+    return bool({word, singular} & _OF_SOMEBODY) or any(_find(word, kind) for kind in ("minor", "sexual"))
 
 
 def _taken_out(match: re.Match[str]) -> str:
@@ -534,11 +549,21 @@ def _taken_out(match: re.Match[str]) -> str:
     is_sexual = own[0] in sexual and own[0] not in words.BEHIND_MINORS.split() and own[:2] != ["exposed", "to"]
     if is_sexual and before and before[1] in minors:
         return match[0]
+    # "nude model only 9 lamps", but not "an adult model under 9 lamps"
+    is_count = own[0] in ("only", "just", "under", "below", "less", "is", "are") and before is not None
+    if is_count and _is_somebody_of_any_age(match.string[: match.start()]):
+        return match[0]
     # "posing naked tree", "in the nude shoes"
-    is_idiom = match.string[: match.start()].endswith("in the ")
+    is_idiom = re.search(r"\bin\s+the\s+$", match.string[: match.start()][-_LONGEST_QUOTE:])
     if own[0] in words.NAKED.split() and before and (is_idiom or not _may_stand_before_things(before[1])):
         return match[0]
     return " , "
+
+
+def _is_somebody_of_any_age(text: str) -> bool:
+    """Whether a text ends with a person who is not said to be an adult."""
+    *_, adult, somebody = ["", "", *re.findall(r"[^\W_]+", text[-_LONGEST_QUOTE:])]
+    return somebody in _OF_SOMEBODY and adult != "adult" and not _GROWN.fullmatch(somebody)
 
 
 def _may_stand_before_things(word: str) -> bool:
