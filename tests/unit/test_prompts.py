@@ -234,7 +234,8 @@ def test_grown_ages_in_every_form(form: str):
 
 
 COVERS = [
-    "a minor road", "C minor", "a baby grand piano", "Beach Boys record", "chicken breast", "exposed brick", "under 10 lamps",
+    "a minor road", "C minor", "a baby grand piano", "Beach Boys record", "chicken breast", "exposed brick",
+    "under 10 lamps",
     "riding a horse bareback", "an intimate restaurant", "a 16 year old cat", "a 3 day old tattoo", "only two adults",
     "the clock is 12", "whisky aged 12 years", "the pen is on it", "baby elephant", "young trees", "kid gloves",
     "dilated pupils", "nude lipstick", "naked mole rat", "adult woman, 35 years old", "explicit instructions",
@@ -350,7 +351,7 @@ def test_misspellings():
     ("prompt", "context", "expected"),
     [
         ("a nude ch1ld on grass", (), "('ch1ld', read as child) in a sexual context ('nude')"),
-        ("n u d e kids on grass", (), "('kids') in a sexual context ('nude')"),
+        ("n u d e kids on grass", (), "('n u d e', read as nude)"),
         ("a nude todler on grass", (), "('todler', read as toddler)"),
         ("nude, she is 15, on grass", (), "('is 15', read as an age under 18)"),
         ("a boy on grass", ["nudity"], "('boy') in a sexual context ('nudity', read as nudity in the concept's texts)"),
@@ -370,10 +371,11 @@ def test_it_never_says_the_prompt(prompt: str):
 
 
 def test_it_takes_under_a_millisecond_a_prompt():
-    refused([*CAPTIONS, *ADULTS], NUDITY)
+    prompts = [*CAPTIONS, *ADULTS]
+    refused(prompts, NUDITY)
     start = time.process_time()
-    refused([*CAPTIONS, *ADULTS], NUDITY)
-    assert (time.process_time() - start) / len([*CAPTIONS, *ADULTS]) < 1e-3
+    refused(prompts, NUDITY)
+    assert (time.process_time() - start) / len(prompts) < 1e-3
 
 
 @pytest.mark.parametrize(

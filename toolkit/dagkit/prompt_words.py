@@ -1,8 +1,9 @@
 """The words by which `dagkit.prompts` reads a prompt, by kind. Lines that start with ``#`` name the kind.
 
-In the word lists a term of several words has underscores, one that is also seen in two words has a hyphen: both are found
-written apart, hyphened and in one. In the phrases a space stands for white space or a hyphen, ``{name}`` for a noun or
-piece of that name, ``~`` for up to three words that only link or describe; the rest is a regular expression.
+In the word lists a term of several words has underscores, one that is also seen in two words has a hyphen: both are
+found written apart, hyphened and in one. In the phrases a space stands for white space or a hyphen, ``{name}`` for a
+noun or piece of that name, ``~`` for up to three words that only link or describe; a line that begins with blanks goes
+on with the one before it; the rest is a regular expression.
 """
 
 from __future__ import annotations
@@ -131,15 +132,20 @@ NOUNS: Final = {
         rioja road rug rum sailboat scar scooter scotch shed sherry ship skyscraper sofa stool stubble suitcase
         sunburn table tattoo temple tent tequila tower tractor train truck typewriter umbrella van vase vehicle
         village vinegar violin watch whisky whiskey window wine wound yacht""",
-    "drink": "beef bourbon brandy cheddar cheese cognac gouda ham parmesan port rum scotch steak vinegar whisky whiskey wine",
+    "drink": """
+        beef bourbon brandy cheddar cheese cognac gouda ham parmesan port rum scotch steak vinegar whisky
+        whiskey wine""",
     "product": """
         background bag ballet_flat belt blouse blush boot candle clutch coat cosmetics cotton curtain cushion
         eyeshadow eye_shadow fabric felt gloss handbag heels jumper leather linen lip_gloss lip_liner lipstick
         lipgloss mascara make_up manicure mesh mug nail_polish nail_varnish nails paint palette pantone pillow polish
         pumps purse ribbon rug sandal satin scarf shade shoe silk sneaker stilettos suede sweater tone trainers vase
         wall wedge wool yarn""",
-    "grown": "dad daddy father fathers granddad grandfather grandma grandmother grandpa mom mother mum parent surfer swimmer",
-    "meat": "capon chicken duck goose grouse guinea_fowl lamb partridge pheasant pigeon poultry quail turkey veal venison",
+    "grown": """
+        dad daddy father fathers granddad grandfather grandma grandmother grandpa mom mother mum parent
+        surfer swimmer""",
+    "meat": """
+        capon chicken duck goose grouse guinea_fowl lamb partridge pheasant pigeon poultry quail turkey veal venison""",
     "venue": """
         alley bar bistro bookshop cafe ceremony chapel church cinema club concert courtyard dining_room eatery
         fireplace garden gathering gig hall hotel inn library lounge museum patio piazza pub recital restaurant salon
@@ -161,9 +167,9 @@ COUNTED: Final = """
     paintings palms pictures pillows plants plates prints rooms rocks sheep shelves sketches spotlights steps stones
     strings strokes tables tents towels towers trees tulips umbrellas vases walls waves windows"""
 UNITS: Final = r"""
-    % am pm o['’]?clock a\.m p\.m seconds? minutes? mins? hours? nights times percent px cm mm km kg meters? metres? feet foot ft
-    inch inches miles? degrees? euros? dollars? pounds? storey? stories storeys layers pages volts watts grams litres liters points
-    goals by x (?:months?|weeks?|days?)\ (?:ago|later|pregnant)
+    % am pm o['’]?clock a\.m p\.m seconds? minutes? mins? hours? nights times percent px cm mm km kg meters? metres?
+    feet foot ft inch inches miles? degrees? euros? dollars? pounds? storey? stories storeys layers pages volts watts
+    grams litres liters points goals by x
 """
 
 # Words that describe an animal or a thing.
@@ -181,8 +187,8 @@ LINKING: Final = "a an and its of on or that the these those with"
 
 # Pieces of the phrases that are no lists of nouns.
 PIECES: Final = {
-    "number": r"(?:\d{1,2}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
-    r"|seventeen|eighteen|nineteen|twenty)",
+    "number": r"(?:\d{1,2}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
+    r"fifteen|sixteen|seventeen|eighteen|nineteen|twenty)",
     "few": r"(?:[1-9]|10|one|two|three|four|five|six|seven|eight|nine|ten)",
     "old": r"(?:(?:year|yr|month|week|day|hour)s? old|y/?o)",
     "span": "(?:year|yr|month|week|day|hour)s?",
@@ -192,10 +198,10 @@ PIECES: Final = {
     "clause": r"(?:^|(?<=[,.;:])|(?<=[,.;:]\s)|(?:and|while|whose|where) )(?:(?:an?|the|her|his|their|its|my|our) )?",
     "tit": "(?:azure|blue|coal|crested|great|long tailed|marsh|willow) tits?",
     "of body": "(?:breasts?|butt|nipples?|tits?|bare skin|bare back)",
-    "no verb": "(?!(?:and|but|has|have|in|is|it|lies|looks|months?|nude|on|or|plays|poses|shows|sits|stands|undress|was|wears|weeks?|with"
-    "|years?|days?)(?![^\\W_]))",
-    "cooked": "(?:baked|barbecued|boneless|braised|breaded|broiled|fried|glazed|grilled|marinated|poached|roast|roasted|seared"
-    "|skinless|smoked)",
+    "no verb": r"(?!(?:and|but|has|have|in|is|it|lies|looks|months?|nude|on|or|plays|poses|shows|sits|stands|"
+    r"undress|was|wears|weeks?|with|years?|days?)(?![^\\W_]))",
+    "cooked": "(?:baked|barbecued|boneless|braised|breaded|broiled|fried|glazed|grilled|marinated|poached|"
+    "roast|roasted|seared|skinless|smoked)",
 }
 
 # What may not follow an animal or a thing: then it only describes somebody, or somebody is dressed as one.
@@ -212,35 +218,36 @@ BEFORE_THINGS: Final = """
     his in into its like many near no of on onto or over past several some that the their these this those three
     through to two under with
 """
-# Words that speak of a thing as often as of somebody. They are innocent where they describe a thing ("an exposed headland"):
-# behind one of the words above or the beginning of a clause, before a noun that is not one of those below.
+# Words that speak of a thing as often as of somebody. They are innocent where they describe a thing, as in "an exposed
+# headland": behind one of the words above or the beginning of a clause, before a noun that is not one of those below.
 AMBIGUOUS: Final = "bottomless erect explicit exposed hardcore intimate provocative stripped suggestive"
 OF_SOMEBODY: Final = """
 # persons
-    acrobat aunt babe beauty blonde bodybuilder brother brunette cheerleader creature cutie dad daddy dame elf elves ex father
-    femme friend gymnast hero heroine housewife human individual lolita lover mermaid mom mother mum mummy neighbor neighbour
-    nun nymph patient pornstar prisoner prostitute redhead saint sister skater slave soldier somebody someone swimmer teacher
-    teenie tutor twin twins uncle victim virgin waitress wife worker
+    acrobat aunt babe beauty blonde bodybuilder brother brunette cheerleader creature cutie dad daddy dame elf elves
+    ex father femme friend gymnast hero heroine housewife human individual lolita lover mermaid mom mother mum mummy
+    neighbor neighbour nun nymph patient pornstar prisoner prostitute redhead saint sister skater slave soldier
+    somebody someone swimmer teacher teenie tutor twin twins uncle victim virgin waitress wife worker
 # bodies, clothes and where they are taken off
-    abdomen ankle ankles area armpits attire back backside bare bath bathroom bed bedroom behind belly bodies booty bottom
-    boudoir bum bust chest clothes clothing cleavage collarbone crotch curves derriere dress fabric feet figure flesh front
-    garment hip hips jeans leg legs leotard limbs locker mattress member midriff midsection nape navel nightgown nightie
-    organ organs pants part parts pelvis position privates pyjamas rear rod rump shaft sheets shirt shorts shoulder
-    shoulders shower skin skirt soles stem stomach swimsuit swimwear thigh thighs top tops torso trousers tub tummy underside
-    uniform waist wardrobe womb
+    abdomen ankle ankles area armpits attire back backside bare bath bathroom bed bedroom behind belly bodies booty
+    bottom boudoir bum bust chest clothes clothing cleavage collarbone crotch curves derriere dress fabric feet figure
+    flesh front garment hip hips jeans leg legs leotard limbs locker mattress member midriff midsection nape navel
+    nightgown nightie organ organs pants part parts pelvis position privates pyjamas rear rod rump shaft sheets shirt
+    shorts shoulder shoulders shower skin skirt soles stem stomach swimsuit swimwear thigh thighs top tops torso
+    trousers tub tummy underside uniform waist wardrobe womb
 # pictures, looks and acts
-    act acts action actions activity affair album angle anime art artwork blog book books cam cartoon cheer close closeup clip comic contact content contacts
-    dance dancing desire doujin drawing embrace encounter eyes expression fanfiction fantasy film gallery gaze gesture gestures hug
-    illustration image images kiss kissing lesson lips look looks magazine manga manner massage material moment moments movie
-    movies mouth oil painting party photo photograph photographs photos photoshoot pic pics picture pictures porn portrait
-    portraits pose poses posing posture rating relations relationship render scene scenes selfie service session shoot shot shots
-    smile snapshot stories story touch touches touching undressing video videos version view way website
+    act acts action actions activity affair album angle anime art artwork blog book books cam cartoon cheer close
+    closeup clip comic contact content contacts dance dancing desire doujin drawing embrace encounter eyes expression
+    fanfiction fantasy film gallery gaze gesture gestures hug illustration image images kiss kissing lesson lips look
+    looks magazine manga manner massage material moment moments movie movies mouth oil painting party photo photograph
+    photographs photos photoshoot pic pics picture pictures porn portrait portraits pose poses posing posture rating
+    relations relationship render scene scenes selfie service session shoot shot shots smile snapshot stories story
+    touch touches touching undressing video videos version view way website
 """
 FUNCTION_WORDS: Final = """
-    a about after against along an and are around as at be before behind being below beneath beside between beyond but by
-    down during for from he her here him his i if in inside into is it its just like near not of off on only or our out
-    over she so than that the their them then there they this through to too under up upon very was we were when where
-    which while who with without you your
+    a about after against along an and are around as at be before behind being below beneath beside between beyond but
+    by down during for from he her here him his i if in inside into is it its just like near not of off on only or our
+    out over she so than that the their them then there they this through to too under up upon very was we were when
+    where which while who with without you your
 """
 
 # Words with which a phrase begins that may stand behind a minor: "boys' breast stroke", "a girl stripping leaves".
@@ -248,8 +255,8 @@ BEHIND_MINORS: Final = "breast stripping"
 
 # Grown people, and what may stand between "young" and them.
 YOUNG_ADULT: Final = (
-    "(?:young|younger|youthful) (?:(?:adult|asian|athletic|attractive|bearded|black|blond|blonde|muscular|shirtless|smiling|"
-    "tanned|tattooed|white|bare chested) ){0,2}{adult}"
+    "(?:young|younger|youthful) (?:(?:adult|asian|athletic|attractive|bare chested|bearded|black|blond|blonde|muscular|"
+    "shirtless|smiling|tanned|tattooed|white) ){0,2}{adult}"
 )
 
 # Phrases in which a word of the lists means something else. They are taken out before a prompt is read again.
@@ -266,7 +273,7 @@ aged (?:for )?{number} {span} (?:in (?:oak|sherry|bourbon)|{drink})
     people|persons|models|figures|dancers|nudes)|men|women|people|persons)
 (?:only|just|is) one(?! {span})
 (?:only|just|is|are|under|below|less than) {few} {adj}{counted}
-(?:only|just|is|are|under|below|less than) {number} ?{unit}
+(?:only|just|is|are|under|below|less than) {number} ?(?:{unit}|(?:months?|weeks?|days?) (?:ago|later|pregnant))
 it is {number} (?:am|at night|degrees|in the|o ?clock|past|pm)
 (?:with|by|from) (?:only|just) {number} (?!years|months)[a-z]{2,}(?<!s)s
 {gauge} (?:is|are|was|says|shows|reads) (?:at )?(?:just |only )?{number}

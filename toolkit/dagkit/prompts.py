@@ -6,8 +6,8 @@ letters and small misspellings make no difference. It refuses when a prompt, or 
 and the prompt speaks of somebody who is or may be a minor, ages in figures and in words included.
 
 What reads as guilty is read once more without the phrases in which such words mean something else: "a minor road",
-"chicken breast", "a 16 year old cat" (`dagkit.prompt_words` holds all words and phrases). Where in doubt it refuses, and
-says which word it read as what.
+"chicken breast", "a 16 year old cat" (`dagkit.prompt_words` holds all words and phrases). Where in doubt it refuses,
+and it says which word it read as what.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dagkit.errors import PromptRefused
 # Spellings too short or too common to be looked for with letters changed.
 _FUZZY_LENGTH: Final = 6
 _LONGEST_QUOTE: Final = 40
+_LONGEST_TERM: Final = 20
 
 _LOOK_ALIKES: Final = str.maketrans(
     {
@@ -46,25 +47,22 @@ _CLOSING: Final = re.compile(r"(?<=[^\W_])[!|(+]+(?![\w@$€£])|\((?=[^)]*\))")
 _CLOSING_LONG: Final = re.compile(r"(?<=[^\W_]{5})[!|(+]+(?![\w@$€£])|\((?=[^)]*\))")
 _CYRILLIC: Final = re.compile(r"[а-яё]{2,}")
 
-_ONES: Final = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS: Final = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES: Final = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+]
+_TENS: Final = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _VALUES: Final = {
     **{word: value for value, word in enumerate(_ONES)},
     **{word: 10 * value for value, word in enumerate(_TENS, start=2)},
     "hundred": 100,
 }
 _HUNDRED: Final = r"(?:hundred[\s\-]+(?:and[\s\-]+)?)?"
+_A_ONE: Final = "|".join(sorted(_ONES, key=len, reverse=True))
+_A_TEN: Final = "|".join(_TENS)
 _WORD_NUMBER: Final = (
     # The six of "sixty" is no number, that of "sixyearold" is.
-    rf"{_HUNDRED}(?:(?:{'|'.join(_TENS)})[\s\-]*)?(?:{'|'.join(sorted(_ONES, key=len, reverse=True))})(?!t?een|t?y(?![eor]))"
-    rf"|{_HUNDRED}(?:{'|'.join(_TENS)})|hundred"
-)
-_NUMBER: Final = (
-    rf"(?:hundred[\s\-]+(?:and[\s\-]+)?)?(?:(?:{'|'.join(_TENS)})[\s\-]*)?(?:{'|'.join(sorted(_ONES, key=len, reverse=True))})"
-    rf"|(?:hundred[\s\-]+(?:and[\s\-]+)?)?(?:{'|'.join(_TENS)})|hundred"
+    rf"{_HUNDRED}(?:(?:{_A_TEN})[\s\-]*)?(?:{_A_ONE})(?!t?een|t?y(?![eor]))|{_HUNDRED}(?:{_A_TEN})|hundred"
 )
 _NUMBER: Final = rf"(?:(?<!\d)(?<!\d[.,])\d{{1,3}}|(?<![^\W\d_])(?:{_WORD_NUMBER}))"
 _NUMBERS: Final = rf"{_NUMBER}(?:\s*(?:-|–|to|or|and)\s*{_NUMBER})?"
@@ -349,10 +347,9 @@ def _starred(word: str, terms: _Terms) -> str | None:
 def _glued(word: str, terms: _Terms) -> str | None:
     """A term that is one half of a word of which the other half is a term, too, or that stands beside one inside it."""
     known = (_terms("minor").listed, _terms("sexual").listed)
-    longest = 20
     if len(word) < 6 or word in _ORDINARY:
         return None
-    for cut in range(3, min(len(word) - 2, longest)):
+    for cut in range(3, min(len(word) - 2, _LONGEST_TERM + 1)):
         halves = word[:cut], word[cut:]
         if all(any(half in listed for listed in known) for half in halves):
             return next((half for half in halves if half in terms.listed), None)
@@ -360,7 +357,7 @@ def _glued(word: str, terms: _Terms) -> str | None:
         [
             (start, end)
             for start in range(len(word))
-            for end in range(start + shortest, min(len(word), start + longest) + 1)
+            for end in range(start + shortest, min(len(word), start + _LONGEST_TERM) + 1)
             if word[start:end] in listed
         ]
         for listed, shortest in zip(known, (3, 4), strict=True)
@@ -387,13 +384,10 @@ def _joined(tokens: Sequence[_Token], terms: _Terms) -> Iterator[_Reading]:
             word += token.word
             is_ordinary &= token.is_ordinary
             is_short &= len(token.word) <= 2
-            is_held &= end == start or bool(token.gap) and not _LOOSE.search(token.gap)
-            if (
-                token.is_number
-                and len(token.word) > 1
-                or len(word) > 24
-                or not (end - start < 3 or is_short or is_held)
-            ):
+            is_held &= end == start or (bool(token.gap) and not _LOOSE.search(token.gap))
+            if (token.is_number and len(token.word) > 1) or len(word) > _LONGEST_TERM:
+                break
+            if end - start >= 3 and not is_short and not is_held:
                 break
             term = next((one for one in (word, word.removesuffix("s")) if one in terms.listed), None)
             if is_short and not is_ordinary and not term:
@@ -509,6 +503,7 @@ def _lines(text: str) -> list[str]:
 
 def _without_innocent(text: str) -> str:
     """A plain text without the phrases in which words of the lists mean something else."""
+    text = re.sub(r"\s{3,}", "  ", text)
     for run in words.INNOCENT_RUNS.split():
         text = text.replace(_plain(run), " , ")
     text = _phrase(words.INNOCENT).sub(_taken_out, text)
