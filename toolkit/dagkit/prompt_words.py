@@ -57,7 +57,7 @@ sexting spank spanking sperm three-some touching_herself touching_himself
 # moods
 aroused arousing erect erection erotic erotica erotically explicit horny intimate kinky lewd lust lustful provocative
 provocatively risque seduce seducing seductive seductively sensual sensually sensuous sexual sexualised sexualized
-sexuality sexually sexy suggestive
+sexuality sexually sexy suggestive suggestively
 # trades and wares
 adult_film brothel cam-girl dildo dominatrix ecchi escort exhibitionist fetish futanari hard-core hentai milf nsfw
 only-fans porn porno pornographic pornography prostitute r18 rule34 slut slutty soft-core swinger whore xxx
@@ -133,17 +133,15 @@ NOUNS: Final = {
         sunburn table tattoo temple tent tequila tower tractor train truck typewriter umbrella van vase vehicle
         village vinegar violin watch whisky whiskey window wine wound yacht""",
     "drink": """
-        beef bourbon brandy cheddar cheese cognac gouda ham parmesan port rum scotch steak vinegar whisky
-        whiskey wine""",
+        beef bourbon brandy cheddar cheese cognac gouda ham parmesan port rum scotch steak vinegar whisky whiskey wine""",
     "product": """
         background bag ballet_flat belt blouse blush boot candle clutch coat cosmetics cotton curtain cushion
         eyeshadow eye_shadow fabric felt gloss handbag heels jumper leather linen lip_gloss lip_liner lipstick
         lipgloss mascara make_up manicure mesh mug nail_polish nail_varnish nails paint palette pantone pillow polish
-        pumps purse ribbon rug sandal satin scarf shade shoe silk sneaker stilettos suede sweater tone trainers vase
-        wall wedge wool yarn""",
+        pumps purse ribbon rug sandal scarf shade shoe sneaker stilettos suede sweater tone trainers vase wall wedge
+        wool yarn""",
     "grown": """
-        dad daddy father fathers granddad grandfather grandma grandmother grandpa mom mother mum parent
-        surfer swimmer""",
+        dad daddy father fathers granddad grandfather grandma grandmother grandpa mom mother mum parent""",
     "meat": """
         capon chicken duck goose grouse guinea_fowl lamb partridge pheasant pigeon poultry quail turkey veal venison""",
     "venue": """
@@ -199,7 +197,7 @@ PIECES: Final = {
     "tit": "(?:azure|blue|coal|crested|great|long tailed|marsh|willow) tits?",
     "of body": "(?:breasts?|butt|nipples?|tits?|bare skin|bare back)",
     "no verb": r"(?!(?:and|but|has|have|in|is|it|lies|looks|months?|nude|on|or|plays|poses|shows|sits|stands|"
-    r"undress|was|wears|weeks?|with|years?|days?)(?![^\\W_]))",
+    r"undress|was|wears|weeks?|with|years?|days?)(?![^\W_]))",
     "cooked": "(?:baked|barbecued|boneless|braised|breaded|broiled|fried|glazed|grilled|marinated|poached|"
     "roast|roasted|seared|skinless|smoked)",
 }
@@ -235,13 +233,14 @@ OF_SOMEBODY: Final = """
     shorts shoulder shoulders shower skin skirt soles stem stomach swimsuit swimwear thigh thighs top tops torso
     trousers tub tummy underside uniform waist wardrobe womb
 # pictures, looks and acts
-    act acts action actions activity affair album angle anime art artwork blog book books cam cartoon cheer close
-    closeup clip comic contact content contacts dance dancing desire doujin drawing embrace encounter eyes expression
-    fanfiction fantasy film gallery gaze gesture gestures hug illustration image images kiss kissing lesson lips look
-    looks magazine manga manner massage material moment moments movie movies mouth oil painting party photo photograph
-    photographs photos photoshoot pic pics picture pictures porn portrait portraits pose poses posing posture rating
-    relations relationship render scene scenes selfie service session shoot shot shots smile snapshot stories story
-    touch touches touching undressing video videos version view way website
+    sleepover slumber date night pageant upskirt act acts action actions activity affair album angle anime art artwork
+    blog book books cam cartoon cheer close closeup clip comic contact content contacts dance dancing desire doujin
+    drawing embrace encounter eyes expression fanfiction fantasy film gallery gaze gesture gestures hug illustration
+    image images kiss kissing lesson lips look looks magazine manga manner massage material moment moments movie
+    movies mouth oil painting party photo photograph photographs photos photoshoot pic pics picture pictures porn
+    portrait portraits pose poses posing posture rating relations relationship render scene scenes selfie service
+    session shoot shot shots smile snapshot stories story touch touches touching undressing video videos version view
+    way website
 """
 FUNCTION_WORDS: Final = """
     a about after against along an and are around as at be before behind being below beneath beside between beyond but
@@ -253,6 +252,13 @@ FUNCTION_WORDS: Final = """
 # Words with which a phrase begins that may stand behind a minor: "boys' breast stroke", "a girl stripping leaves".
 BEHIND_MINORS: Final = "breast stripping"
 
+# What may follow an animal or a thing that is said to be young: no other word, or it may be half of one ("dog walker").
+ALONE: Final = """
+    asleep basking drinking drinks eating eats feeding feeds flies grazes grazing hiding jumps lies lying parked playing
+    plays purring raises resting rests restored running runs sat sits sitting sleeping sleeps standing stands swimming swims
+    walking walks yawning yawns
+"""
+
 # Grown people, and what may stand between "young" and them.
 YOUNG_ADULT: Final = (
     "(?:young|younger|youthful) (?:(?:adult|asian|athletic|attractive|bare chested|bearded|black|blond|blonde|muscular|"
@@ -262,8 +268,8 @@ YOUNG_ADULT: Final = (
 # Phrases in which a word of the lists means something else. They are taken out before a prompt is read again.
 INNOCENT: Final = """
 # ages of animals and things
-{one} {number} {old} {adj}(?:{animal}|{thing}|{plant}|{structure})
-{one} {number} (?:days?|weeks?|months?) old {adj}{kitten}
+{one} {number} {old} {adj}(?:{thing} )?(?:{animal}|{thing}|{plant}|{structure}){alone}
+{one} {number} (?:days?|weeks?|months?) old {adj}{kitten}{alone}
 {clause}(?:{animal}|{kitten}|{thing}|{plant}) (?:is|are|was|were) (?:about |almost |only |just |
     nearly )?{number}(?: {old})?
 {drink}(?: is| are)? aged (?:for )?{number} {span}
@@ -271,9 +277,9 @@ aged (?:for )?{number} {span} (?:in (?:oak|sherry|bourbon)|{drink})
 # numbers that are no ages
 (?:only|just|is|are) {few} (?:(?:nude|naked|unclothed|topless|standing|seated) )?(?:adults|adult (?:men|women|
     people|persons|models|figures|dancers|nudes)|men|women|people|persons)
-(?:only|just|is) one(?! {span})
+(?:only|just|is) one(?! (?:{span}|y/?o))
 (?:only|just|is|are|under|below|less than) {few} {adj}{counted}
-(?:only|just|is|are|under|below|less than) {number} ?(?:{unit}|(?:months?|weeks?|days?) (?:ago|later|pregnant))
+(?:only|just|is|are|under|below|less than) {number} ?(?:{unit}|{span} (?:ago|later|pregnant))
 it is {number} (?:am|at night|degrees|in the|o ?clock|past|pm)
 (?:with|by|from) (?:only|just) {number} (?!years|months)[a-z]{2,}(?<!s)s
 {gauge} (?:is|are|was|says|shows|reads) (?:at )?(?:just |only )?{number}
@@ -282,12 +288,13 @@ young (?:adult )?{adult},? {adult age}
 {adult age} young (?:adult )?{adult}
 (?:adult|grown|grown up) (?:daughters?|sons?)
 # the young of animals, young plants and food
-(?:baby|young|younger|infant|newborn|new born|juvenile|adolescent|teenage) {adj}{animal}
-(?:young|younger) {adj}{plant}
+(?:baby|young|younger|infant|newborn|new born|juvenile|adolescent|teenage) {adj}{animal}{alone}
+(?:young|younger) {adj}(?:{plant} )?{plant}{alone}
 (?:{animal}|{bird}) ~ (?:nursing |feeding |licking |guarding |protecting |carrying |and |with )?(?:its|her|their|
     his) young
-(?:bear|fox|lion|tiger|wolf|leopard|cheetah|panda|polar bear|jaguar|hyena|panther|piper|chicago) cubs?
+(?:bear|fox|lion|tiger|wolf|leopard|cheetah|panda|polar bear|jaguar|hyena|panther|piper|chicago) cubs?{alone}
 cubs? of (?:an? |the )?{animal}
+kid goats? butts? (?:an?|heads|the)
 (?:goat kids?|kid goats?|kid (?:gloves?|leather|skin gloves))
 its young
 juvenile plumage

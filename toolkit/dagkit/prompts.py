@@ -81,13 +81,14 @@ _AGE: Final = re.compile(
     # "who is 15", "only 15"
     rf"|(?<![^\W_])(?:is|was|just|only)[\s:=\-_]*(?P<maybe>{_NUMBER}){_NO_FRACTION}"
     r"(?!\s*(?:people|person|women|men|adults|of\b(?!\s+age)|min|%|px|k\b))"
+    rf"|(?P<hers>{_NUMBER}) is (?:her|his|their) age"
     # "under 18"
     rf"|(?:under|below|younger\s+than|less\s+than|not\s+yet|not\s+even){_GAP}(?P<under>{_NUMBER}){_NO_FRACTION}"
     r"|(?P<grade>(?<![^\W_])\d{1,2}(?:st|nd|rd|th)[\s\-_]*graders?(?![^\W_]))"
 )
-# "n u d e", "n.u.d.e"
 # Signs that do not hold the pieces of a word together.
 _LOOSE: Final = re.compile(r"[\s'’/&\-–—]")
+# "n u d e", "n.u.d.e"
 _SPELT_OUT: Final = re.compile(r"(?<![^\W_])[^\W_]([\W_])[^\W_](?:\1[^\W_])*(?![^\W_])")
 # Words with a figure in them, but not "15yo", "2nd", "35mm".
 _MIXED: Final = re.compile(r"(?<![^\W_])(?!\d+[^\W\d_]*(?![^\W_]))(?=[^\W_]*\d)[^\W_]+")
@@ -215,7 +216,10 @@ _ORDINARY: Final = frozenset(_listing(words.ORDINARY))
 _OF_SOMEBODY: Final = frozenset(_listing(words.OF_SOMEBODY + words.SOMEBODY))
 _FUNCTION_WORDS: Final = frozenset(words.FUNCTION_WORDS.split())
 _AMBIGUOUS: Final = re.compile(rf"(?<![^\W_])(?:{'|'.join(words.AMBIGUOUS.split())})(?![^\W_])")
-_BEFORE: Final = re.compile(r"([^\W_]+)[\s\-]+$")
+# What stands between words of one clause, and the word before and behind a place.
+_BESIDE: Final = r"(?:[^\w,.;:!?()]|_)+"
+_BEFORE: Final = re.compile(rf"([^\W_]+){_BESIDE}$")
+_BEHIND: Final = re.compile(rf"{_BESIDE}([^\W_]+)")
 _BEFORE_THINGS: Final = frozenset((words.BEFORE_THINGS + words.COLOURS + words.DESCRIBING).split())
 
 
@@ -362,11 +366,9 @@ def _glued(word: str, terms: _Terms) -> str | None:
         ]
         for listed, shortest in zip(known, (3, 4), strict=True)
     )
-    for who in minors:
-        for what in sexual:
-            if who[1] <= what[0] or what[1] <= who[0]:
-                return next(word[start:end] for start, end in (who, what) if word[start:end] in terms.listed)
-    return None
+    apart = ((who, what) for who in minors for what in sexual if who[1] <= what[0] or what[1] <= who[0])
+    found = (word[start:end] for pair in apart for start, end in pair if word[start:end] in terms.listed)
+    return next(found, None)
 
 
 def _joined(tokens: Sequence[_Token], terms: _Terms) -> Iterator[_Reading]:
@@ -454,9 +456,13 @@ def _young_age(plain: str) -> _Reading | None:
 def _young(match: re.Match[str]) -> _Reading | None:
     if match["grade"]:
         return _Reading(match[0], "a pupil")
-    if match["old"] and match[0].endswith(("year", "years")) and _LASTING.search(match.string[: match.start()]):
+    if (
+        match["old"]
+        and match[0].endswith(("year", "years", "yr", "yrs"))
+        and _LASTING.search(match.string[: match.start()])
+    ):
         return None
-    numbers = match["old"] or match["aged"] or match["maybe"] or match["under"]
+    numbers = match["old"] or match["aged"] or match["maybe"] or match["hers"] or match["under"]
     age = min(_value(number[0]) for number in re.finditer(_NUMBER, numbers))
     is_young = age < 18 or (match["under"] and age <= 21) or re.search("month|week|day", match[0])
     return _Reading(match[0], "an age under 18") if is_young else None
@@ -485,14 +491,16 @@ def _phrase(pattern: str) -> re.Pattern[str]:
         "counted": f"(?:{'|'.join(words.COUNTED.split())})",
         "adj": some(words.COLOURS + words.DESCRIBING, 2),
         "colour": some(words.COLOURS, 2),
+        "alone": rf"(?!{_BESIDE}(?!(?:{'|'.join((words.ALONE + words.FUNCTION_WORDS).split())})(?![^\W_]))[^\W_])",
     }
     lines = [
         line.replace(" ~ ", f" {some(words.LINKING + words.COLOURS + words.DESCRIBING, 3)}") for line in _lines(pattern)
     ]
     lines = [re.sub(r"\{([a-z ]+)\}", lambda match: groups[match[1]], line) for line in lines]
     somebody = "|".join(words.SOMEBODY.split())
-    whole = rf"(?<![^\W_])(?:{'|'.join(lines)})(?![^\W_])(?! (?:{somebody})s?(?![^\W_]))"
-    return re.compile(whole.replace(" ?", r"[\s\-]*").replace(" ", r"[\s\-]+"))
+    whole = rf"(?<![^\W_])(?:{'|'.join(lines)})(?![^\W_])"
+    apart = whole.replace(" ?", r"[\s\-]*").replace(" ", r"[\s\-]+")
+    return re.compile(rf"{apart}(?!{_BESIDE}(?:{somebody})s?(?![^\W_]))")
 
 
 def _lines(text: str) -> list[str]:
@@ -503,7 +511,7 @@ def _lines(text: str) -> list[str]:
 
 def _without_innocent(text: str) -> str:
     """A plain text without the phrases in which words of the lists mean something else."""
-    text = re.sub(r"\s{3,}", "  ", text)
+    text = re.sub(r"[\s\-_]{3,}", "  ", text)
     for run in words.INNOCENT_RUNS.split():
         text = text.replace(_plain(run), " , ")
     text = _phrase(words.INNOCENT).sub(_taken_out, text)
@@ -517,11 +525,15 @@ def _is_of_thing(match: re.Match[str]) -> bool:
     before = _BEFORE.search(match.string[: match.start()][-_LONGEST_QUOTE:])
     if before and not _may_stand_before_things(before[1]):
         return False
-    after = re.match(r"(?:[\s\-]+[^\s\-,.;:!?]+){0,4}", match.string[match.end() :][:200])
+    after = re.match(r"(?:[\s\-]+[^\s\-,.;:!?]+){0,6}", match.string[match.end() :][:200])
     if not after or not after[0].isascii():
         return False
-    following = list(takewhile(lambda word: word not in _FUNCTION_WORDS, re.findall(r"[^\W_]+", after[0])))
-    return bool(following) and not any(_is_of_somebody(word) for word in (*following, " ".join(following)))
+    following = re.findall(r"[^\W_]+", after[0])
+    if not following or following[0] in _FUNCTION_WORDS:
+        return False
+    # As far as "an exposed roof of the old school", or of whom.
+    said = list(takewhile(lambda word: word not in _FUNCTION_WORDS or word in ("of", "a", "an", "the"), following))
+    return not any(_is_of_somebody(word) for word in (*said, " ".join(said)))
 
 
 @lru_cache(maxsize=5_000)
@@ -533,16 +545,16 @@ def _is_of_somebody(word: str) -> bool:
 def _taken_out(match: re.Match[str]) -> str:
     """A break in place of an innocent phrase; the phrase itself where the words beside it say otherwise."""
     before = _BEFORE.search(match.string[: match.start()][-_LONGEST_QUOTE:])
-    after = re.match(r"[\s\-]+([^\W_]+)", match.string[match.end() :][:_LONGEST_QUOTE])
+    behind = _BEHIND.match(match.string[match.end() :][:_LONGEST_QUOTE])
     minors, sexual = _terms("minor").listed, _terms("sexual").listed
     own = re.findall(r"[^\W_]+", match[0])
     # "nude young fox", but not "nude young man, 25 years old"
     is_young = any(word in minors for word in own) and not any(word.isdecimal() for word in own)
-    if is_young and any(one[1] in sexual for one in (before, after) if one):
+    if is_young and any(_find(one[1], "sexual") for one in (before, behind) if one):
         return match[0]
     # "girl exposed brick wall"
     is_sexual = own[0] in sexual and own[0] not in words.BEHIND_MINORS.split() and own[:2] != ["exposed", "to"]
-    if is_sexual and before and before[1] in minors:
+    if is_sexual and before and _find(before[1], "minor"):
         return match[0]
     # "nude model only 9 lamps", but not "an adult model under 9 lamps"
     is_count = own[0] in ("only", "just", "under", "below", "less", "is", "are") and before is not None
