@@ -1,6 +1,7 @@
 """Prompts that sexualise minors are refused in any spelling; others are not."""
 
 import inspect
+import random
 import re
 import string
 import time
@@ -342,6 +343,24 @@ def test_misspellings():
         )
     ]
     assert passed(f"a naked {word}" for word in wrong) == []
+
+
+def test_no_heap_of_words_makes_it_stumble():
+    chance = random.Random(7)
+    pieces = [
+        *words_of("minors"),
+        *words_of("sexual"),
+        *"15 16 twenty sixty ty year years old yo y/o under only".split(),
+    ]
+    pieces += [
+        *"is aged a an the of with to - – , . ' ’ * ** ( ) ! @ 1 0 _ ½ ² १५ cat sofa lamps young adult".split(),
+        "\u200b",
+    ]
+    for _ in range(1_500):
+        heap = "".join(
+            chance.choice(pieces) + chance.choice(["", " ", "-", ", "]) for _ in range(chance.randint(1, 12))
+        )
+        assert len(message(heap, chance.choice([(), ("nude",)]))) < 600
 
 
 # What it says

@@ -81,7 +81,7 @@ _AGE: Final = re.compile(
     # "who is 15", "only 15"
     rf"|(?<![^\W_])(?:is|was|just|only)[\s:=\-_]*(?P<maybe>{_NUMBER}){_NO_FRACTION}"
     r"(?!\s*(?:people|person|women|men|adults|of\b(?!\s+age)|min|%|px|k\b))"
-    rf"|(?P<hers>{_NUMBER}) is (?:her|his|their) age"
+    rf"|(?P<hers>{_NUMBER})\s+is\s+(?:her|his|their)\s+age"
     # "under 18"
     rf"|(?:under|below|younger\s+than|less\s+than|not\s+yet|not\s+even){_GAP}(?P<under>{_NUMBER}){_NO_FRACTION}"
     r"|(?P<grade>(?<![^\W_])\d{1,2}(?:st|nd|rd|th)[\s\-_]*graders?(?![^\W_]))"
@@ -93,7 +93,7 @@ _SPELT_OUT: Final = re.compile(r"(?<![^\W_])[^\W_]([\W_])[^\W_](?:\1[^\W_])*(?![
 # Words with a figure in them, but not "15yo", "2nd", "35mm".
 _MIXED: Final = re.compile(r"(?<![^\W_])(?!\d+[^\W\d_]*(?![^\W_]))(?=[^\W_]*\d)[^\W_]+")
 _ADULT: Final = re.compile(
-    r"(?<![^\W_])(?:adults|adult\s+(?:couple|figure|m[ae]n|model|nude|people|person|wom[ae]n))(?![^\W_])"
+    r"(?<![^\W_])(?:adults|adult\s+(?:couple|figure|m[ae]n|model|nude|people|person|wom[ae]n|[a-z]+(?:er|ist|or))s?)(?![^\W_])"
 )
 _GROWN: Final = re.compile(r"adults?|couples?|m[ae]n|wom[ae]n")
 _LASTING: Final = re.compile(r"\b(?:after|for|in|last|lasted|married|next|over|past|took|within)\s+$")
