@@ -142,6 +142,13 @@ def test_prompts_that_plainly_speak_of_adults_pass_with_nudity():
     assert len(refused(ADULTS, NUDITY)) <= len(ADULTS) // 100, refused(ADULTS, NUDITY)
 
 
+def test_what_is_refused_for_no_good_reason_is_known():
+    doubtful = lines("doubtful")
+    assert len(doubtful) <= 35
+    now_pass = [prompt for prompt in doubtful if not message(prompt, NUDITY if "adult" in prompt else WEAPON)]
+    assert now_pass == [], "move these to captions.txt or adults.txt"
+
+
 def test_every_prompt_of_the_concepts_that_ship_passes():
     for name in ("nudity", "violence", "weapon"):
         concept = load_concept(name)
@@ -347,15 +354,9 @@ def test_misspellings():
 
 def test_no_heap_of_words_makes_it_stumble():
     chance = random.Random(7)
-    pieces = [
-        *words_of("minors"),
-        *words_of("sexual"),
-        *"15 16 twenty sixty ty year years old yo y/o under only".split(),
-    ]
-    pieces += [
-        *"is aged a an the of with to - – , . ' ’ * ** ( ) ! @ 1 0 _ ½ ² १५ cat sofa lamps young adult".split(),
-        "\u200b",
-    ]
+    signs = "- – , . ' ’ * ** ( ) ! @ 1 0 _ ½ ² १५ 15 16 \u200b"
+    others = "twenty sixty ty year years old yo y/o under only is aged a an the of with to cat sofa lamps young adult"
+    pieces = [*words_of("minors"), *words_of("sexual"), *f"{signs} {others}".split(" ")]
     for _ in range(1_500):
         heap = "".join(
             chance.choice(pieces) + chance.choice(["", " ", "-", ", "]) for _ in range(chance.randint(1, 12))
