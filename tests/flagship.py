@@ -151,6 +151,13 @@ def first_name(part: str, name: str) -> str:
     return name
 
 
+def write_checker(folder: Path) -> Path:
+    """The checker's own repository."""
+    write_json(folder / "preprocessor_config.json", FEATURE_EXTRACTOR)
+    make_checker().save_pretrained(folder)
+    return folder
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -252,18 +252,14 @@ def _folder(model: str | Path) -> Path:
 def _downloaded(model: str) -> Path:
     """The folder of a Hub id in the user's cache, filled with the plain safetensors and configs of what is loaded."""
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a Hub that cannot be reached is no news where the cache has the model
     try:
-        return Path(DiffusionPipeline.download(model, use_safetensors=True, safety_checker=None))
+        with _quiet_hub():
+            return Path(DiffusionPipeline.download(model, use_safetensors=True, safety_checker=None))
     except (OSError, ValueError) as error:
         if "safetensors" in str(error):
             raise ModelError(f"{model}: a part {_NO_SAFETENSORS}") from error
         raise ModelError(f"{model}: neither a folder nor a model that can be downloaded: {_in_short(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -287,6 +283,23 @@ def _in_short(error: Exception) -> str:
     """An error of somebody else's, in one line of bounded length."""
     lines = str(error).splitlines() or [""]
     return textwrap.shorten(lines[0] or type(error).__name__, 300).rstrip(".")
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keeps libraries from warning of a Hub that cannot be reached: no news where the cache has the model."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
+
+    libraries = (diffusers_logging, hub_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def pictures(output: Any) -> list[Image.Image]:
     flagged = _flags(getattr(output, "nsfw_content_detected", None))
     if any(flagged):
         raise ModelError(
-            f"a safety checker inside the pipeline blackens {sum(flagged)} of {len(images)} images, so that nothing can "
+            f"a safety checker inside the pipeline blackens {sum(flagged)} of {len(images)} images, so nothing can "
             "be read from them. Use a pipeline without one (safety_checker=None)."
         )
     refuse_black(images)
