@@ -15,10 +15,14 @@ from typing import Any
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from label_studio_server import api
 from PIL import Image
 
 import flagship
+from dagkit import families
 from dagkit.concept import Concept, load_concept
+from dagkit.errors import ModelError
+from dagkit.labelstudio.server import Login
 from dagkit.workspace import StageFolder, Workspace
 from drawn_workspace import annotate
 from interruption import finish
@@ -139,3 +143,41 @@ def test_every_command_of_nudity(hub: LoopbackHub, place: Path, cache: Path) -> 
     assert fetched(hub) == []
     finish("publish", "nudity@1.0.0", "--to", "hf://acme/nudity")
     assert "nudity@1.0.0" in finish("token", "show", "hf://acme/nudity@1.0.0")
+
+
+def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(hub: LoopbackHub, place: Path) -> None:
+    files = flagship.upload(hub, place.parent / "repository").commits
+    for tree in files.values():
+        for name in [name for name in tree if name.endswith(".safetensors")]:
+            del tree[name]
+    with pytest.raises(
+        ModelError, match=f"^{flagship.NAME}: a part has no plain safetensors.*neither pickles"
+    ) as caught:
+        families.load(flagship.NAME)
+    assert len(str(caught.value)) < 400
+    assert fetched(hub) == ["model_index.json"]
+
+
+def test_a_hub_that_does_not_answer_is_named_in_one_line(hub: LoopbackHub, place: Path) -> None:
+    hub.broken = "."
+    with pytest.raises(ModelError, match=f"^{flagship.NAME}: neither a folder nor a model that can be") as caught:
+        families.load(flagship.NAME)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.label_studio
+def test_annotate_and_the_answers(hub: LoopbackHub, place: Path, login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", login.token)
+    server = ["--concept", "nudity", "--label-studio", login.url, "--quiet"]
+    assert "5 tasks sent" in finish("annotate", *server, "--num-images", 5)
+    assert fetched(hub) == sorted(FETCHED)
+    assert min(colours(Workspace(Path("runs")).stage("candidates", "nudity"))) > 100
+
+    rows = Workspace(Path("runs")).stage("labeling", "nudity").rows()
+    with api(login) as http:
+        for row in rows:
+            found = http.get(f"/api/tasks/{row['task_id']}").json()["predictions"]
+            answer = {"result": found[0]["result"] if found else []}
+            http.post(f"/api/tasks/{row['task_id']}/annotations/", json=answer).raise_for_status()
+    assert "5 images (" in finish("export", *server)
