@@ -19,6 +19,7 @@ from label_studio_server import api
 from PIL import Image
 
 import flagship
+import tiny_pipelines as tiny
 from dagkit import families
 from dagkit.concept import Concept, load_concept
 from dagkit.errors import ModelError
@@ -31,7 +32,7 @@ from loopback_hub import LoopbackHub
 pytestmark = pytest.mark.slow
 
 SIDE_PX = 128
-NUM_IMAGES = 16
+NUM_IMAGES = 12
 PROMPTS = ("a photo of a nude adult person, at a lake", "a photo of a fully clothed adult man, in a forest")
 PLUGINS = {
     "[nudenet, attention]": "[nudenet, {name: attention, min_score: 0}]",  # a model of random weights is never sure
@@ -109,12 +110,14 @@ def test_every_command_of_nudity(hub: LoopbackHub, place: Path, cache: Path) -> 
     assert f"base model: {flagship.NAME}" in finish("concept", "show", "nudity")
 
     done = run_alone(hub, "generate", *where, "--num-images", NUM_IMAGES)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"{flagship.NAME}: fetched from the Hub into its cache, once. This can take minutes.\n"
     assert fetched(hub) == sorted(FETCHED)
     assert min(colours(runs.stage("candidates", "nudity"))) > 100
 
     hub.broken = "."  # whoever has the model in the cache needs no Hub
-    assert f"0 images drawn, {NUM_IMAGES} were there" in finish("generate", *where, "--num-images", NUM_IMAGES)
+    again = finish("generate", *where, "--num-images", NUM_IMAGES)
+    assert again.startswith(f"generate: 0 images drawn, {NUM_IMAGES} were there already")
     finish("premask", *where)
     assert all(row["masks"] for row in runs.stage("premasks", "nudity").rows() if row["score"])
     answer(runs, concept)
@@ -156,6 +159,23 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(hub: Loop
         families.load(flagship.NAME)
     assert len(str(caught.value)) < 400
     assert fetched(hub) == ["model_index.json"]
+
+
+def test_of_sdxl_nothing_but_the_plain_safetensors_is_fetched(hub: LoopbackHub, place: Path, tmp_path: Path) -> None:
+    """The real one has weights for ONNX, OpenVINO and Flax, half precision, one file and a LoRA beside them."""
+    tiny.sdxl().save_pretrained(tmp_path / "sdxl")
+    own = {str(path.relative_to(tmp_path / "sdxl")) for path in (tmp_path / "sdxl").rglob("*") if path.is_file()}
+    others = ("unet/model.onnx", "unet/model.onnx_data", "unet/openvino_model.bin", "text_encoder/flax_model.msgpack",
+              "unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors",
+              "sd_xl_base_1.0.safetensors", "sd_xl_offset_example-lora_1.0.safetensors")  # fmt: skip
+    for name in others:
+        (tmp_path / "sdxl" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "sdxl" / name).write_bytes(flagship.RUBBISH)
+    flagship.upload(hub, tmp_path / "sdxl", "stabilityai/stable-diffusion-xl-base-1.0")
+    assert families.load("stabilityai/stable-diffusion-xl-base-1.0").family.name == "sdxl"
+    sent = set(fetched(hub, "stabilityai/stable-diffusion-xl-base-1.0"))
+    assert sent < own  # files with the same content are sent once
+    assert {name for name in own if name.endswith(".safetensors")} <= sent
 
 
 def test_a_hub_that_does_not_answer_is_named_in_one_line(hub: LoopbackHub, place: Path) -> None:

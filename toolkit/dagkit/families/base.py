@@ -230,15 +230,33 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def is_fetched_first(model: str | Path) -> bool:
+    """Whether `load` would ask the Hub for gigabytes: a Hub id of which the cache has nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _is_hub_id(model):
+        return False
+    return not isinstance(try_to_load_from_cache(str(model), "model_index.json"), str)
+
+
+def _is_hub_id(model: str | Path) -> bool:
+    return (
+        isinstance(model, str)
+        and not model.startswith((".", "/", "~"))
+        and model.count("/") == 1
+        and not Path(model).is_dir()
+    )
+
+
 def _folder(model: str | Path) -> Path:
     """The local folder of a model, downloaded if it is a Hub id, with its index checked."""
     folder = Path(model)
-    if not folder.is_dir():
-        if isinstance(model, Path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise ModelError(
-                f"{model}: no such folder. Expected a folder in diffusers' format, or a Hub id such as org/name."
-            )
-        folder = _downloaded(model)
+    if _is_hub_id(model):
+        folder = _downloaded(str(model))
+    elif not folder.is_dir():
+        raise ModelError(
+            f"{model}: no such folder. Expected a folder in diffusers' format, or a Hub id such as org/name."
+        )
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder}: no model_index.json. Expected a folder written by diffusers' save_pretrained.")
     if not any((folder / part).is_dir() for part in ("unet", "transformer")):

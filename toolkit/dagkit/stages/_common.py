@@ -169,9 +169,12 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from dagkit import demo
+    from dagkit import demo, families
 
-    return demo.load_model(model or concept.model, resolve_device(device))
+    name, device = model or concept.model, resolve_device(device)
+    if families.is_fetched_first(name):
+        click.echo(f"{name}: fetched from the Hub into its cache, once. This can take minutes.", err=True)
+    return demo.load_model(name, device)
 
 
 def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
