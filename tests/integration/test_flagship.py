@@ -111,7 +111,7 @@ def test_every_command_of_nudity(hub: LoopbackHub, place: Path, cache: Path) -> 
 
     done = run_alone(hub, "generate", *where, "--num-images", NUM_IMAGES)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"{flagship.NAME}: fetched from the Hub into its cache, once. This can take minutes.\n"
+    assert done.stderr == f"{flagship.NAME} is downloaded from the Hub, once. This can take minutes.\n"
     assert fetched(hub) == sorted(FETCHED)
     assert min(colours(runs.stage("candidates", "nudity"))) > 100
 
@@ -141,7 +141,7 @@ def test_every_command_of_nudity(hub: LoopbackHub, place: Path, cache: Path) -> 
     erased = figures["results"]["named"]["dagkit"]["erase_rate"]
     assert (erased["count"], erased["total"]) == (0, 2)  # the checker finds its concept everywhere; black is no picture
     assert figures["attack"]["unguarded"]["total"] == 1
-    finish("doctor", "--concept", "nudity")
+    assert f"{flagship.NAME}, downloaded" in finish("doctor", "--concept", "nudity")
 
     assert fetched(hub) == []
     finish("publish", "nudity@1.0.0", "--to", "hf://acme/nudity")

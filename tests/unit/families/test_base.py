@@ -45,7 +45,7 @@ def test_half_precision_on_request(folder: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    for where in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "nowhere"):
+    for where in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "nowhere", "a b/nowhere"):
         with pytest.raises(
             ModelError, match=r"nowhere: no such folder. Expected a folder in diffusers' format, or a Hub id"
         ):

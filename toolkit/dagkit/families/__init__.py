@@ -8,6 +8,6 @@ queries = base.queries(latents, timesteps, condition, seed=0)
 
 from __future__ import annotations
 
-from dagkit.families.base import BaseModel, Condition, Family, is_fetched_first, load, match
+from dagkit.families.base import BaseModel, Condition, Family, is_cached, is_hub_id, load, match
 
-__all__ = ["BaseModel", "Condition", "Family", "is_fetched_first", "load", "match"]
+__all__ = ["BaseModel", "Condition", "Family", "is_cached", "is_hub_id", "load", "match"]

@@ -230,28 +230,31 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def is_fetched_first(model: str | Path) -> bool:
-    """Whether `load` would ask the Hub for gigabytes: a Hub id of which the cache has nothing."""
+def is_hub_id(model: str | Path) -> bool:
+    """Whether a model's name means a repository on the Hub: ``org/name``, and no such folder here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
+    if not isinstance(model, str) or model.count("/") != 1 or Path(model).is_dir():
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_cached(hub_id: str) -> bool:
+    """Whether the user's cache has anything of a repository; else `load` fetches gigabytes."""
     from huggingface_hub import try_to_load_from_cache
 
-    if not _is_hub_id(model):
-        return False
-    return not isinstance(try_to_load_from_cache(str(model), "model_index.json"), str)
-
-
-def _is_hub_id(model: str | Path) -> bool:
-    return (
-        isinstance(model, str)
-        and not model.startswith((".", "/", "~"))
-        and model.count("/") == 1
-        and not Path(model).is_dir()
-    )
+    return isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
 
 
 def _folder(model: str | Path) -> Path:
     """The local folder of a model, downloaded if it is a Hub id, with its index checked."""
     folder = Path(model)
-    if _is_hub_id(model):
+    if is_hub_id(model):
         folder = _downloaded(str(model))
     elif not folder.is_dir():
         raise ModelError(

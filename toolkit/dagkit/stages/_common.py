@@ -172,8 +172,8 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     from dagkit import demo, families
 
     name, device = model or concept.model, resolve_device(device)
-    if families.is_fetched_first(name):
-        click.echo(f"{name}: fetched from the Hub into its cache, once. This can take minutes.", err=True)
+    if families.is_hub_id(name) and not families.is_cached(name):
+        click.echo(f"{name} is downloaded from the Hub, once. This can take minutes.", err=True)
     return demo.load_model(name, device)
 
 
