@@ -183,7 +183,22 @@ def test_a_hub_that_does_not_answer_is_named_in_one_line(hub: LoopbackHub, place
     with pytest.raises(ModelError, match=f"^{flagship.NAME}: neither a folder nor a model that can be") as caught:
         families.load(flagship.NAME)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 600
+
+
+def test_a_download_that_was_cut_off_goes_on(hub: LoopbackHub, place: Path) -> None:
+    hub.broken = "GET .*unet/.*safetensors"
+    with pytest.raises(ModelError, match=f"^{flagship.NAME}: neither a folder nor a model that can be.*507"):
+        families.load(flagship.NAME)
+    assert not families.is_cached(flagship.NAME)
+    hub.broken = "."
+    with pytest.raises(ModelError, match=r"is incomplete: 1 file\(s\) are missing.*run it again"):
+        families.load(flagship.NAME)
+    fetched(hub)
+    hub.broken = None
+    assert families.load(flagship.NAME).family.name == "sd"
+    assert "unet/diffusion_pytorch_model.safetensors" in fetched(hub)
+    assert families.is_cached(flagship.NAME)
 
 
 @pytest.mark.label_studio

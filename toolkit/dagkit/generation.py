@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from dagkit.demo import unknown_words
+from dagkit.errors import ModelError
 from dagkit.prompts import refuse_sexualised_minors
 
 if TYPE_CHECKING:
@@ -93,11 +94,16 @@ def generate_from_embeddings(
 
     Raises:
         PromptRefused: a prompt sexualises minors. Nothing was drawn.
-        ModelError: images came out black.
+        ModelError: images came out black, or there are not as many prompts and seeds as embeddings.
     """
     context = list(context)
     for prompt in prompts:
         refuse_sexualised_minors(prompt, context)
+    if not len(embeddings) == len(prompts) == len(seeds):
+        raise ModelError(
+            f"expected a prompt and a seed for each of {len(embeddings)} embeddings, but got {len(prompts)} prompts "
+            f"and {len(seeds)} seeds."
+        )
     dtype = base_model.family.denoiser(base_model.pipe).dtype
     empty = base_model.encode([""] * len(seeds)).hidden_states
     embeds = {"prompt_embeds": embeddings.to(dtype), "negative_prompt_embeds": empty.to(dtype)}

@@ -82,6 +82,8 @@ def test_embeddings_are_drawn_without_it_too(own: Any) -> None:
     assert [image.tobytes() for image in images] == draw(base)
     with pytest.raises(PromptRefused):
         generate_from_embeddings(base, embeddings[:1], ["nude ch1ld"], [0], settings=SETTINGS)
+    with pytest.raises(ModelError, match="for each of 2 embeddings, but got 1 prompts and 2 seeds"):
+        generate_from_embeddings(base, embeddings, PROMPTS[:1], [0, 1], settings=SETTINGS)
 
 
 def test_the_technique_of_eval_unlearn_draws_without_it(repository: Path) -> None:

@@ -21,7 +21,8 @@ from dagkit.attention import QueryTap
 from dagkit.errors import ModelError
 from dagkit.families import checker
 
-FINGERPRINTED: Final = ("unet", "transformer", "text_encoder", "text_encoder_2")
+DENOISERS: Final = ("unet", "transformer")
+FINGERPRINTED: Final = (*DENOISERS, "text_encoder", "text_encoder_2")
 WEIGHTED: Final = (*FINGERPRINTED, "vae")
 """Folders of a model whose weights are loaded."""
 
@@ -245,10 +246,11 @@ def is_hub_id(model: str | Path) -> bool:
 
 
 def is_cached(hub_id: str) -> bool:
-    """Whether the user's cache has anything of a repository; else `load` fetches gigabytes."""
+    """Whether the user's cache has a repository's denoiser; else `load` downloads gigabytes."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+    index = try_to_load_from_cache(hub_id, "model_index.json")
+    return isinstance(index, str) and any(_plain_weights(Path(index).with_name(part)) for part in DENOISERS)
 
 
 def _folder(model: str | Path) -> Path:
@@ -262,7 +264,7 @@ def _folder(model: str | Path) -> Path:
         )
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"{folder}: no model_index.json. Expected a folder written by diffusers' save_pretrained.")
-    if not any((folder / part).is_dir() for part in ("unet", "transformer")):
+    if not any((folder / part).is_dir() for part in DENOISERS):
         raise ModelError(f"{folder}: no unet folder, so there is no denoiser to guard. Download the model again.")
     for part in (folder / name for name in WEIGHTED):
         if not _plain_weights(part) and any(file.suffix in _OTHER_WEIGHTS for file in part.glob("*")):
@@ -278,9 +280,12 @@ def _downloaded(model: str) -> Path:
         with _quiet_hub():
             return Path(DiffusionPipeline.download(model, use_safetensors=True, safety_checker=None))
     except (OSError, ValueError) as error:
-        if "safetensors" in str(error):
+        if "Could not find the necessary `safetensors` weights" in str(error):
             raise ModelError(f"{model}: a part {_NO_SAFETENSORS}") from error
-        raise ModelError(f"{model}: neither a folder nor a model that can be downloaded: {_in_short(error)}") from error
+        raise ModelError(
+            f"{model}: neither a folder nor a model that can be downloaded: {_in_short(error)}. Check name and "
+            "network, then run it again: what is in the cache is kept."
+        ) from error
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -288,7 +293,7 @@ def _index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     try:
         index: Any = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON: {_in_short(error)}. Download the model again.") from error
     if not isinstance(index, dict):
         raise ModelError(f"{path}: expected a JSON object, but got {type(index).__name__}. Download the model again.")
