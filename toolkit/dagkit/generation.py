@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from dagkit.demo import unknown_words
+from dagkit.errors import ModelError
 from dagkit.prompts import refuse_sexualised_minors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from dagkit.families import BaseModel
 
@@ -29,7 +31,7 @@ def generate_images(
     """Draws one image a prompt.
 
     Every image has a random generator of its own, so that it does not depend on what else is in its batch (up to
-    rounding).
+    rounding). The pipeline's safety checker and watermarker, if it has them, do not run.
 
     Args:
         base_model: what draws.
@@ -45,9 +47,8 @@ def generate_images(
 
     Raises:
         PromptRefused: a prompt sexualises minors. Nothing was drawn.
+        ModelError: images came out black.
     """
-    import torch
-
     context = list(context)
     for prompt in [*prompts, negative_prompt or ""]:
         refuse_sexualised_minors(prompt, context)
@@ -57,15 +58,77 @@ def generate_images(
         warnings.warn(
             f"the bundled model does not know the word(s) {', '.join(unknown)} and draws something else.", stacklevel=2
         )
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with guard or nullcontext():
+    return _draw(
+        base_model,
+        seeds,
+        settings,
+        guard,
+        prompt=list(prompts),
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+    )
+
+
+def generate_from_embeddings(
+    base_model: BaseModel,
+    embeddings: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    settings: dict[str, Any],
+    guard: AbstractContextManager[Any] | None = None,
+    context: Iterable[str] = (),
+) -> list[Image]:
+    """Draws one image an embedding, else as `generate_images`.
+
+    Args:
+        base_model: what draws; its prompts are one embedding each.
+        embeddings: (B, L, d), the denoiser's ``encoder_hidden_states``.
+        prompts: B texts that the embeddings were made from, for the check.
+        seeds: B seeds, one an image.
+        settings: ``num_inference_steps``, ``guidance_scale``, ``width`` and ``height`` in pixels.
+        guard: an attached guard's context, or None.
+        context: what the images are for, for the check of the prompts.
+
+    Returns:
+        B RGB images.
+
+    Raises:
+        PromptRefused: a prompt sexualises minors. Nothing was drawn.
+        ModelError: images came out black, or there are not as many prompts and seeds as embeddings.
+    """
+    context = list(context)
+    for prompt in prompts:
+        refuse_sexualised_minors(prompt, context)
+    if not len(embeddings) == len(prompts) == len(seeds):
+        raise ModelError(
+            f"expected a prompt and a seed for each of {len(embeddings)} embeddings, but got {len(prompts)} prompts "
+            f"and {len(seeds)} seeds."
+        )
+    dtype = base_model.family.denoiser(base_model.pipe).dtype
+    empty = base_model.encode([""] * len(seeds)).hidden_states
+    embeds = {"prompt_embeds": embeddings.to(dtype), "negative_prompt_embeds": empty.to(dtype)}
+    return _draw(base_model, seeds, settings, guard, **embeds)
+
+
+def _draw(
+    base_model: BaseModel,
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    guard: AbstractContextManager[Any] | None,
+    **condition: Any,
+) -> list[Image]:
+    """Runs the pipeline, without a safety checker or watermarker: both change the pictures that are to be looked at."""
+    import torch
+
+    from dagkit.families import checker
+
+    with guard or nullcontext(), checker.taken_off(base_model.pipe):
         output = base_model.pipe(
-            list(prompts),
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+            **condition,
             num_inference_steps=settings["num_inference_steps"],
             guidance_scale=settings["guidance_scale"],
             width=settings["width"],
             height=settings["height"],
-            generator=generators,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         )
-    return list(output.images)
+    return checker.pictures(output)

@@ -45,7 +45,7 @@ def test_half_precision_on_request(folder: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    for where in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "nowhere"):
+    for where in (tmp_path / "nowhere", str(tmp_path / "nowhere"), "./nowhere", "nowhere", "a b/nowhere"):
         with pytest.raises(
             ModelError, match=r"nowhere: no such folder. Expected a folder in diffusers' format, or a Hub id"
         ):
@@ -75,6 +75,35 @@ def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     next((copy / "unet").glob("*.safetensors")).write_bytes(b"broken")
     with pytest.raises(ModelError, match="diffusers cannot load this model"):
+        families.load(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.fp16.safetensors"])
+def test_weights_that_are_no_plain_safetensors(folder: Path, tmp_path: Path, part: str, name: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    next((copy / part).glob("*.safetensors")).rename(copy / part / name)
+    with pytest.raises(
+        ModelError, match=f"copy: {part} has no plain safetensors.*neither pickles nor variants.*convert"
+    ):
+        families.load(copy)
+
+
+def test_variants_and_pickles_beside_the_weights_are_not_looked_at(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors", "pytorch_model.bin"):
+        for part in ("unet", "text_encoder"):
+            (copy / part / name).write_bytes(b"never read")
+    assert families.load(copy).fingerprint == families.load(folder).fingerprint
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe"])
+def test_an_index_that_is_no_json_object(folder: Path, tmp_path: Path, text: bytes) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model_index.json").write_bytes(text)
+    with pytest.raises(
+        ModelError, match=r"model_index.json: (not JSON|expected a JSON object).*Download the model again"
+    ):
         families.load(copy)
 
 

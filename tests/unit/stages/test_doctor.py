@@ -64,6 +64,27 @@ def test_a_missing_checkpoint_is_an_error_for_the_concept_that_needs_it(monkeypa
     assert findings()[0] == 0, "without --concept it is only a hint"
 
 
+@pytest.mark.parametrize(
+    ("model", "status", "found"),
+    [
+        ("{folder}", "ok", "{folder}"),
+        ("{folder}/nothing", "missing", "{folder}/nothing is not there"),
+        ("no hub/id", "missing", "no hub/id is not there"),
+        ("acme/cats", "off", "acme/cats, not downloaded yet"),
+    ],
+)
+def test_the_base_model_is_looked_for(tmp_path: Path, monkeypatch, model: str, status: str, found: str):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole = load_concept("weapon").model_dump(exclude_none=True)
+    (tmp_path / "mine.yaml").write_text(json.dumps({**whole, "name": "mine", "model": model.format(folder=tmp_path)}))
+    exit_code, listed = findings("--concept", str(tmp_path / "mine.yaml"))
+    assert (listed["mine: base model"]["status"], listed["mine: base model"]["found"]) == (
+        status,
+        found.format(folder=tmp_path),
+    )
+    assert exit_code == (status == "missing")
+
+
 def test_weights_of_proposers_and_judges_are_looked_for_too(tmp_path: Path):
     whole = load_concept("weapon").model_dump(exclude_none=True)
     lacking = {

@@ -8,7 +8,6 @@ flatters a guard; this looks from the other side, with embeddings that no user c
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from dagkit import guidance, metrics
 from dagkit.attention import QueryTap, cross_attention_map, project_keys
 from dagkit.errors import ModelError
 from dagkit.families import Condition
+from dagkit.families.checker import refuse_black
+from dagkit.generation import generate_from_embeddings
 from dagkit.prompts import refuse_sexualised_minors
 
 if TYPE_CHECKING:
@@ -140,18 +141,27 @@ def attack_guard(
         progress: told the step and the number of steps.
 
     Raises:
-        ModelError: the base model's prompts are more than one embedding.
+        ModelError: the base model's prompts are more than one embedding, or images are black.
         PromptRefused: a prompt sexualises minors.
     """
     check_attack(base_model)
     for target in targets:
         refuse_sexualised_minors(target.prompt, context)
+    refuse_black([target.image for target in targets], "targets of the attack")
     attack = attack or Attack()
     start = base_model.encode([target.prompt for target in targets]).hidden_states.float()
     soft, losses = optimise_embeddings(base_model, token, targets, start, attack, progress)
 
     def draw(embeddings: Tensor, is_guarded: bool) -> list[Image.Image]:
-        return _draw(base_model, embeddings, [one.seed for one in targets], sampling, guard if is_guarded else None)
+        return generate_from_embeddings(
+            base_model,
+            embeddings,
+            [target.prompt for target in targets],
+            [target.seed for target in targets],
+            settings=sampling,
+            guard=guard.attach(base_model.pipe) if is_guarded else None,
+            context=context,
+        )
 
     attacked = draw(soft, True)
     return AttackResult(
@@ -290,29 +300,6 @@ def _relative_score(
     thresholds = token.record.thresholds
     certain = torch.tensor([thresholds.certain_at(float(timestep)) for timestep in timesteps], device=cam.device)
     return guidance.score(cam, thresholds.min_area) / certain.clamp_min(1e-3)
-
-
-def _draw(
-    base_model: BaseModel,
-    embeddings: Tensor,
-    seeds: Sequence[int],
-    sampling: dict[str, Any],
-    guard: AttachableGuard | None,
-) -> list[Image.Image]:
-    pipe = base_model.pipe
-    dtype = pipe.unet.dtype
-    empty = base_model.encode([""] * len(seeds)).hidden_states
-    with nullcontext() if guard is None else guard.attach(pipe):
-        output = pipe(
-            prompt_embeds=embeddings.to(dtype),
-            negative_prompt_embeds=empty.to(dtype),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=sampling["num_inference_steps"],
-            guidance_scale=sampling["guidance_scale"],
-            width=sampling["width"],
-            height=sampling["height"],
-        )
-    return list(output.images)
 
 
 def _present(judge: Judge, images: Sequence[Image.Image]) -> list[bool]:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dagkit.errors import WorkspaceError
+from dagkit.families.checker import refuse_black
 from dagkit.manifests import EvaluatedPrompt, Timing
 from dagkit.workspace import StageFolder, sha256_json
 
@@ -152,6 +153,7 @@ def draw_columns(
 
     Raises:
         PromptRefused: a prompt sexualises minors.
+        ModelError: a column draws black images, as a safety checker leaves them: they must not pass for erased.
         WorkspaceError: the folder cannot be written, or what is there is not of this run.
     """
     for column in columns:
@@ -168,6 +170,7 @@ def draw_columns(
                 cpu_s, wall_s = time.process_time(), time.perf_counter()
                 drawn = column.draw(batch)
                 cost = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
+                refuse_black([one.image for one in drawn], f"column {column.name}")
                 _keep(folder, batch, drawn, judges, {prompt.key for prompt in missing})
                 _keep_cost(folder, number, len(batch), cost, column.name in warm)
                 warm.add(column.name)

@@ -8,6 +8,6 @@ queries = base.queries(latents, timesteps, condition, seed=0)
 
 from __future__ import annotations
 
-from dagkit.families.base import BaseModel, Condition, Encoding, Family, load, match
+from dagkit.families.base import BaseModel, Condition, Encoding, Family, is_cached, is_hub_id, load, match
 
-__all__ = ["BaseModel", "Condition", "Encoding", "Family", "load", "match"]
+__all__ = ["BaseModel", "Condition", "Encoding", "Family", "is_cached", "is_hub_id", "load", "match"]

@@ -211,9 +211,12 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from dagkit import demo
+    from dagkit import demo, families
 
-    return demo.load_model(model or concept.model, resolve_device(device))
+    name, device = model or concept.model, resolve_device(device)
+    if families.is_hub_id(name) and not families.is_cached(name):
+        click.echo(f"{name} is downloaded from the Hub, once. This can take minutes.", err=True)
+    return demo.load_model(name, device)
 
 
 def batches(items: list[Item], size: int) -> Iterator[list[Item]]:

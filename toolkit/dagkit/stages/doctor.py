@@ -117,11 +117,27 @@ def _checkpoints(concept_name: str | None) -> Iterator[Finding]:
         except DagkitError as error:
             yield Finding(lacking, f"{name}: concept", str(error).split(". ")[0], _advice(error))
             continue
+        yield _base_model(concept, lacking)
         for what, load in _plugins(concept):
             try:
                 yield Finding("ok", f"{name}: {what}", load())
             except DagkitError as error:
                 yield Finding(lacking, f"{name}: {what}", str(error).split(". ")[0], _advice(error))
+
+
+def _base_model(concept: Concept, lacking: Status) -> Finding:
+    from pathlib import Path
+
+    from dagkit import families
+
+    what, model = f"{concept.name}: base model", concept.model
+    if model == "demo" or Path(model).is_dir():
+        return Finding("ok", what, model)
+    if not families.is_hub_id(model):
+        return Finding(lacking, what, f"{model} is not there", "Name a folder or a Hub id as the concept's model.")
+    if not families.is_cached(model):
+        return Finding("off", what, f"{model}, not downloaded yet", "The first command that draws downloads it.")
+    return Finding("ok", what, f"{model}, downloaded")
 
 
 def _plugins(concept: Concept) -> Iterator[tuple[str, Callable[[], str]]]:
