@@ -25,6 +25,7 @@ from dagkit import guidance
 from dagkit.attention import QueryTap
 from dagkit.errors import GuardError, ModelError
 from dagkit.families import Condition, Encoding, Family, match
+from dagkit.families.checker import watched
 from dagkit.guard.trace import Trace
 
 NUM_TIMESTEPS: Final = 1000
@@ -193,6 +194,7 @@ class GuardContext:
         self._wait_no_more()
         with self._stack:  # whatever is put on the pipeline goes again if the rest fails
             self._attachment = Attachment(self._guard, self._pipe, self._stack)
+            self._stack.enter_context(watched(self._pipe, self._attachment.tell_blackened))
             self._stack = self._stack.pop_all()
         return self._attachment.trace
 
@@ -201,7 +203,7 @@ class GuardContext:
     ) -> None:
         with self._stack:
             if error is None and self._attachment is not None:
-                self._attachment.check_end()
+                self._attachment.check_scheduler()
 
     def __del__(self) -> None:
         if self._handle is not None:
@@ -415,9 +417,10 @@ class Attachment:
             self._conditions[how] = made
         return self._conditions[how]
 
-    def check_end(self) -> None:
-        """At the end of the ``with`` block: refuses what could not be seen before."""
-        self.check_scheduler()
+    def tell_blackened(self, flags: Sequence[bool]) -> None:
+        """Writes down what the pipeline's own safety checker made of the images of this run."""
+        if self.run is not None:
+            self.trace.blackened[self.run.index] = list(flags)
 
     def check_scheduler(self) -> None:
         """Refuses what `StepWatch` cannot see.

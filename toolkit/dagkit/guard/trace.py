@@ -59,15 +59,19 @@ class Trace:
     Attributes:
         steps: in the order of calls.
         maps: (run, step) -> (B, H, W) float32 detection maps, where the guard keeps them.
+        blackened: run -> B flags of the pipeline's own safety checker, where one looked at the images: True where it
+            drew one black, which says nothing about the guard.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    blackened: dict[int, list[bool]] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forgets all records and maps, e.g. after each image of a guard that stays attached; runs count on."""
         self.steps.clear()
         self.maps.clear()
+        self.blackened.clear()
 
     def of(self, sample: int, run: int = 0) -> list[StepRecord]:
         """Records of one sample of one run."""
@@ -78,7 +82,8 @@ class Trace:
 
         Returns:
             ``is_firing`` in any step, ``num_steps``, ``num_firing``, ``first_timestep`` of firing (or None), and the
-            largest ``score``, ``area``, ``strength`` and ``change``.
+            largest ``score``, ``area``, ``strength`` and ``change``; ``is_blackened`` by the pipeline's own safety
+            checker.
 
         Raises:
             KeyError: the sample was not seen in this run.
@@ -98,6 +103,7 @@ class Trace:
             "area": max(record.area for record in records),
             "strength": max(record.strength for record in records),
             "change": max(record.change for record in records),
+            "is_blackened": sample < len(flags := self.blackened.get(run, [])) and flags[sample],
         }
 
     def to_json(self) -> str:
