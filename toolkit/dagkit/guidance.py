@@ -186,10 +186,10 @@ def is_acting(timestep: float, schedule: Sequence[float], max_timestep: float) -
 
     Args:
         timestep: of this call.
-        schedule: timesteps of the run, falling.
+        schedule: timesteps of the run, falling; the last is where it ends.
         max_timestep: from which the guard acts.
     """
-    following = next((other for other in schedule if other < timestep), 0.0)
+    following = next((other for other in schedule if other < timestep), timestep)
     return timestep <= max_timestep or (timestep + following) / 2 <= max_timestep
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any, Final, Literal
 
 import torch
@@ -220,33 +219,31 @@ class Guard(PipelineGuard):
             GuardError: never, too coarsely or too briefly; or a picture to start from shows the concept, too late.
         """
         run, own, name = context.run, self.token.record.guidance, self.token.name
-        scheduler, schedule = type(context.pipe.scheduler).__name__, run.schedule
-        if self.form != "paper" and not any(guidance.is_acting(step, schedule, own.max_timestep) for step in schedule):
+        scheduler, (*steps, end) = type(context.pipe.scheduler).__name__, run.schedule
+        if self.form != "paper" and not any(guidance.is_acting(t, run.schedule, own.max_timestep) for t in steps):
             raise GuardError(
-                f"{name} acts from timestep {own.max_timestep} down, but {scheduler} ends at {schedule[-1]:.0f}, so it "
+                f"{name} acts from timestep {own.max_timestep} down, but {scheduler} ends at {steps[-1]:.0f}, so it "
                 "would never act. Take more num_inference_steps, a later denoising_end, or the form 'paper'."
             )
         if self.mode != "guide" or self.strength == 0:
             return
-        if run.end > own.max_step:
+        if end > own.max_step:
             raise GuardError(
-                f"this run of {type(context.pipe).__name__} ends at timestep {run.end:.0f} (denoising_end), where the "
+                f"this run of {type(context.pipe).__name__} ends at timestep {end:.0f} (denoising_end), where the "
                 f"concept of {name} would come back; expected at most {own.max_step}. Set denoising_end to "
                 f"{1 - own.max_step / 1000:.2f} or more, and guard the pipeline that goes on from there as well."
             )
-        first, length = max(
-            zip(schedule, [a - b for a, b in pairwise([*schedule, run.end])], strict=True), key=itemgetter(1)
-        )
+        length, first = max((this - following, this) for this, following in pairwise(run.schedule))
         if length > own.max_step:
             raise GuardError(
                 f"{scheduler} takes a step of {length:.0f} timesteps, at {first:.0f}; {name} keeps up with at most "
                 f"{own.max_step}: in longer ones a concept is drawn before it is seen. Take more num_inference_steps, "
                 "or timesteps that lie closer."
             )
-        if any(is_sure) and schedule[0] < own.min_start:
+        if any(is_sure) and steps[0] < own.min_start:
             found = ", ".join(str(sample) for sample, is_found in enumerate(is_sure) if is_found)
             raise GuardError(
-                f"what this run starts from, at timestep {schedule[0]:.0f}, shows the concept of {name} already "
+                f"what this run starts from, at timestep {steps[0]:.0f}, shows the concept of {name} already "
                 f"(sample {found}), too late to draw it anew. Use another picture, or a strength from which the run "
                 f"starts at timestep {own.min_start} or more."
             )

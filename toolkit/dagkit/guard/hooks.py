@@ -103,8 +103,8 @@ class Run:
     Attributes:
         index: from 0.
         timesteps: the scheduler's own, by whose identity a run is known.
-        schedule: timesteps from the first call to the last, falling, each once.
-        end: timestep at which the run ends; above 0 where its latents are meant for another model.
+        schedule: timesteps from the first call to the last, falling, each once; then that at which the run ends, which
+            is above 0 where its latents are meant for another model.
         batch: samples.
         step: denoiser call, from 0.
         timestep: of this call.
@@ -114,7 +114,6 @@ class Run:
     index: int
     timesteps: Any
     schedule: Sequence[float]
-    end: float
     batch: int
     step: int = -1
     timestep: float = math.inf
@@ -437,6 +436,13 @@ class Attachment:
     def enter(self, call: Call) -> None:
         """Before the denoiser: checks the call and starts to record."""
         if not getattr(self.pipe, "do_classifier_free_guidance", True):
+            denoiser = self.chain.denoiser
+            if getattr(denoiser.config, "time_cond_proj_dim", None) is not None:
+                raise GuardError(
+                    f"{type(denoiser).__name__} was distilled with its guidance built in (time_cond_proj_dim), as LCMs "
+                    f"are, so {self.kind} runs without classifier-free guidance and there is no unconditional "
+                    "prediction to guide from. Use the model that it was distilled from."
+                )
             raise GuardError(
                 f"{self.kind} runs without classifier-free guidance, so there is no unconditional prediction to guide "
                 "from. Set guidance_scale above 1 (and no callback that turns it off)."
@@ -469,7 +475,7 @@ class Attachment:
             share = getattr(self.pipe, "denoising_end", None)
             end = NUM_TIMESTEPS * (1 - share) if isinstance(share, float) and 0 < share < 1 else 0.0
             steps = sorted({timestep for timestep in schedule if end <= timestep < call.timestep}, reverse=True)
-            run = Run(0 if run is None else run.index + 1, timesteps, [call.timestep, *steps], end, batch)
+            run = Run(0 if run is None else run.index + 1, timesteps, [call.timestep, *steps, end], batch)
         self._check_timesteps([call.timestep])
         run.step, run.timestep = run.step + 1, call.timestep
         return run

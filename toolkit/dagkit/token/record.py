@@ -95,7 +95,7 @@ class Guidance(_Strict):
     insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     max_timestep: Annotated[int, Field(ge=0, le=1000)] = 770
     max_step: Annotated[int, Field(ge=1, le=1000)] = 255
-    min_start: Annotated[int, Field(ge=0, le=1000)] = 350
+    min_start: Annotated[int, Field(ge=0, le=1000)] = 450
     dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
