@@ -130,6 +130,16 @@ def test_named_environment_without_an_interpreter(monkeypatch: pytest.MonkeyPatc
         EmbeddedServer(tmp_path, tmp_path / "cache").install()
 
 
+def test_a_folder_of_somebody_else_is_no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DAGKIT_LABEL_STUDIO_VENV", raising=False)
+    note = tmp_path / "venv" / "note.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    with pytest.raises(LabelStudioError, match=r"venv was not made by dagkit.*Move it away"):
+        EmbeddedServer(tmp_path, tmp_path).install()
+    assert note.read_text() == "mine"
+
+
 def test_an_unfinished_installation_does_not_count(tmp_path: Path) -> None:
     python = tmp_path / "venv/bin/python"
     python.parent.mkdir(parents=True)

@@ -48,6 +48,7 @@ VERSION: Final = "1.23.2"
 DEFAULT_PORT: Final = 8080
 _PROC: Final = Path("/proc")
 _USERNAME: Final = "dagkit@localhost"
+_MARK: Final = "made_by_dagkit"
 _START_TIMEOUT_S: Final = 300.0  # a slow disk migrates for more than a minute
 _STOP_TIMEOUT_S: Final = 10.0
 _PORT_TIMEOUT_S: Final = 3.0
@@ -190,9 +191,16 @@ class EmbeddedServer:
                         "has "
                         "Label Studio, or unset the variable and let dagkit install its own."
                     )
-                tell(f"Installing Label Studio {VERSION} into {self.cache / 'venv'} (1 GB, a few minutes, once)")
                 venv = self.cache / "venv"
+                if venv.is_symlink() or (venv.exists() and not (venv / _MARK).exists()):
+                    raise LabelStudioError(
+                        f"{venv} was not made by dagkit, or by an older one that was stopped while it installed. Move "
+                        "it away, and Label Studio is installed there."
+                    )
+                tell(f"Installing Label Studio {VERSION} into {venv} (1 GB, a few minutes, once)")
                 shutil.rmtree(venv, ignore_errors=True)
+                venv.mkdir()
+                (venv / _MARK).touch()
                 _run(
                     [sys.executable, "-m", "venv", str(venv)],
                     "Install your system's venv package (Debian: python3-venv).",
