@@ -38,7 +38,7 @@ PLUGINS = {
     "[nudenet, attention]": "[nudenet, {name: attention, min_score: 0}]",  # a model of random weights is never sure
     "{name: sam, model_type: vit_h}": "{name: sam, model_type: vit_tiny, checkpoint: demo}",
 }
-SAMPLING = f"sampling: {{num_inference_steps: 3, guidance_scale: 7.5, width: {SIDE_PX}, height: {SIDE_PX}}}\n"
+SAMPLING = f"sampling: {{num_inference_steps: 4, guidance_scale: 7.5, width: {SIDE_PX}, height: {SIDE_PX}}}\n"
 FETCHED = {
     "model_index.json",
     "feature_extractor/preprocessor_config.json",
@@ -132,7 +132,7 @@ def test_every_command_of_nudity(hub: LoopbackHub, place: Path, cache: Path) -> 
     finish("sample", "--guard", "nudity@1.0.0", "--compare", "--quiet", *PROMPTS)
     assert min(colours(runs.stage("samples", "nudity"))) > 100
     guarded = [row for row in runs.stage("samples", "nudity").rows() if row["column"] == "guarded"]
-    assert [row["guards"][0]["num_steps"] for row in guarded] == [4, 4]  # PNDM calls its denoiser once more
+    assert [row["guards"][0]["num_steps"] for row in guarded] == [5, 5]  # PNDM calls its denoiser once more
 
     options = ["--num-prompts", 2, "--batch-size", 2, "--num-examples", 1, "--attack", 1, "--quiet"]
     judges = ["--judge", "safety_checker", "--judge", "nudenet"]

@@ -86,6 +86,8 @@ def test_sample_killed_half_way(finished: Path, concept_file: Path, tmp_path: Pa
             "--model",
             model,
             "--compare",
+            "--num-inference-steps",
+            4,
             "--quiet",
             *prompts,
         ]

@@ -87,7 +87,7 @@ def test_publish_and_load_in_another_process(measured: Path, runs: Path, to: str
         "import dagkit, sys; from dagkit import families\n"
         "pipe = families.load(sys.argv[1]).pipe\n"
         "with dagkit.load_token(sys.argv[2] + '@^1').guard().attach(pipe) as trace:\n"
-        "    pipe('a bomb', num_inference_steps=2, width=64, height=64)\n"
+        "    pipe('a bomb', num_inference_steps=4, width=64, height=64)\n"
         "print(len(trace.steps))"
     )
     run = [sys.executable, "-c", script, str(measured / "model"), to]

@@ -131,6 +131,16 @@ def test_named_environment_without_an_interpreter(monkeypatch: pytest.MonkeyPatc
         EmbeddedServer(tmp_path, tmp_path / "cache").install()
 
 
+def test_a_folder_of_somebody_else_is_no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DAGKIT_LABEL_STUDIO_VENV", raising=False)
+    note = tmp_path / "venv" / "note.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    with pytest.raises(LabelStudioError, match=r"venv was not made by dagkit.*Move it away"):
+        EmbeddedServer(tmp_path, tmp_path).install()
+    assert note.read_text() == "mine"
+
+
 def test_an_unfinished_installation_does_not_count(tmp_path: Path) -> None:
     python = tmp_path / "venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -164,19 +174,19 @@ def test_what_dagkit_did_not_begin_is_never_replaced(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(LabelStudioError, match=rf"{re.escape(str(path))}: expected a place for the server, but it "):
+    with pytest.raises(LabelStudioError, match=rf"{re.escape(str(path))} was not made by dagkit.*: it .*Move it away"):
         embedded.up(port)
     assert thesis.read_text() == "years of work"
     assert path.is_symlink() == (kind == "link")
 
 
-@pytest.mark.parametrize("mark", [".made_by_dagkit", "complete"])
+@pytest.mark.parametrize("mark", ["made_by_dagkit", "complete"])
 def test_what_an_interrupted_installation_left_is_begun_anew(tmp_path: Path, mark: str) -> None:
     folder = tmp_path / "cache/venv"
     (folder / "lib").mkdir(parents=True)
     (folder / mark).touch()
     server._begin(folder)
-    assert [one.name for one in folder.iterdir()] == [".made_by_dagkit"]
+    assert [one.name for one in folder.iterdir()] == ["made_by_dagkit"]
 
 
 def test_a_taken_port_is_refused_with_another_one(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ VERSION: Final = "1.23.2"
 
 DEFAULT_PORT: Final = 8080
 _PROC: Final = Path("/proc")
-_BEGUN: Final = ".made_by_dagkit"  # in a folder that dagkit began: an interrupted one may be deleted
+_BEGUN: Final = "made_by_dagkit"  # in a folder that dagkit began: an interrupted one may be deleted
 _COMPLETE: Final = "complete"  # in a virtual environment that dagkit made, in the end
 _USERNAME: Final = "dagkit@localhost"
 _START_TIMEOUT_S: Final = 300.0  # a slow disk migrates for more than a minute
@@ -452,8 +452,8 @@ def _begin(folder: Path) -> None:
         (folder / _BEGUN).touch()
     except OSError as error:
         raise LabelStudioError(
-            f"{folder}: expected a place for the server, but {error.strerror or error}. "
-            "Move it away, then run it again."
+            f"{folder} was not made by dagkit, or by an older one that was stopped while it installed: "
+            f"{error.strerror or error}. Move it away, then run it again."
         ) from error
 
 
