@@ -137,6 +137,11 @@ def test_concept_new_show_list(tmp_path: Path):
     assert (tmp_path / "annotation_configs" / "spiders.yaml").read_text() == written
     assert "expected a name of lower-case letters" in run("concept", "new", "../x", cwd=tmp_path).stderr
 
+    dangling = tmp_path / "annotation_configs" / "wasps.yaml"
+    dangling.symlink_to(tmp_path / "on a disk that is away.yaml")
+    assert "there is such a file already" in run("concept", "new", "wasps", cwd=tmp_path).stderr
+    assert dangling.is_symlink()
+
 
 def test_a_terminal_of_few_letters_and_a_page_of_ones_own(tmp_path: Path):
     """Text that the terminal cannot show is shown by its numbers; a file in another folder is named by its path."""

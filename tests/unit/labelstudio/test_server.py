@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import stat
@@ -147,6 +148,45 @@ def test_an_unfinished_installation_does_not_count(tmp_path: Path) -> None:
     assert not EmbeddedServer(tmp_path, tmp_path).is_installed
     (tmp_path / "venv/complete").touch()
     assert EmbeddedServer(tmp_path, tmp_path).is_installed
+
+
+@pytest.mark.parametrize("place", ["cache/venv", "cache/template.partial", "data/data.partial"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_dagkit_did_not_begin_is_never_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, kind: str
+) -> None:
+    embedded = EmbeddedServer(tmp_path / "data", tmp_path / "cache")
+    if not place.endswith("venv"):
+        monkeypatch.setenv("DAGKIT_LABEL_STUDIO_VENV", sys.prefix)
+    if place.startswith("data"):
+        (tmp_path / "cache/template").mkdir(parents=True)
+    path, thesis = tmp_path / place, tmp_path / "mine/thesis.txt"
+    thesis.parent.mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "folder":
+        thesis = path / "thesis.txt"
+        path.mkdir()
+    elif kind == "file":
+        thesis = path
+    else:
+        path.symlink_to(thesis.parent)
+    thesis.write_text("years of work")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(LabelStudioError, match=rf"{re.escape(str(path))} was not made by dagkit.*: it .*Move it away"):
+        embedded.up(port)
+    assert thesis.read_text() == "years of work"
+    assert path.is_symlink() == (kind == "link")
+
+
+@pytest.mark.parametrize("mark", ["made_by_dagkit", "complete"])
+def test_what_an_interrupted_installation_left_is_begun_anew(tmp_path: Path, mark: str) -> None:
+    folder = tmp_path / "cache/venv"
+    (folder / "lib").mkdir(parents=True)
+    (folder / mark).touch()
+    server._begin(folder)
+    assert [one.name for one in folder.iterdir()] == ["made_by_dagkit"]
 
 
 def test_a_taken_port_is_refused_with_another_one(tmp_path: Path) -> None:

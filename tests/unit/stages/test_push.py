@@ -49,7 +49,7 @@ def test_a_text_file_that_is_none_is_named(line: str, tmp_path: Path):
     file.write_bytes(b"a bomb\xff")
     result = CliRunner().invoke(command, [*line.split(), str(file), "--workspace", str(tmp_path / "runs")])
     assert isinstance(result.exception, DagkitError)
-    assert str(result.exception).startswith(f"{file}: expected a text file, but it is not UTF-8")
+    assert str(result.exception).startswith(f"{file}: expected UTF-8 text, but invalid start byte at byte 6. Save")
     assert not (tmp_path / "runs").exists()
 
 

@@ -47,8 +47,9 @@ VERSION: Final = "1.23.2"
 
 DEFAULT_PORT: Final = 8080
 _PROC: Final = Path("/proc")
+_BEGUN: Final = "made_by_dagkit"  # in a folder that dagkit began: an interrupted one may be deleted
+_COMPLETE: Final = "complete"  # in a virtual environment that dagkit made, in the end
 _USERNAME: Final = "dagkit@localhost"
-_MARK: Final = "made_by_dagkit"
 _START_TIMEOUT_S: Final = 300.0  # a slow disk migrates for more than a minute
 _STOP_TIMEOUT_S: Final = 10.0
 _PORT_TIMEOUT_S: Final = 3.0
@@ -123,7 +124,7 @@ class EmbeddedServer:
     def is_installed(self) -> bool:
         """Whether the virtual environment is complete."""
         is_named = bool(os.environ.get("DAGKIT_LABEL_STUDIO_VENV"))
-        return self.python.exists() and (is_named or (self.cache / "venv" / "complete").exists())
+        return self.python.exists() and (is_named or (self.cache / "venv" / _COMPLETE).exists())
 
     @property
     def pid(self) -> int | None:
@@ -178,7 +179,8 @@ class EmbeddedServer:
             tell: is given one line before each long step.
 
         Raises:
-            LabelStudioError: ``venv`` or ``pip`` failed; the message holds the last line that it printed.
+            LabelStudioError: ``venv`` or ``pip`` failed, and the message holds the last line that it printed; or what
+                stands in the place of a folder is not dagkit's to replace.
         """
         template = self.cache / "template"
         if self.is_installed and template.exists():
@@ -191,31 +193,24 @@ class EmbeddedServer:
                         "has "
                         "Label Studio, or unset the variable and let dagkit install its own."
                     )
+                tell(f"Installing Label Studio {VERSION} into {self.cache / 'venv'} (1 GB, a few minutes, once)")
                 venv = self.cache / "venv"
-                if venv.is_symlink() or (venv.exists() and not (venv / _MARK).exists()):
-                    raise LabelStudioError(
-                        f"{venv} was not made by dagkit, or by an older one that was stopped while it installed. Move "
-                        "it away, and Label Studio is installed there."
-                    )
-                tell(f"Installing Label Studio {VERSION} into {venv} (1 GB, a few minutes, once)")
-                shutil.rmtree(venv, ignore_errors=True)
-                venv.mkdir()
-                (venv / _MARK).touch()
+                _begin(venv)
                 _run(
                     [sys.executable, "-m", "venv", str(venv)],
                     "Install your system's venv package (Debian: python3-venv).",
                 )
                 pip = [str(self.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
                 _run([*pip, f"label-studio=={VERSION}"], "Check the network and the package index, then run it again.")
-                (venv / "complete").touch()
+                (venv / _COMPLETE).touch()
             if not template.exists():
                 tell("Preparing its database (about a minute, once)")
                 partial = self.cache / "template.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(mode=0o700)
+                _begin(partial)
                 command = [str(self.python), "-m", "label_studio.server", "version", "--data-dir", str(partial)]
                 _run(command, "Delete the server's virtual environment and run it again.", _environment(partial))
                 (partial / ".env").unlink(missing_ok=True)  # its secret key: every data folder gets one of its own
+                (partial / _BEGUN).unlink()
                 partial.rename(template)
 
     def up(
@@ -256,8 +251,9 @@ class EmbeddedServer:
             data = self.folder / "data"
             if not data.exists():
                 partial = self.folder / "data.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self.cache / "template", partial)
+                _begin(partial)
+                shutil.copytree(self.cache / "template", partial, dirs_exist_ok=True)
+                (partial / _BEGUN).unlink()
                 partial.rename(data)
             self._write_login(login)  # before the account exists: a crash must not lose its password
             atomic_write(self.folder / "settings.json", json.dumps(asdict(sharing)).encode())
@@ -437,6 +433,28 @@ def _new_token(login: Login) -> str:
             return str(parse_json(answer.content)["token"])
     except (httpx.HTTPError, KeyError, ValueError, TypeError) as error:
         raise LabelStudioError(f"Label Studio at {login.url} made no access token ({type(error).__name__}).") from error
+
+
+def _begin(folder: Path) -> None:
+    """Makes an empty folder, and marks it; what an interrupted run left there is deleted, what is another's never.
+
+    Raises:
+        LabelStudioError: something stands there that dagkit did not make, or the folder cannot be made.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(errno.EEXIST, "it is no folder")
+        if folder.exists() and any(folder.iterdir()):
+            if not any((folder / mark).is_file() for mark in (_BEGUN, _COMPLETE)):
+                raise FileExistsError(errno.EEXIST, "it holds what dagkit did not put there")
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / _BEGUN).touch()
+    except OSError as error:
+        raise LabelStudioError(
+            f"{folder} was not made by dagkit, or by an older one that was stopped while it installed: "
+            f"{error.strerror or error}. Move it away, then run it again."
+        ) from error
 
 
 def _run(command: list[str], advice: str, environment: dict[str, str] | None = None) -> None:

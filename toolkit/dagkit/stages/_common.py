@@ -172,9 +172,13 @@ def read_text(path: Path) -> str:
 
     try:
         return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DagkitError(
+            f"{path}: expected UTF-8 text, but {error.reason} at byte {error.start}. Save the file as UTF-8."
+        ) from error
     except (OSError, ValueError) as error:
-        reason = "it is not UTF-8" if isinstance(error, ValueError) else str(error.strerror).lower()
-        raise DagkitError(f"{path}: expected a text file, but {reason}. Save it as UTF-8, or name another.") from error
+        reason = str(getattr(error, "strerror", None) or error).lower()
+        raise DagkitError(f"{path}: expected a text file, but {reason}. Name another one.") from error
 
 
 def resolve_device(device: str) -> str:
