@@ -29,6 +29,8 @@ def test_a_summary_tells_whether_when_and_how_surely(trace: Trace) -> None:
         "score": 0.8,
         "area": 0.02,
         "strength": 1.0,
+        "change": 0.0,
+        "is_blackened": False,
     }
     assert trace.summary(1)["is_firing"] is False
     assert trace.summary(1)["first_timestep"] is None

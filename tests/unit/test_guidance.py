@@ -208,3 +208,27 @@ def test_sega_by_hand() -> None:
     changed, momentum = guidance.sega(eps(1), eps(0), cs, torch.zeros_like(cs), preset, 0, 4.0)
     torch.testing.assert_close(changed, torch.tensor([[[[1.0, 1.0], [-0.5, -1.0]]]]))
     torch.testing.assert_close(momentum, torch.tensor([[[[0.0, 0.0], [-3.6, -4.8]]]]))
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(1.25, 4.0), (5.0, 1.0), (7.5, 1.0)])
+def test_a_push_reaches_as_far_as_at_scale_5(scale: float, factor: float) -> None:
+    assert guidance.reach(scale) == factor
+    assert scale * guidance.reach(scale) >= 5.0
+
+
+def test_what_is_found_late_is_pushed_harder() -> None:
+    assert [guidance.hurry(since) for since in (770, 650, 575, 500, 20)] == [1.0, 1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("timestep", "schedule", "acts"),
+    [
+        (770, [770, 0], True),
+        (801, [801, 751, 0], False),  # of 20 steps: 19 of 50 timesteps lie at or below 770
+        (831, [831, 665, 0], True),  # of 6 steps: 105 of 166
+        (850, [850, 800], False),  # the run ends above
+        (999, [999, 500, 0], True),
+    ],
+)
+def test_a_long_step_counts_where_most_of_it_lies(timestep: float, schedule: list[float], acts: bool) -> None:
+    assert guidance.is_acting(timestep, schedule, 770) is acts
