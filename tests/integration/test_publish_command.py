@@ -92,7 +92,7 @@ def test_publish_and_load_in_another_process(measured: Path, runs: Path, to: str
     )
     run = [sys.executable, "-c", script, str(measured / "model"), to]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "2"
+    assert done.stdout.strip() == "4"
 
     published = next((tmp_path / "published").glob("1.0.0-*"))
     for file in sorted(published.iterdir()):
