@@ -18,7 +18,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +181,9 @@ class OnlyQueries:
 
     def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
         return dict(self.unet.named_children())
+
+    def num_positions(self, pipe: Any, names: Iterable[str], latent_size: tuple[int, int]) -> dict[str, int]:
+        return {name: self.unet.get_submodule(name).pattern.shape[-2] for name in names}
 
     def encode_prompt(self, pipe: Any, prompts: list[str]) -> Condition:
         return Condition(torch.randn(len(prompts), 77, 768, generator=torch.Generator().manual_seed(0)))

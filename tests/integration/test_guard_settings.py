@@ -293,7 +293,15 @@ def test_the_guard_acts_in_a_long_step_that_begins_a_little_early(pipe: Any) -> 
         assert trace.summary(0)["first_timestep"] == first
 
 
-@pytest.mark.parametrize(("end", "message"), [(0.2, "would never act"), (0.6, "would come back"), (0.8, None)])
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (0.2, "would never act"),
+        (0.6, r"would come back.*Set denoising_end to 0\.75 or more"),
+        (0.75, None),
+        (0.8, None),
+    ],
+)
 def test_sdxls_denoising_end(end: float, message: str | None) -> None:
     pipe = tiny.sdxl()
     changes = {"denoising_end": end, "num_inference_steps": 20}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ MIN_SIDE, MAX_SIDE = 16, 32
 """Layers whose grid at the model's own size has sides in this range carry most of the semantics (DAG)."""
 
 
-class UNetFamily:
+class UNetFamily(ABC):
     """Base of families whose denoiser is diffusers' ``UNet2DConditionModel``."""
 
     name: ClassVar[str]
@@ -143,9 +144,9 @@ class UNetFamily:
         way = (unet.conv_in, down, resnet, down.attentions[0], block, block.attn1)
         return [] if any(map(_is_altered, way)) else [resnet, block.attn1]
 
+    @abstractmethod
     def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
         """What the denoiser gets for each prompt."""
-        raise NotImplementedError
 
     def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
         """That of the empty prompt."""

@@ -228,10 +228,11 @@ class Guard(PipelineGuard):
         if self.mode != "guide" or self.strength == 0:
             return
         if end > own.max_step:
+            share = math.ceil(100 - own.max_step / 10) / 100
             raise GuardError(
                 f"this run of {type(context.pipe).__name__} ends at timestep {end:.0f} (denoising_end), where the "
                 f"concept of {name} would come back; expected at most {own.max_step}. Set denoising_end to "
-                f"{1 - own.max_step / 1000:.2f} or more, and guard the pipeline that goes on from there as well."
+                f"{share} or more, and guard the pipeline that goes on from there as well."
             )
         length, first = max((this - following, this) for this, following in pairwise(run.schedule))
         if length > own.max_step:
