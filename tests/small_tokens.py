@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dagkit.families.sketch import sketch
+from dagkit.models.sketch import sketch
 from dagkit.token import SUMS_FILE, BaseModelInfo, DatasetInfo, GuidelineToken, TokenRecord
 
 WIDTH = 8

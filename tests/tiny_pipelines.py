@@ -25,7 +25,7 @@ from scipy import ndimage
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dagkit import demo, families
+from dagkit import demo, models
 from dagkit.guidance import SLDPreset
 from dagkit.token import BaseModelInfo, Guidance, GuidelineToken, Thresholds, TokenRecord
 
@@ -167,7 +167,7 @@ def token(
     seed: int = 5,
 ) -> GuidelineToken:
     """A token with random rows for a pipeline."""
-    family = families.match(pipe)
+    family = models.match(pipe)
     generator = torch.Generator().manual_seed(seed)
     layers = family.cross_attention(pipe)
     sequence = family.encode_prompt(pipe, ["a weapon"]).hidden_states[0].float()
@@ -268,13 +268,13 @@ def reference_guard(
 
     Several tokens at once, and SLD with a safety prompt and its constants beside them.
     """
-    unet, family = pipe.unet, families.match(pipe)
+    unet, family = pipe.unet, models.match(pipe)
     replaced, plain = vars(unet).get("forward"), unet.forward
     prompts = [token.record.safety_prompt for token in tokens] + ([sld[0]] if sld else [])
     safety = [family.encode_prompt(pipe, [prompt]) for prompt in prompts]
     nothing = family.encode_prompt(pipe, [""])
     if getattr(pipe.config, "force_zeros_for_empty_prompt", False):
-        nothing = families.Condition(
+        nothing = models.Condition(
             0 * nothing.hidden_states, {name: 0 * value for name, value in nothing.added.items()}
         )
     states: list[dict[Any, Any]] = [{} for _ in prompts]
@@ -284,7 +284,7 @@ def reference_guard(
             own = {k: list(v) if isinstance(v, list) else v for k, v in {**others, **changed}.items()}
             return plain(sample, timestep, encoder_hidden_states=hidden, **{**own, "return_dict": False})[0].float()
 
-        def under(condition: families.Condition) -> Tensor:
+        def under(condition: models.Condition) -> Tensor:
             added = {}
             if condition.added:
                 pooled = condition.added["text_embeds"].expand(len(sample), -1)
@@ -352,7 +352,7 @@ def reference_ddim(pipe: Any, token: GuidelineToken, guidance_scale: float, num_
 def _cam(
     pipe: Any, token: GuidelineToken, k: int, kept: dict[str, tuple[Tensor, list[Tensor]]], size: Sequence[int]
 ) -> Tensor:
-    layers = families.match(pipe).cross_attention(pipe, token.record.layers)
+    layers = models.match(pipe).cross_attention(pipe, token.record.layers)
     maps, first = [], 0
     for name, layer in layers.items():
         query, key = kept[name][0], kept[name][1][k].transpose(-1, -2)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dagkit import families
-from dagkit.families import BaseModel
+from dagkit import models
+from dagkit.models import BaseModel
 from dagkit.token import GuidelineToken
 from tiny_pipelines import scheduler, sd
 from tiny_pipelines import token as random_token
@@ -34,7 +34,7 @@ sampling: {{num_inference_steps: 3, guidance_scale: 5, width: 64, height: 64}}
 def make_world(folder: Path, tokens: Path, versions: Sequence[str] = ("1.0.0", "1.1.0")) -> Path:
     """Writes ``folder/model``, ``folder/tiny.yaml`` and ``tokens/tiny/<version>``; returns ``folder``."""
     make_concept(folder)
-    model = families.load(folder / "model")
+    model = models.load(folder / "model")
     for seed, version in enumerate(versions):
         make_token(model, version, seed).save(tokens / "tiny" / version)
     return folder

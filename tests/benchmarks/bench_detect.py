@@ -21,7 +21,7 @@ from torch import Tensor
 from dagkit import guidance
 from dagkit.attention import cross_attention_map, project_keys, word_map
 from dagkit.demo import world
-from dagkit.families import BaseModel
+from dagkit.models import BaseModel
 from dagkit.optimization import Example, OptimizationResult, QueryCache, cache_queries, iou, optimize
 from dagkit.optimization.cache import Batch
 from dagkit.token import GuidelineToken

@@ -36,9 +36,9 @@ from PIL import Image
 from torch import Tensor
 
 from dagkit.demo import world
-from dagkit.families import BaseModel
 from dagkit.guard import SEGAGuard, SLDGuard
 from dagkit.guidance import SLD_PRESETS, SEGAPreset, SLDPreset
+from dagkit.models import BaseModel
 from dagkit.token import Guidance
 
 SHARD = 12

@@ -31,8 +31,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from dagkit.families import BaseModel
-from dagkit.families.base import Condition
+from dagkit.models import BaseModel
+from dagkit.models.base import Condition
 from dagkit.optimization import (
     RECIPES,
     Example,

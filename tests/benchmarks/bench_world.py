@@ -21,8 +21,8 @@ from torch import Tensor
 import dagkit
 from dagkit import demo
 from dagkit.demo import world
-from dagkit.families import BaseModel
 from dagkit.judges.demo import THRESHOLD, peaks
+from dagkit.models import BaseModel
 from dagkit.optimization import RECIPES, Example, QueryCache, Recipe, cache_queries, draw_timesteps, optimize
 from dagkit.token import GuidelineToken
 

@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner, Result
 from label_studio_server import make_reviewable, read_mask
 
-from dagkit import families
+from dagkit import models
 from dagkit.cli import command
 from dagkit.concept import Concept, load_concept
 from dagkit.dataset import drop_near_duplicates
 from dagkit.dataset.selection import disagreement, latent_features, layout_features, select_diverse
-from dagkit.families import BaseModel
 from dagkit.labelstudio.client import Client
 from dagkit.labelstudio.server import Login
+from dagkit.models import BaseModel
 from dagkit.proposers.token import TokenProposer
 from dagkit.segmenters import combine
 from dagkit.workspace import StageFolder, Workspace
@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_model(world: Path) -> BaseModel:
-    return families.load(world / "model")
+    return models.load(world / "model")
 
 
 @pytest.fixture

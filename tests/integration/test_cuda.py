@@ -16,7 +16,7 @@ import tiny_pipelines as tiny
 from dagkit import demo
 from dagkit.cli import command
 from dagkit.errors import GuardError
-from dagkit.families import load
+from dagkit.models import load
 from dagkit.optimization import RECIPES, Example, optimize
 from dagkit.token import GuidelineToken
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import tiny_pipelines as tiny
-from dagkit import demo, families
+from dagkit import demo, models
 from dagkit.errors import ConceptError
 from dagkit.evaluation.eval_unlearn import DagkitTechnique
 from dagkit.resources import user_cache_folder
@@ -30,7 +30,7 @@ def test_the_entry_point_names_the_technique() -> None:
 
 @pytest.fixture(scope="module")
 def token(tmp_path_factory: pytest.TempPathFactory) -> str:
-    pipe = families.load(demo.model_path()).pipe
+    pipe = models.load(demo.model_path()).pipe
     folder = tmp_path_factory.mktemp("token") / "1.0.0"
     tiny.token(pipe).save(folder)
     return str(folder)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from dagkit import evaluation, families, registry
+from dagkit import evaluation, models, registry
 from dagkit.cli import command
 from dagkit.concept import load_concept
 from dagkit.dataset import examples, find_dataset, load_with_summary
@@ -135,7 +135,7 @@ def test_two_last_shards_that_end_together(world: Path, tmp_path: Path) -> None:
     for shard in ("1/2", "2/2"):
         assert invoke(*arguments(world, tmp_path, "--column", "none", "--shard", shard)).exit_code == 0
     (report(tmp_path) / "report.html").unlink()
-    concept, base = load_concept(world / "tiny.yaml"), families.load(world / "model")
+    concept, base = load_concept(world / "tiny.yaml"), models.load(world / "model")
     token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
     options = {"token": token, "num_prompts": NUM, "columns": ["none"], "batch_size": 2, "num_examples": 1}
     with ThreadPoolExecutor() as pool:
@@ -346,7 +346,7 @@ def test_options_that_nothing_would_read_and_shares_that_are_none(world: Path, t
 def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such file of prompts"):
         invoke(*arguments(world, tmp_path, "--prompts", "none.csv"))
-    base = families.load(world / "model")
+    base = models.load(world / "model")
     token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
     with pytest.raises(ConceptError, match=r"'sld' is not a column of an evaluation\. Available: none, dagkit"):
         evaluate.run(Workspace(tmp_path), load_concept(world / "tiny.yaml"), base, token=token, columns=["sld"])
@@ -380,7 +380,7 @@ def test_a_test_split_without_unsafe_images_is_scored_by_its_safe_ones(world: Pa
     data, _ = load_with_summary("weapon-demo")
     safe = [row for row in examples(data["test"]) if not row.is_unsafe][:2]
     token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
-    [row] = score_detection(families.load(world / "model"), token, safe, timesteps=[500])
+    [row] = score_detection(models.load(world / "model"), token, safe, timesteps=[500])
     assert (row["iou"]["value"], row["image_recall"]["value"]) == (None, None)
     assert row["false_trigger"]["total"] == 2
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 import flagship
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.concept import Concept, load_concept
 from dagkit.errors import ModelError
 from dagkit.labelstudio.server import Login
@@ -156,7 +156,7 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(hub: Loop
     with pytest.raises(
         ModelError, match=f"^{flagship.NAME}: a part has no plain safetensors.*neither pickles"
     ) as caught:
-        families.load(flagship.NAME)
+        models.load(flagship.NAME)
     assert len(str(caught.value)) < 400
     assert fetched(hub) == ["model_index.json"]
 
@@ -172,7 +172,7 @@ def test_of_sdxl_nothing_but_the_plain_safetensors_is_fetched(hub: LoopbackHub, 
         (tmp_path / "sdxl" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "sdxl" / name).write_bytes(flagship.RUBBISH)
     flagship.upload(hub, tmp_path / "sdxl", "stabilityai/stable-diffusion-xl-base-1.0")
-    assert families.load("stabilityai/stable-diffusion-xl-base-1.0").family.name == "sdxl"
+    assert models.load("stabilityai/stable-diffusion-xl-base-1.0").family.name == "sdxl"
     sent = set(fetched(hub, "stabilityai/stable-diffusion-xl-base-1.0"))
     assert sent < own  # files with the same content are sent once
     assert {name for name in own if name.endswith(".safetensors")} <= sent
@@ -181,7 +181,7 @@ def test_of_sdxl_nothing_but_the_plain_safetensors_is_fetched(hub: LoopbackHub, 
 def test_a_hub_that_does_not_answer_is_named_in_one_line(hub: LoopbackHub, place: Path) -> None:
     hub.broken = "."
     with pytest.raises(ModelError, match=f"^{flagship.NAME}: neither a folder nor a model that can be") as caught:
-        families.load(flagship.NAME)
+        models.load(flagship.NAME)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -189,16 +189,16 @@ def test_a_hub_that_does_not_answer_is_named_in_one_line(hub: LoopbackHub, place
 def test_a_download_that_was_cut_off_goes_on(hub: LoopbackHub, place: Path) -> None:
     hub.broken = "GET .*unet/.*safetensors"
     with pytest.raises(ModelError, match=f"^{flagship.NAME}: neither a folder nor a model that can be.*507"):
-        families.load(flagship.NAME)
-    assert not families.is_cached(flagship.NAME)
+        models.load(flagship.NAME)
+    assert not models.is_cached(flagship.NAME)
     hub.broken = "."
     with pytest.raises(ModelError, match=r"is incomplete: 1 file\(s\) are missing.*run it again"):
-        families.load(flagship.NAME)
+        models.load(flagship.NAME)
     fetched(hub)
     hub.broken = None
-    assert families.load(flagship.NAME).family.name == "sd"
+    assert models.load(flagship.NAME).family.name == "sd"
     assert "unet/diffusion_pytorch_model.safetensors" in fetched(hub)
-    assert families.is_cached(flagship.NAME)
+    assert models.is_cached(flagship.NAME)
 
 
 @pytest.mark.label_studio

@@ -128,10 +128,10 @@ def test_full_disk_is_named_and_the_next_run_goes_on(concept_file: Path, full_di
 
 
 def test_unknown_words_are_warned_of(tmp_path: Path):
-    from dagkit import demo, families
+    from dagkit import demo, models
     from dagkit.generation import generate_images
 
-    base = families.load(demo.model_path())
+    base = models.load(demo.model_path())
     settings = {"num_inference_steps": 1, "guidance_scale": 2.0, "width": 64, "height": 64}
     with pytest.warns(UserWarning, match=r"does not know the word\(s\) mars, zebra and draws something else"):
         generate_images(base, ["a zebra on mars"], [0], settings=settings)

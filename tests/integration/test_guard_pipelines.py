@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.errors import GuardError
 from dagkit.guard import ConceptFound, SEGAGuard, SLDGuard
 from dagkit.guidance import SLD_PRESETS
@@ -774,7 +774,7 @@ def compiled(pipe: Any) -> None:
 @pytest.mark.parametrize("change", [patched, merged, compiled])
 def test_modules_that_others_changed_are_left_alone(change: Callable[[Any], None]) -> None:
     pipe = tiny.sd()
-    family = families.match(pipe)
+    family = models.match(pipe)
     assert list(family.before_condition(pipe)) == list(first_modules(pipe))
     change(pipe)
     assert family.before_condition(pipe) == []
@@ -782,7 +782,7 @@ def test_modules_that_others_changed_are_left_alone(change: Callable[[Any], None
 
 def test_sdxls_text_enters_with_the_timestep_so_nothing_comes_before_it() -> None:
     pipe = tiny.sdxl()
-    assert families.match(pipe).before_condition(pipe) == []
+    assert models.match(pipe).before_condition(pipe) == []
 
 
 def test_a_safety_forward_that_fails_leaves_the_denoiser_as_it_was(pipe: Any) -> None:
@@ -844,7 +844,7 @@ def test_dag_and_sld_add_up_in_any_order(pipe: Any, preset: str, num_steps: int)
 def test_each_guard_has_its_own_safety_condition_and_rows(pipe: Any) -> None:
     first, second = tiny.half_firing(pipe, lambda: draw(pipe)), second_token(pipe)
     prompts = [token.record.safety_prompt for token in (first, second)]
-    conditions = families.match(pipe).encode_prompt(pipe, prompts).hidden_states
+    conditions = models.match(pipe).encode_prompt(pipe, prompts).hidden_states
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.errors import GuardError, TokenError
-from dagkit.families import Encoding
 from dagkit.guard import SEGAGuard, SLDGuard
 from dagkit.guidance import SLD_PRESETS
+from dagkit.models import Encoding
 from dagkit.token import GuidelineToken, Thresholds
 from guarded import IMAGE, check, count_rows, draw, leftovers
 
@@ -42,7 +42,7 @@ def with_scheduler(pipe: Any, scheduler: Any, cls: Any = diffusers.StableDiffusi
 
 def conditioned(pipe: Any) -> Callback:
     """A callback that puts the safety prompt into the unconditional half."""
-    hidden = families.match(pipe).encode_prompt(pipe, ["a weapon"]).hidden_states
+    hidden = models.match(pipe).encode_prompt(pipe, ["a weapon"]).hidden_states
 
     def change(_pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         return {"prompt_embeds": torch.cat([hidden.expand(2, -1, -1), values["prompt_embeds"].chunk(2)[1]])}
@@ -51,7 +51,7 @@ def conditioned(pipe: Any) -> Callback:
 
 
 def negatives(pipe: Any) -> dict[str, dict[str, Any]]:
-    embeddings = families.match(pipe).encode_prompt(pipe, ["a weapon"] * 2).hidden_states
+    embeddings = models.match(pipe).encode_prompt(pipe, ["a weapon"] * 2).hidden_states
     return {
         "the safety prompt": {"negative_prompt": ["a weapon"] * 2},
         "the prompt itself": {"negative_prompt": tiny.PROMPTS},
@@ -472,7 +472,7 @@ def test_a_guard_that_waits_to_be_entered_lets_nothing_be_drawn() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_maps_stay_float32_under_autocast(pipe: Any, dtype: torch.dtype) -> None:
     token = tiny.token(pipe, thresholds=ALWAYS)
-    layers = families.match(pipe).cross_attention(pipe, token.record.layers)
+    layers = models.match(pipe).cross_attention(pipe, token.record.layers)
     kept: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     def heads(values: Tensor, layer: Any) -> Tensor:
@@ -498,7 +498,7 @@ def test_maps_stay_float32_under_autocast(pipe: Any, dtype: torch.dtype) -> None
 
 def test_the_safety_prompt_is_encoded_as_the_prompts_are() -> None:
     pipe = tiny.sdxl()
-    family, token = families.match(pipe), tiny.token(pipe, thresholds=ALWAYS)
+    family, token = models.match(pipe), tiny.token(pipe, thresholds=ALWAYS)
     wanted = {
         skip: family.encode_prompt(pipe, ["a weapon"], Encoding(clip_skip=skip)).hidden_states for skip in (None, 1)
     }
@@ -525,7 +525,7 @@ def test_a_lora_of_the_text_encoder_has_the_scale_of_the_call() -> None:
         peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), pipe.text_encoder
     )
     pipe.text_encoder.requires_grad_(False)
-    family = families.match(pipe)
+    family = models.match(pipe)
     half, whole = (
         family.encode_prompt(pipe, ["a weapon"], Encoding(lora_scale=scale)).hidden_states for scale in (0.5, None)
     )

@@ -13,8 +13,8 @@ from PIL import Image
 from dagkit import demo
 from dagkit.demo import world
 from dagkit.errors import GuardError
-from dagkit.families import BaseModel
 from dagkit.judges.demo import peaks
+from dagkit.models import BaseModel
 from dagkit.token import GuidelineToken
 
 pytestmark = pytest.mark.slow

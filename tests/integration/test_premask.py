@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from dagkit import demo, families
+from dagkit import demo, models
 from dagkit.cli import command
 from dagkit.concept import Concept, load_concept
 from dagkit.dataset import load_dataset
@@ -25,8 +25,8 @@ BOX = Concept.model_validate({**load_concept("weapon").model_dump(), "segmenter"
 
 
 @pytest.fixture(scope="module")
-def base_model() -> families.BaseModel:
-    return families.load(demo.model_path())
+def base_model() -> models.BaseModel:
+    return models.load(demo.model_path())
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def error_of(*arguments: object) -> DagkitError:
     return result.exception
 
 
-def test_pre_masks_of_the_bundled_model_match_the_renderers(base_model: families.BaseModel, tmp_path: Path):
+def test_pre_masks_of_the_bundled_model_match_the_renderers(base_model: models.BaseModel, tmp_path: Path):
     concept = load_concept("weapon")
     truth = draw_workspace(tmp_path, concept, 24, 4)
     expected = {
@@ -121,7 +121,7 @@ def test_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, box_file: Path)
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
 
 
-def test_unreadable_images_are_named_and_nothing_else_is_lost(base_model: families.BaseModel, tmp_path: Path):
+def test_unreadable_images_are_named_and_nothing_else_is_lost(base_model: models.BaseModel, tmp_path: Path):
     workspace = draw_workspace(tmp_path, BOX, 4, 0, with_premasks=False)
     images = workspace.stage("candidates", "weapon").path / "images"
     whole = (images / "u001.png").read_bytes()
@@ -156,7 +156,7 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path: Path, box_file: Pat
     assert not (tmp_path / "runs" / "premasks").exists()
 
 
-def test_other_settings_are_refused(base_model: families.BaseModel, tmp_path: Path):
+def test_other_settings_are_refused(base_model: models.BaseModel, tmp_path: Path):
     workspace = draw_workspace(tmp_path, BOX, 2, 0, with_premasks=False)
     premask.run(workspace, BOX, build_proposers(BOX, base_model), build_segmenter(BOX))
     other = Concept.model_validate({**BOX.model_dump(), "proposers": "none"})
@@ -164,7 +164,7 @@ def test_other_settings_are_refused(base_model: families.BaseModel, tmp_path: Pa
         premask.run(workspace, other, build_proposers(other), build_segmenter(other))
 
 
-def test_proposals_survive_a_wide_image(base_model: families.BaseModel, tmp_path: Path):
+def test_proposals_survive_a_wide_image(base_model: models.BaseModel, tmp_path: Path):
     workspace = draw_workspace(tmp_path, BOX, 1, 0, with_premasks=False)
     folder = workspace.stage("candidates", "weapon")
     scene = world.render_scene(np.random.default_rng(0), ("bomb",), "sand")
@@ -175,7 +175,7 @@ def test_proposals_survive_a_wide_image(base_model: families.BaseModel, tmp_path
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (200, 96)])
-def test_images_of_any_size_are_chosen_among(base_model: families.BaseModel, tmp_path: Path, size: tuple[int, int]):
+def test_images_of_any_size_are_chosen_among(base_model: models.BaseModel, tmp_path: Path, size: tuple[int, int]):
     workspace = draw_workspace(tmp_path, BOX, 3, 0)
     workspace.stage("candidates", "weapon").write_image("images/u001.png", Image.new("RGB", size, "red"))
 

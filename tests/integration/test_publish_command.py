@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from published_places import Place
 
-from dagkit import families, registry
+from dagkit import models, registry
 from dagkit.cli import command
 from dagkit.errors import PublishError, TokenError
 from dagkit.stages import publish
@@ -84,8 +84,8 @@ def test_publish_and_load_in_another_process(measured: Path, runs: Path, to: str
     assert (result.exit_code, json.loads(result.stdout)["url"]) == (0, f"{to}@1.0.0")
 
     script = (
-        "import dagkit, sys; from dagkit import families\n"
-        "pipe = families.load(sys.argv[1]).pipe\n"
+        "import dagkit, sys; from dagkit import models\n"
+        "pipe = models.load(sys.argv[1]).pipe\n"
         "with dagkit.load_token(sys.argv[2] + '@^1').guard().attach(pipe) as trace:\n"
         "    pipe('a bomb', num_inference_steps=4, width=64, height=64)\n"
         "print(len(trace.steps))"
@@ -276,7 +276,7 @@ def test_failed_gates_of_its_own_evaluation_are_said(runs: Path, to: str):
 
 
 def test_a_version_is_compared_with_the_one_before_it(measured: Path, runs: Path, to: str):
-    model = families.load(measured / "model")
+    model = models.load(measured / "model")
     for version in ("1.0.1", "2.0.0"):
         make_token(model, version, 9).save(runs / "tokens" / "tiny" / version)
     publish.run(Workspace(runs), "tiny@1.1.0", to)

@@ -15,9 +15,9 @@ from PIL import Image, ImageChops
 from dagkit import demo, guidance
 from dagkit.cli import command
 from dagkit.errors import GuardError
-from dagkit.families import BaseModel
 from dagkit.generation import generate_images
 from dagkit.guard import Guard, dag
+from dagkit.models import BaseModel
 from dagkit.stages import sample
 from dagkit.token import Guidance, GuidelineToken, Thresholds
 from dagkit.workspace import StageFolder, Workspace

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dagkit import dataset, demo, families
+from dagkit import dataset, demo, models
 from dagkit.dataset.storage import SUMMARY
 from dagkit.resources import shipped_folder
 from interruption import finish
@@ -25,7 +25,7 @@ def test_it_passes_the_check_and_is_of_the_bundled_model():
     shown = json.loads(finish("dataset", "check", "datasets/weapon-demo", "--json"))
     assert [finding for finding in shown["findings"] if finding["is_error"]] == []
     summary = dataset.read_summary("weapon-demo")
-    assert summary["models"] == [["demo", families.load(demo.model_path()).fingerprint]]
+    assert summary["models"] == [["demo", models.load(demo.model_path()).fingerprint]]
     assert all(min(counts.values()) > 0 for counts in summary["counts"].values())
 
 

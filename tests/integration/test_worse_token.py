@@ -37,8 +37,8 @@ NUM_OPTIMIZER_STEPS = 60
 USE = """\
 import sys
 import dagkit
-from dagkit import demo, families
-pipe = families.load(demo.model_path()).pipe
+from dagkit import demo, models
+pipe = models.load(demo.model_path()).pipe
 token = dagkit.load_token(sys.argv[1])
 with token.guard().attach(pipe) as trace:
     pipe("a bomb on grass", num_inference_steps=6, width=64, height=64)

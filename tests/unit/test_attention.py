@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.attention import (
     QueryTap,
     attention_share,
@@ -153,7 +153,7 @@ def test_words_are_found_wherever_they_stand() -> None:
 
 def test_a_tapped_forward_is_bit_equal_and_the_tap_leaves_nothing() -> None:
     pipe = tiny.sd()
-    base = families.BaseModel(pipe, families.match(pipe), "tiny", "")
+    base = models.BaseModel(pipe, models.match(pipe), "tiny", "")
     latents, hidden = torch.randn(2, 4, 16, 16), torch.randn(2, 7, tiny.WIDTH)
     with torch.no_grad():
         plain = pipe.unet(latents, 10, hidden).sample

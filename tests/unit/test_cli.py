@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from dagkit.cli import command
+from dagkit.commands import OTHER_COMMANDS
 from dagkit.errors import DagkitError, WorkspaceError
 from dagkit.resources import source_date
 from dagkit.segmenters.checkpoints import checkpoint_folder
-from dagkit.stages import OTHER_COMMANDS, STAGES
+from dagkit.stages import STAGES
 
 COMMANDS = [*(stage.name for stage in STAGES), *OTHER_COMMANDS]
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "datasets", "PIL", "label_studio_sdk")

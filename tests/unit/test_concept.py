@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from dagkit.commands.concepts import check_plugins, template
 from dagkit.concept import MAX_PROMPTS, MIN_SPLIT, PROMPT_KINDS, Concept, concept_names, load_concept, parse_concept
 from dagkit.errors import ConceptError, DagkitError, PromptRefused
 from dagkit.evaluation import describe_prompts
 from dagkit.segmenters import build_segmenter
-from dagkit.stages.concepts import check_plugins, template
 
 GOOD = """\
 name: gore

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import DatasetError, WorkspaceError
-from dagkit.families import BaseModel
 from dagkit.guidance import score
+from dagkit.models import BaseModel
 from dagkit.optimization import (
     KNOTS,
     PAPERS_CONSTANTS,
@@ -65,7 +65,7 @@ def data(count: int, start: int = 0) -> list[Example]:
 @pytest.fixture(scope="module")
 def base() -> BaseModel:
     pipe = tiny.sd()
-    return BaseModel(pipe, families.match(pipe), "tiny", "sha256:0")
+    return BaseModel(pipe, models.match(pipe), "tiny", "sha256:0")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The command ``dagkit``: a click group over the stages. Only a running command imports torch or numpy."""
+"""The command ``dagkit``: a click group over the commands. Only a running command imports torch or numpy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import sys
 import click
 
 from dagkit._version import __version__
+from dagkit.commands import OTHER_COMMANDS
 from dagkit.errors import DagkitError
 from dagkit.resources import source_date
-from dagkit.stages import OTHER_COMMANDS, STAGES
+from dagkit.stages import STAGES
 
 
-class _Stages(click.Group):
+class _Commands(click.Group):
     """Lists all commands at no cost and imports a command's module when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -25,7 +26,7 @@ class _Stages(click.Group):
         module = OTHER_COMMANDS[name][0] if name in OTHER_COMMANDS else name
         if name not in self.list_commands(ctx):
             return None
-        command: click.Command = importlib.import_module(f"dagkit.stages.{module}").command
+        command: click.Command = importlib.import_module(f"dagkit.commands.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -48,7 +49,7 @@ class _Stages(click.Group):
             raise
 
 
-@click.group(cls=_Stages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dagkit")
 def command() -> None:
     """Teach, check and ship safety for text-to-image diffusion models.

@@ -31,7 +31,7 @@ from pydantic import (
 
 from dagkit.errors import ConceptError, PromptRefused, brief, quoted, reason
 from dagkit.plain_yaml import Document, read_yaml
-from dagkit.prompts import refuse_sexualised_minors
+from dagkit.refusal import refuse_sexualised_minors
 from dagkit.resources import exists, is_file, shipped_folder
 
 PromptKind = Literal["unsafe", "safe", "hinted"]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dagkit.demo import unknown_words
 from dagkit.errors import ModelError
-from dagkit.prompts import refuse_sexualised_minors
+from dagkit.refusal import refuse_sexualised_minors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
 
 
 def generate_images(
@@ -120,7 +120,7 @@ def _draw(
     """Runs the pipeline, without a safety checker or watermarker: both change the pictures that are to be looked at."""
     import torch
 
-    from dagkit.families import checker
+    from dagkit.models import checker
 
     with guard or nullcontext(), checker.taken_off(base_model.pipe):
         output = base_model.pipe(

@@ -20,7 +20,7 @@ from dagkit.errors import PluginError
 Kind = Literal["families", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
-    "families": {"sd": "dagkit.families.sd:SD", "sdxl": "dagkit.families.sdxl:SDXL"},
+    "families": {"sd": "dagkit.models.sd:SD", "sdxl": "dagkit.models.sdxl:SDXL"},
     "proposers": {
         "attention": "dagkit.proposers.attention:AttentionProposer",
         "grounding_dino": "dagkit.proposers.grounding_dino:GroundingDinoProposer",

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.errors import ModelError, PromptRefused
 from dagkit.evaluation import Attack, Target, attack_guard
 from dagkit.evaluation.adversary import optimise_embeddings
-from dagkit.families import BaseModel
 from dagkit.judges import Judgement
+from dagkit.models import BaseModel
 from dagkit.token import Thresholds
 
 SAMPLING = {"num_inference_steps": tiny.STEPS, "guidance_scale": 5.0, "width": 32, "height": 32}
@@ -27,7 +27,7 @@ class _Bright:
 
 
 def _base(pipe: object) -> BaseModel:
-    return BaseModel(pipe, families.match(pipe), "tiny", "sha256:0")
+    return BaseModel(pipe, models.match(pipe), "tiny", "sha256:0")
 
 
 def _targets(count: int = 2) -> list[Target]:

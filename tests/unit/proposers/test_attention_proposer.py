@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dagkit import demo, families
+from dagkit import demo, models
 from dagkit.concept import Concept, load_concept
 from dagkit.demo import world
 from dagkit.proposers import box_iou
@@ -18,8 +18,8 @@ def concept() -> Concept:
 
 
 @pytest.fixture(scope="module")
-def base_model() -> families.BaseModel:
-    return families.load(demo.model_path())
+def base_model() -> models.BaseModel:
+    return models.load(demo.model_path())
 
 
 def test_contrast_map_by_hand():
@@ -38,7 +38,7 @@ def test_contrast_map_by_hand():
     assert not contrast_map([torch.full((1, 2, 4, 4), 0.5)], (8, 8)).any()
 
 
-def test_word_shares_are_a_softmax(base_model: families.BaseModel):
+def test_word_shares_are_a_softmax(base_model: models.BaseModel):
     layers = base_model.layers
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     queries = base_model.queries(latents, torch.tensor([10, 20]), base_model.encode(["a cat", "a dog"]), seed=0)
@@ -52,7 +52,7 @@ def test_word_shares_are_a_softmax(base_model: families.BaseModel):
     assert torch.allclose(shares[0], expected[..., 1:].movedim(-1, 0), atol=1e-6)
 
 
-def test_competitors_are_the_prompts_other_words(base_model: families.BaseModel, concept: Concept):
+def test_competitors_are_the_prompts_other_words(base_model: models.BaseModel, concept: Concept):
     proposer = AttentionProposer.from_concept(concept, base_model)
     sequence = proposer.word_sequence(["bomb"], "a Cat and a bomb on the grass, cat")
 
@@ -61,7 +61,7 @@ def test_competitors_are_the_prompts_other_words(base_model: families.BaseModel,
     assert torch.allclose(sequence[1:], torch.stack([rows["bomb"], rows["cat"], rows["grass"]]), atol=1e-5)
 
 
-def test_weapons_are_found_in_renderings(base_model: families.BaseModel, concept: Concept):
+def test_weapons_are_found_in_renderings(base_model: models.BaseModel, concept: Concept):
     proposer = AttentionProposer.from_concept(concept, base_model)
     rng = np.random.default_rng(5)
     ious, hits = [], []
@@ -78,7 +78,7 @@ def test_weapons_are_found_in_renderings(base_model: families.BaseModel, concept
     assert np.mean(hits) > 0.75
 
 
-def test_same_seed_same_proposals_at_any_size(base_model: families.BaseModel, concept: Concept):
+def test_same_seed_same_proposals_at_any_size(base_model: models.BaseModel, concept: Concept):
     proposer = AttentionProposer.from_concept(concept, base_model)
     scene = world.render_scene(np.random.default_rng(3), ("bomb",), "sand")
     image = Image.fromarray(scene.image)
@@ -92,7 +92,7 @@ def test_same_seed_same_proposals_at_any_size(base_model: families.BaseModel, co
     )
 
 
-def test_negative_labels_get_words_of_their_own(base_model: families.BaseModel, concept: Concept):
+def test_negative_labels_get_words_of_their_own(base_model: models.BaseModel, concept: Concept):
     options = {"words": {"harmless": ["cat"]}, "min_score": 0.3}
     proposer = AttentionProposer.from_concept(concept, base_model, options=options)
     scene = world.render_scene(np.random.default_rng(4), ("cat", "bomb"), "sand")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dagkit import demo, families
+from dagkit import demo, models
 from dagkit.concept import Concept, load_concept
 from dagkit.demo import world
 from dagkit.errors import CheckpointError, ConceptError, TokenError
@@ -154,12 +154,12 @@ def test_missing_weights_say_where_to_get_them(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def base_model() -> families.BaseModel:
-    return families.load(demo.model_path())
+def base_model() -> models.BaseModel:
+    return models.load(demo.model_path())
 
 
 @pytest.fixture(scope="module")
-def token(base_model: families.BaseModel) -> GuidelineToken:
+def token(base_model: models.BaseModel) -> GuidelineToken:
     """Optimised for a few steps on rendered scenes."""
     rng = np.random.default_rng(0)
     examples = []
@@ -173,7 +173,7 @@ def token(base_model: families.BaseModel) -> GuidelineToken:
     return result.token(base_model, concept="weapon", version="1.0.0", safety_prompt="a weapon", model_id="demo")
 
 
-def test_a_token_proposes_where_its_map_is_high(base_model: families.BaseModel, token: GuidelineToken, tmp_path: Path):
+def test_a_token_proposes_where_its_map_is_high(base_model: models.BaseModel, token: GuidelineToken, tmp_path: Path):
     folder = token.save(tmp_path / "weapon" / "1.0.0")
     concept = change(load_concept("weapon"), proposers=[{"name": "token", "token": str(folder)}])
     (proposer,) = build_proposers(concept, base_model)
@@ -190,7 +190,7 @@ def test_a_token_proposes_where_its_map_is_high(base_model: families.BaseModel, 
     assert float(heat[y0:y1, x0:x1].max()) == pytest.approx(best.score)
 
 
-def test_a_token_of_another_model_is_refused(base_model: families.BaseModel, token: GuidelineToken):
+def test_a_token_of_another_model_is_refused(base_model: models.BaseModel, token: GuidelineToken):
     from dataclasses import replace
 
     def with_keys(sketch: str) -> GuidelineToken:
@@ -204,7 +204,7 @@ def test_a_token_of_another_model_is_refused(base_model: families.BaseModel, tok
         TokenProposer(base_model, with_keys("sketch1:"), "weapon")
 
 
-def test_what_a_token_proposer_needs(base_model: families.BaseModel):
+def test_what_a_token_proposer_needs(base_model: models.BaseModel):
     concept = change(load_concept("weapon"), proposers="token")
     with pytest.raises(ConceptError, match=r"'token' needs the base model, but none was given"):
         build_proposers(concept)
@@ -214,7 +214,7 @@ def test_what_a_token_proposer_needs(base_model: families.BaseModel):
         build_proposers(change(concept, proposers=[{"name": "token", "token": "./nowhere"}]), base_model)
 
 
-def test_several_proposers_agree_on_one_box(base_model: families.BaseModel, token: GuidelineToken):
+def test_several_proposers_agree_on_one_box(base_model: models.BaseModel, token: GuidelineToken):
     proposers = [
         AttentionProposer.from_concept(load_concept("weapon"), base_model, options={"min_score": 0.3}),
         TokenProposer(base_model, token, "weapon"),

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
 
@@ -34,7 +33,7 @@ def test_a_token_needs_the_base_model(workspace: Workspace, concept: Concept):
 
 @pytest.mark.parametrize("selection", [None, "all", "diverse"])
 def test_a_token_says_what_is_uncertain_and_nothing_else(selection, workspace: Workspace, concept: Concept):
-    with pytest.raises(click.UsageError, match="add --select uncertain, or leave it out"):
+    with pytest.raises(TokenError, match="add --select uncertain, or leave it out"):
         push.choose(workspace, concept, selection, 2, token="weapon@1.0.0")
 
 

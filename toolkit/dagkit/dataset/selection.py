@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
     from dagkit.proposers.token import TokenProposer
     from dagkit.workspace import StageFolder, Workspace
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dagkit.families import BaseModel
     from dagkit.judges.demo import DemoJudge
+    from dagkit.models import BaseModel
 
 __all__ = ["claim", "judge_path", "load_judge", "load_model", "model_path", "sam_checkpoint", "unknown_words"]
 
@@ -56,18 +56,18 @@ def claim(folder: Path, *marks: str) -> None:
 
 
 def load_model(name: str = "demo", device: str = "cpu") -> BaseModel:
-    """A base model by name: ``demo`` is the bundled one, anything else is for `dagkit.families.load`.
+    """A base model by name: ``demo`` is the bundled one, anything else is for `dagkit.models.load`.
 
     The bundled one is called ``demo`` in all that is written with it, wherever dagkit is installed.
 
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from dagkit import families
+    from dagkit import models
 
     if name != "demo":
-        return families.load(name, device=device)
-    return replace(families.load(model_path(), device=device), source=name)
+        return models.load(name, device=device)
+    return replace(models.load(model_path(), device=device), source=name)
 
 
 def load_judge(device: str = "cpu") -> DemoJudge:

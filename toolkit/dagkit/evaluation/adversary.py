@@ -16,10 +16,10 @@ import torch
 from dagkit import guidance, metrics
 from dagkit.attention import QueryTap, cross_attention_map, project_keys
 from dagkit.errors import ModelError
-from dagkit.families import Condition
-from dagkit.families.checker import refuse_black
 from dagkit.generation import generate_from_embeddings
-from dagkit.prompts import refuse_sexualised_minors
+from dagkit.models import Condition
+from dagkit.models.checker import refuse_black
+from dagkit.refusal import refuse_sexualised_minors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dagkit.evaluation.columns import AttachableGuard
-    from dagkit.families import BaseModel
     from dagkit.judges import Judge
+    from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dagkit.evaluation.prompts import EvalPrompt
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
 
 TIMESTEPS: Final = (900, 700, 500, 300, 100)

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dagkit.errors import WorkspaceError
-from dagkit.families.checker import refuse_black
 from dagkit.manifests import EvaluatedPrompt, Timing
+from dagkit.models.checker import refuse_black
 from dagkit.workspace import StageFolder, sha256_json
 
 if TYPE_CHECKING:

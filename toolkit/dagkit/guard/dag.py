@@ -13,10 +13,10 @@ from torch import Tensor
 from dagkit import guidance
 from dagkit.attention import check_layer, cross_attention_map, project_keys
 from dagkit.errors import GuardError, ModelError
-from dagkit.families import Family
-from dagkit.families.sketch import mismatch
 from dagkit.guard.hooks import Change, Context, PipelineGuard
 from dagkit.guard.trace import StepRecord, Trace
+from dagkit.models import Family
+from dagkit.models.sketch import mismatch
 from dagkit.token import GuidelineToken, Thresholds
 
 MODES: Final = ("guide", "monitor", "stop")

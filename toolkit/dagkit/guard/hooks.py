@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from dagkit import guidance
 from dagkit.attention import QueryTap
 from dagkit.errors import GuardError, ModelError
-from dagkit.families import Condition, Encoding, Family, match
-from dagkit.families.checker import watched
 from dagkit.guard.trace import Trace
+from dagkit.models import Condition, Encoding, Family, match
+from dagkit.models.checker import watched
 
 NUM_TIMESTEPS: Final = 1000
 ROUNDING: Final = 0.02

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dagkit import guidance
 from dagkit.errors import GuardError
-from dagkit.families import Family
 from dagkit.guard.hooks import Change, Context, PipelineGuard
+from dagkit.models import Family
 
 
 class _GlobalGuard(PipelineGuard):

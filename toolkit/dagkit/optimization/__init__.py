@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dagkit.families import BaseModel
+from dagkit.models import BaseModel
 from dagkit.optimization.cache import QueryCache, cache_queries
 from dagkit.optimization.calibration import KNOTS, Calibration, calibrate, iou, summary
 from dagkit.optimization.data import (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dagkit.attention import grid
 from dagkit.errors import WorkspaceError
-from dagkit.families import BaseModel
+from dagkit.models import BaseModel
 from dagkit.optimization.data import Example, coarse_mask
 
 KEPT_SHARE: Final = 1 / 2

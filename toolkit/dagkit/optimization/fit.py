@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import WorkspaceError, quoted
-from dagkit.families import BaseModel
+from dagkit.models import BaseModel
 from dagkit.optimization.cache import Batch, QueryCache
 from dagkit.optimization.data import Example
 from dagkit.optimization.losses import objective

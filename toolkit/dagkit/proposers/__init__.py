@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]

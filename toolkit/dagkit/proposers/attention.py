@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
 
 TIMESTEPS: Final = (100, 200, 300)
 """Little noise: what is in the image is decided, and the denoiser still has to look at it."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
 
 
 class NoProposer:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
 
 CLASSES: Final = (
     "ANUS_COVERED", "ANUS_EXPOSED", "ARMPITS_COVERED", "ARMPITS_EXPOSED", "BELLY_COVERED", "BELLY_EXPOSED",

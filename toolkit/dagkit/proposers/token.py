@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import ConceptError, TokenError
-from dagkit.families.sketch import mismatch
+from dagkit.models.sketch import mismatch
 from dagkit.proposers import Proposal, check_label, check_options, checked_text
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
 
 TIMESTEPS: Final = (100, 200, 300, 400)

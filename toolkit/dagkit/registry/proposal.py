@@ -10,7 +10,7 @@ from dagkit.workspace import sha256_json
 
 if TYPE_CHECKING:
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
     from dagkit.token import DatasetInfo
 
 Change = Literal["patch", "minor", "major"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagkit.errors import TokenError
-from dagkit.families import sketch
+from dagkit.models import sketch
 from dagkit.registry.index import SIGNATURE_FILE
 from dagkit.registry.resolution import ResolvedToken, load_resolved
 from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file, verify_signature

@@ -27,16 +27,3 @@ STAGES: Final = (
     Stage("evaluate", "a token", "reports/", "Measure a token and write a report."),
     Stage("publish", "a token", "Hub, bucket or folder", "Publish a token version."),
 )
-
-# Commands that are no stage of their own: name -> (module of dagkit.stages, help)
-OTHER_COMMANDS: Final = {
-    "annotate": ("annotate", "generate + premask + push, resumable."),
-    "demo": ("demo", "Walk the whole way on the bundled model, offline."),
-    "concept": ("concepts", "List, show and write concept files."),
-    "token": ("tokens", "List, show, verify, compare and sign guideline tokens."),
-    "registry": ("registry", "List and verify what is published at a location."),
-    "dataset": ("dataset", "Check or publish a dataset."),
-    "purge": ("purge", "Delete candidate images that no dataset uses."),
-    "label-studio": ("label_studio", "Run the embedded Label Studio server."),
-    "doctor": ("doctor", "Show versions, devices, checkpoints and servers, with a hint for what is missing."),
-}

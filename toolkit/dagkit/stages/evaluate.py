@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
 from dagkit.errors import ConceptError
 from dagkit.provenance import public, public_name
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,8 +15,8 @@ if TYPE_CHECKING:
     from dagkit.concept import Concept
     from dagkit.dataset import AnnotatedImage
     from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, ImageMetric, PipelineColumn
-    from dagkit.families import BaseModel
     from dagkit.judges import Judge
+    from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
     from dagkit.workspace import StageFolder, Workspace
 
@@ -53,8 +51,8 @@ def run(
     shard: tuple[int, int] | None = None,
     num_examples: int = 6,
     num_attacks: int = 0,
-    progress: common.Progress | None = None,
-) -> common.StageResult:
+    progress: base.Progress | None = None,
+) -> base.StageResult:
     """Draws and judges every prompt in every column and writes ``reports/<concept>/<version>/``.
 
     Whatever is wrong with what it was given is found before the first image is drawn. Beside ``report.html``,
@@ -120,7 +118,7 @@ def run(
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
-    progress = progress or common.Progress(is_quiet=True)
+    progress = progress or base.Progress(is_quiet=True)
     folder.claim("runs/*/settings.json")
     own = folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)
     with lock(own, writes_below=folder.path if shard is None else runs.path):
@@ -132,7 +130,7 @@ def run(
     missing = part.num_missing(drawn)
     if missing:
         message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
-        return common.StageResult("evaluate", done, found, message, {"missing": missing})
+        return base.StageResult("evaluate", done, found, message, {"missing": missing})
     with lock(folder.path, patience_s=REPORT_PATIENCE_S):  # other shards may end at the same time
         said = {**settings, "prompt_source": prompt_source or settings["prompt_source"]}
         figures = _figures(concept, token, part, drawn, judges, metrics, said)
@@ -143,7 +141,7 @@ def run(
         path = _write_report(folder, figures, part, drawn, num_examples)
     passed = all(check["is_passed"] for check in figures["checks"])
     data = {"path": path, "passed": passed, "figures": figures}
-    return common.StageResult("evaluate", done, found, f"{_summary(figures)} -> {path}", data)
+    return base.StageResult("evaluate", done, found, f"{_summary(figures)} -> {path}", data)
 
 
 def _check_inputs(
@@ -155,7 +153,7 @@ def _check_inputs(
 ) -> None:
     """Finds what would stop the drawing in its middle or after it: refused prompts, and guards that do not fit."""
     from dagkit import evaluation
-    from dagkit.prompts import refuse_sexualised_minors
+    from dagkit.refusal import refuse_sexualised_minors
 
     negative = [column.negative_prompt for column in columns if column.negative_prompt is not None]
     for text in [*(prompt.text for prompt in prompts), *negative]:
@@ -369,7 +367,7 @@ def _attack(
     unguarded: Column,
     judges: Mapping[str, Judge],
     num: int,
-    progress: common.Progress,
+    progress: base.Progress,
 ) -> dict[str, Any] | None:
     """What an adversary achieves against the guard, from the first unguarded images that show the concept."""
     from dataclasses import asdict
@@ -500,178 +498,3 @@ def _summary(figures: Mapping[str, Any]) -> str:
     return "; ".join(
         [*parts, f"{len(failed)} of {len(figures['checks'])} gates failed" if failed else "all gates passed"]
     )
-
-
-@click.command("evaluate")
-@click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, a folder, or a URL.")
-@click.option("--concept", "concept_name", metavar="NAME", help="Concept: a name, or its file. Default: the token's.")
-@common.workspace_option
-@common.model_option
-@click.option(
-    "--num-prompts", type=click.IntRange(1, 100_000), default=48, show_default=True, help="Of each kind of prompt."
-)
-@click.option("--prompts", "source", metavar="SOURCE", help="A .csv, .jsonl or .parquet file, a preset, or a Hub id.")
-@click.option("--preset", metavar="NAME", help="Column mapping for a file: i2p, coco, unlearndiffatk, ...")
-@click.option("--category", "categories", multiple=True, help="Only prompts of this category; repeatable.")
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    type=click.Choice(COLUMNS),
-    help="What to compare with; repeatable. Default: negative_prompt. 'none' and 'dagkit' are always there.",
-)
-@click.option("--other-token", "other_names", multiple=True, metavar="TOKEN", help="A further token as a column.")
-@click.option(
-    "--judge",
-    "judge_names",
-    multiple=True,
-    metavar="NAME",
-    help="Judges; the first gives the figures, and how far they agree is shown. Default: the concept's.",
-)
-@click.option(
-    "--metrics",
-    "metric_names",
-    default="",
-    metavar="NAME[=PATH],...",
-    help="Further figures of the images: clip_score, fid, frechet, lpips. Each needs weights; SSIM is always there.",
-)
-@click.option(
-    "--dataset",
-    metavar="FOLDER",
-    help="Annotated images whose test split scores the detection. Default: the workspace's, where there is one.",
-)
-@click.option(
-    "--against",
-    metavar="TOKEN",
-    help="Exit with status 1 where this token, published or evaluated before, did better: name@version or a URL.",
-)
-@click.option("--gates/--no-gates", default=False, help="Exit with status 1 where any gate fails.")
-@click.option("--min-erase-rate", type=common.SHARE, default=0.9, show_default=True)
-@click.option("--min-preservation", type=common.SHARE, default=0.9, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
-@click.option("--shard", metavar="I/N", help="Draw the I-th of N parts only, for several machines.")
-@click.option(
-    "--num-examples", type=click.IntRange(0, 100), default=6, show_default=True, help="Pictures of each kind."
-)
-@click.option(
-    "--attack",
-    "num_attacks",
-    type=click.IntRange(0, 1000),
-    default=0,
-    show_default=True,
-    help="Pictures that a soft-prompt adversary tries to bring back. Keeps neither its prompts nor its images.",
-)
-@common.device_option
-@common.seed_option
-@common.output_options
-def command(
-    token_name: str,
-    concept_name: str | None,
-    workspace_path: Path,
-    model: str | None,
-    num_prompts: int,
-    source: str | None,
-    preset: str | None,
-    categories: tuple[str, ...],
-    columns: tuple[str, ...],
-    other_names: tuple[str, ...],
-    judge_names: tuple[str, ...],
-    metric_names: str,
-    dataset: str | None,
-    against: str | None,
-    gates: bool,
-    min_erase_rate: float,
-    min_preservation: float,
-    batch_size: int,
-    shard: str | None,
-    num_examples: int,
-    num_attacks: int,
-    device: str,
-    seed: int,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Measure a token and write a report.
-
-    Draws the same prompts from the same noise without guard, under the token, and with a negative prompt, and has a
-    judge look at every image. Resumes where an earlier run stopped.
-    """
-    import sys
-
-    from dagkit import evaluation, registry
-    from dagkit.concept import load_concept
-    from dagkit.workspace import Workspace
-
-    part = _parse_shard(shard)
-    token = registry.load_token(token_name, workspace=workspace_path)
-    concept = load_concept(concept_name or token.concept)
-    workspace = Workspace(workspace_path)
-    before = None if against is None else _figures_of(workspace, against)
-    if source is None and (preset is not None or categories):
-        raise click.UsageError("--preset and --category say how to read --prompts: add it, or leave them out.")
-    prompts = None
-    if source is not None:
-        prompts = evaluation.read_prompts(source, preset=preset, limit=num_prompts, categories=categories)
-    base_model = common.load_base_model(concept, model, device)
-    own = workspace.stage("dataset", concept.name).path
-    result = run(
-        workspace,
-        concept,
-        base_model,
-        token=token,
-        num_prompts=num_prompts,
-        columns=columns or DEFAULT_COLUMNS,
-        other_tokens=[registry.load_token(name, workspace=workspace_path) for name in other_names],
-        prompts=prompts,
-        prompt_source=source and Path(source).name,
-        judges=_judges(concept, judge_names, str(base_model.device)),
-        image_metrics=[name.strip() for name in metric_names.split(",") if name.strip()],
-        dataset=dataset or (own if own.is_dir() else None),
-        gates=evaluation.Gates(min_erase_rate, min_preservation, concept.thresholds.max_false_trigger_rate),
-        against=before,
-        seed=seed,
-        batch_size=batch_size,
-        shard=part,
-        num_examples=num_examples,
-        num_attacks=num_attacks,
-        progress=common.Progress(is_quiet),
-    )
-    checks = result.data.pop("figures", {}).get("checks", [])
-    result.show(as_json)
-    failed = [one for one in checks if not one["is_passed"] and (gates or one["name"].startswith("against"))]
-    for check in failed:
-        click.echo(f"failed: {check['text']}", err=True)
-    if failed:
-        sys.exit(1)
-
-
-def _parse_shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise click.BadParameter(f"expected I/N with 1 <= I <= N, such as 2/4, but got {text!r}.", param_hint="--shard")
-    return int(first), int(last)
-
-
-def _judges(concept: Concept, names: Sequence[str], device: str) -> dict[str, Judge] | None:
-    from dagkit import plugins
-
-    return {name: plugins.load("judges", name).from_concept(concept, device) for name in names} or None
-
-
-def _figures_of(workspace: Workspace, reference: str) -> dict[str, Any]:
-    """Figures of an evaluated token: those that it was published with, else those of this workspace.
-
-    Raises:
-        TokenError: there is no such token, or no evaluation of exactly this one.
-        PublishError: a location cannot be read.
-    """
-    from dagkit import evaluation, registry
-
-    resolved = registry.resolve(reference, workspace=workspace.root)
-    token = registry.load_resolved(resolved)
-    published = resolved.path / registry.FIGURES_FILE
-    own = workspace.stage("reports", token.concept).path / token.version / registry.FIGURES_FILE
-    is_published = published.is_file() and (resolved.url is not None or not own.is_file())
-    return evaluation.read_figures(published if is_published else own, token)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dagkit.concept import Concept
     from dagkit.workspace import Workspace
 
@@ -23,7 +19,7 @@ def run(
     licence: str = "other",
     note: str = "",
     seed: int = 0,
-) -> common.StageResult:
+) -> base.StageResult:
     """Builds ``dataset/<concept>/`` anew; rows keep the split that they had in the dataset before.
 
     Args:
@@ -66,70 +62,10 @@ def run(
     note = f", {unreviewed} of them UNREVIEWED" if unreviewed else ""
     shown = ", ".join(f"{split} {sum(counts.values())}" for split, counts in summary["counts"].items())
     left_out = "; left out: " + ", ".join(f"{n} {why}" for why, n in collection.left_out.items())
-    return common.StageResult(
+    return base.StageResult(
         "export",
         num_rows,
         sum(collection.left_out.values()),
         f"{num_rows} images{note} ({shown}){left_out if collection.left_out else ''} -> {target}",
         {"path": target, **{key: summary[key] for key in ("fingerprint", "counts", "review_states", "left_out")}},
     )
-
-
-@click.command("export")
-@common.concept_option
-@common.workspace_option
-@click.option(
-    "--unreviewed",
-    "accept_unreviewed",
-    is_flag=True,
-    help="Take pre-masks that nobody reviewed, too. The card says so.",
-)
-@click.option("--no-pull", "is_pulled", flag_value=False, default=True, help="Use the answers fetched before.")
-@click.option(
-    "--label-studio",
-    "url",
-    metavar="URL",
-    envvar="DAGKIT_LABEL_STUDIO",
-    help="Where to pull from. Default: the server to which the tasks were pushed.",
-)
-@click.option("--licence", default="other", show_default=True, help="SPDX identifier for the card.")
-@click.option("--note", metavar="TEXT", default="", help="For the card: who reviewed, and how.")
-@common.seed_option
-@common.output_options
-def command(
-    concept_name: str,
-    workspace_path: Path,
-    accept_unreviewed: bool,
-    is_pulled: bool,
-    url: str | None,
-    licence: str,
-    note: str,
-    seed: int,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Pull what annotators said, if tasks were pushed, and build the dataset of a concept from it.
-
-    Rows are split into train, validation and test so that images of one prompt or seed stay together; a row keeps its
-    split when the dataset grows.
-    """
-    from datasets import disable_progress_bars
-
-    from dagkit.concept import load_concept
-    from dagkit.stages import pull
-    from dagkit.workspace import Workspace
-
-    workspace, concept = Workspace(workspace_path), load_concept(concept_name)
-    if common.Progress(is_quiet).is_quiet:
-        disable_progress_bars()
-    if is_pulled and workspace.stage("labeling", concept.name).has("project.json"):
-        pull.run(workspace, concept, url=url, progress=common.Progress(is_quiet)).show(as_json)
-    result = run(
-        workspace,
-        concept,
-        accept_unreviewed=accept_unreviewed,
-        licence=licence,
-        note=note,
-        seed=seed,
-    )
-    result.show(as_json)

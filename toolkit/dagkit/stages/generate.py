@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dagkit.concept import Concept, Prompt, PromptKind
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
     from dagkit.workspace import Workspace
 
 
@@ -26,8 +22,8 @@ def run(
     hinted_share: float = 0.15,
     seed: int = 0,
     batch_size: int = 4,
-    progress: common.Progress | None = None,
-) -> common.StageResult:
+    progress: base.Progress | None = None,
+) -> base.StageResult:
     """Draws candidates into ``candidates/<concept>/``; images that are there already are not drawn again.
 
     Args:
@@ -47,7 +43,7 @@ def run(
         WorkspaceError: the folder holds candidates of other settings, or cannot be written.
     """
     from dagkit.generation import generate_images
-    from dagkit.prompts import refuse_sexualised_minors
+    from dagkit.refusal import refuse_sexualised_minors
     from dagkit.seeds import candidate_seed
     from dagkit.workspace import lock, sha256_json
 
@@ -77,8 +73,8 @@ def run(
             }
         )
         todo = [item for item in plan if item[0] not in done]
-        steps = common.batches(todo, batch_size)
-        progress = progress or common.Progress(is_quiet=True)
+        steps = base.batches(todo, batch_size)
+        progress = progress or base.Progress(is_quiet=True)
         for batch in progress.track(steps, total=-(-len(todo) // batch_size), description="generate"):
             images = generate_images(
                 base_model,
@@ -94,7 +90,7 @@ def run(
     skipped = len(plan) - len(todo)
     counts = {kind: sum(prompt.kind == kind for _, prompt, _ in plan) for kind in ("unsafe", "hinted", "safe")}
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    return common.StageResult(
+    return base.StageResult(
         "generate",
         len(todo),
         skipped,
@@ -148,48 +144,3 @@ def _row(
         "model_fingerprint": base_model.fingerprint,
         "settings": settings,
     }
-
-
-@click.command("generate")
-@common.concept_option
-@common.workspace_option
-@common.model_option
-@click.option(
-    "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
-)
-@click.option("--safe-share", type=common.SHARE, default=0.4, show_default=True, help="Share of safe prompts.")
-@click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True)
-@common.device_option
-@common.seed_option
-@common.output_options
-def command(
-    concept_name: str,
-    workspace_path: Path,
-    model: str | None,
-    num_images: int,
-    safe_share: float,
-    batch_size: int,
-    device: str,
-    seed: int,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Draw candidate images, unsafe and safe, with the base model.
-
-    Resumes where an earlier run stopped. Prompts that sexualise minors are refused, always.
-    """
-    from dagkit.concept import load_concept
-    from dagkit.workspace import Workspace
-
-    concept = load_concept(concept_name)
-    base_model = common.load_base_model(concept, model, device)
-    run(
-        Workspace(workspace_path),
-        concept,
-        base_model,
-        num_images=num_images,
-        safe_share=safe_share,
-        seed=seed,
-        batch_size=batch_size,
-        progress=common.Progress(is_quiet),
-    ).show(as_json)

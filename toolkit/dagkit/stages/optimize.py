@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
     from dagkit.optimization import Recipe
     from dagkit.token import GuidelineToken
     from dagkit.workspace import Workspace
@@ -37,8 +35,8 @@ def run(
     model_id: str | None = None,
     seed: int = 0,
     sizes: Sequence[int] = (),
-    progress: common.Progress | None = None,
-) -> common.StageResult:
+    progress: base.Progress | None = None,
+) -> base.StageResult:
     """Optimises a guideline token and writes it to ``tokens/<concept>/<version>/``.
 
     A token that was made from the same dataset, base model, recipe and seed is not made again. An interrupted
@@ -94,7 +92,7 @@ def run(
         for token in existing:
             if token.record.optimization.get("inputs") == inputs:
                 message = f"{token.name} was made from the same inputs already -> {tokens.path / token.version}"
-                return common.StageResult(
+                return base.StageResult(
                     "optimize", 0, 1, message, {"token": token.name, "path": tokens.path / token.version}
                 )
         info = DatasetInfo(
@@ -112,7 +110,7 @@ def run(
             return [Example(row.image, row.mask, row.prompt, row.is_unsafe) for row in rows]
 
         checkpoint = tokens.inside(f".checkpoint-{inputs[7:23]}.safetensors")
-        bar = (progress or common.Progress(is_quiet=True)).bar("optimize")
+        bar = (progress or base.Progress(is_quiet=True)).bar("optimize")
         with bar as report:
             result = optimize(
                 base_model,
@@ -156,7 +154,7 @@ def run(
         figure += " (the dataset keeps no unsafe images apart for validation: annotate more)"
     if is_waiting and rate < LOW_DETECTION_RATE:
         figure += f", but it recognises only {rate:.0%} of the unsafe {rated_on} images: annotate more"
-    return common.StageResult(
+    return base.StageResult(
         "optimize",
         1,
         0,
@@ -181,60 +179,3 @@ def _figures(state: Mapping[str, Any]) -> str:
     """Loss and IoU of a report, where it has one, for the progress bar."""
     names = {"loss": "loss", "validation_iou": "IoU", "training_iou": "training IoU"}
     return ", ".join(f"{short} {state[name]:.3f}" for name, short in names.items() if name in state)
-
-
-@click.command("optimize")
-@common.concept_option
-@common.workspace_option
-@common.model_option
-@click.option("--dataset", metavar="FOLDER", help="Another than the workspace's: a folder, or hf://owner/name.")
-@click.option("--recipe", type=click.Choice(["default", "paper"]), default="default", show_default=True)
-@click.option("--num-tokens", type=click.IntRange(1, 64), help="Guideline rows n. Default: the recipe's.")
-@click.option("--num-steps", type=click.IntRange(1, 100_000), help="Optimiser steps. Default: the recipe's.")
-@click.option(
-    "--data-efficiency",
-    "is_measuring_sizes",
-    is_flag=True,
-    help="Measure as well what 2, 4, 8, 16 and 32 images would have given; the report plots it.",
-)
-@click.option("--version", metavar="X.Y.Z", help="Version to write. Default: the next one, by what changed.")
-@common.device_option
-@common.seed_option
-@common.output_options
-def command(
-    concept_name: str,
-    workspace_path: Path,
-    model: str | None,
-    dataset: str | None,
-    recipe: str,
-    num_tokens: int | None,
-    num_steps: int | None,
-    is_measuring_sizes: bool,
-    version: str | None,
-    device: str,
-    seed: int,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Optimise a guideline token and write it as a new version.
-
-    The base model is frozen: only the token's few rows are learned, against the masks of the dataset.
-    """
-    from dagkit.concept import load_concept
-    from dagkit.workspace import Workspace
-
-    concept = load_concept(concept_name)
-    options = {"num_tokens": num_tokens, "num_steps": num_steps}
-    run(
-        Workspace(workspace_path),
-        concept,
-        common.load_base_model(concept, model, device),
-        dataset=dataset,
-        recipe=recipe,
-        options={name: value for name, value in options.items() if value is not None},
-        version=version,
-        model_id=model or concept.model,
-        seed=seed,
-        sizes=SIZES if is_measuring_sizes else (),
-        progress=common.Progress(is_quiet),
-    ).show(as_json)

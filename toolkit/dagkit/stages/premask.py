@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from PIL.Image import Image
 
@@ -26,8 +23,8 @@ def run(
     proposers: Sequence[Proposer],
     segmenter: Segmenter,
     *,
-    progress: common.Progress | None = None,
-) -> common.StageResult:
+    progress: base.Progress | None = None,
+) -> base.StageResult:
     """Outlines the concept in every candidate that has no pre-mask yet. Candidates of safe prompts get none.
 
     Args:
@@ -67,7 +64,7 @@ def run(
             }
         )
         todo = [row for row in rows if row["key"] not in done]
-        progress = progress or common.Progress(is_quiet=True)
+        progress = progress or base.Progress(is_quiet=True)
         for row in progress.track(todo, total=len(todo), description="premask"):
             try:
                 image = candidates.read_image(row["image"])
@@ -85,7 +82,7 @@ def run(
     finished = [row for row in folder.rows() if row["key"] in {row["key"] for row in rows}]
     wanted = {row["key"] for row in rows if row["kind"] != "safe"}
     found = sum(1 for row in finished if row["key"] in wanted and row["masks"])
-    return common.StageResult(
+    return base.StageResult(
         "premask",
         len(todo),
         len(rows) - len(todo),
@@ -128,47 +125,3 @@ def _premask(
         "segmenter": {"name": segmenter.name, "version": segmenter.version},
         "score": round(sum(positive) / len(positive), 4) if positive else 0.0,
     }
-
-
-@click.command("premask")
-@common.concept_option
-@common.workspace_option
-@common.model_option
-@click.option(
-    "--checkpoint",
-    type=click.Path(dir_okay=False),
-    help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
-)
-@common.device_option
-@common.output_options
-def command(
-    concept_name: str,
-    workspace_path: Path,
-    model: str | None,
-    checkpoint: str | None,
-    device: str,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Outline the concept in every candidate: proposers say where it may be, a segmenter says how far it reaches.
-
-    Resumes where an earlier run stopped.
-    """
-    from pathlib import Path
-
-    from dagkit.concept import load_concept
-    from dagkit.proposers import build_proposers
-    from dagkit.segmenters import build_segmenter
-    from dagkit.workspace import Workspace
-
-    concept = load_concept(concept_name)
-    device = common.resolve_device(device)
-    segmenter = build_segmenter(concept, device, Path(checkpoint) if checkpoint else None)
-    base_model = common.load_base_model(concept, model, device)
-    run(
-        Workspace(workspace_path),
-        concept,
-        build_proposers(concept, base_model, device),
-        segmenter,
-        progress=common.Progress(is_quiet),
-    ).show(as_json)

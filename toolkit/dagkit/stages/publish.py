@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from dagkit import provenance
 from dagkit.errors import PublishError, quoted
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from dagkit.registry import Entry, Location, Parcel
@@ -29,7 +27,7 @@ def run(
     is_dry_run: bool = False,
     is_unmeasured_allowed: bool = False,
     is_worse_allowed: bool = False,
-) -> common.StageResult:
+) -> base.StageResult:
     """Publishes one version of a token; of one that is published already, what is missing or damaged.
 
     Exactly this leaves: the artifact's four files, its signature if it has one, the figures of its evaluation without
@@ -87,12 +85,12 @@ def run(
         message = (
             f"dry run: {len(data['files'])} files, {sizes:,} bytes, would go to {location.url}; nothing was written"
         )
-        return common.StageResult("publish", 0, 0, message, data)
+        return base.StageResult("publish", 0, 0, message, data)
     entry = registry.publish(parcel, location)
-    return common.StageResult("publish", 1, 0, f"{url} ({len(entry.files)} files, {entry.content[:19]})", data)
+    return base.StageResult("publish", 1, 0, f"{url} ({len(entry.files)} files, {entry.content[:19]})", data)
 
 
-def _repair(parcel: Parcel, location: Location, entry: Entry, is_dry_run: bool) -> common.StageResult:
+def _repair(parcel: Parcel, location: Location, entry: Entry, is_dry_run: bool) -> base.StageResult:
     """What is published already is looked over; what is missing or damaged of it is written again."""
     from dagkit import registry
 
@@ -100,13 +98,13 @@ def _repair(parcel: Parcel, location: Location, entry: Entry, is_dry_run: bool) 
     data: dict[str, Any] = {"url": url, "files": registry.written_files(parcel), "notes": []}
     damaged = registry.damaged_files(location, entry)
     if not damaged:
-        return common.StageResult("publish", 0, 1, f"{url} is published already, with the same content", data)
+        return base.StageResult("publish", 0, 1, f"{url} is published already, with the same content", data)
     names = ", ".join(damaged)
     if is_dry_run:
         message = f"dry run: {url} is published already; {names} would be written again; nothing was written"
-        return common.StageResult("publish", 0, 0, message, data)
+        return base.StageResult("publish", 0, 0, message, data)
     registry.publish(parcel, location)
-    return common.StageResult("publish", 1, 0, f"{url}: written again what was missing or damaged: {names}", data)
+    return base.StageResult("publish", 1, 0, f"{url}: written again what was missing or damaged: {names}", data)
 
 
 def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[str, Any] | None:
@@ -179,64 +177,3 @@ def _headlines(figures: Mapping[str, Any]) -> dict[str, float]:
         if value is not None:
             found[title] = round(float(value), 4)
     return found
-
-
-@click.command("publish")
-@click.argument("reference", metavar="TOKEN")
-@click.option(
-    "--to", required=True, metavar="URL", help="hf://org/name, s3://bucket/prefix or file:///folder; no version."
-)
-@click.option(
-    "--with-examples",
-    "examples",
-    multiple=True,
-    metavar="IMAGE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Publish this image too; repeatable. No image leaves unless it is named.",
-)
-@click.option("--public", "is_public", is_flag=True, help="Hub only: let everybody see it. Default: private.")
-@click.option("--dry-run", "is_dry_run", is_flag=True, help="Check everything, list every file, write nothing.")
-@click.option(
-    "--without-evaluation", "is_unmeasured_allowed", is_flag=True, help="Publish although nobody has measured it."
-)
-@click.option(
-    "--force-worse", "is_worse_allowed", is_flag=True, help="Publish although it is worse than what it replaces."
-)
-@common.workspace_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")
-def command(
-    reference: str,
-    to: str,
-    examples: tuple[Path, ...],
-    is_public: bool,
-    is_dry_run: bool,
-    is_unmeasured_allowed: bool,
-    is_worse_allowed: bool,
-    workspace_path: Path,
-    as_json: bool,
-) -> None:
-    """Publish a version of a token: TOKEN is name@version, a folder or a URL.
-
-    A published version never changes. It needs an evaluation, and must not be worse than the version that it replaces.
-    """
-    from dagkit.workspace import Workspace
-
-    if is_public and not to.startswith("hf://"):
-        raise click.UsageError("--public is for hf:// only; who may read a bucket or folder is set there.")
-    result = run(
-        Workspace(workspace_path),
-        reference,
-        to,
-        examples=examples,
-        is_public=is_public,
-        is_dry_run=is_dry_run,
-        is_unmeasured_allowed=is_unmeasured_allowed,
-        is_worse_allowed=is_worse_allowed,
-    )
-    if not as_json:
-        for note in result.data["notes"]:
-            click.echo(f"note: {note}", err=True)
-        if is_dry_run:
-            for name, size in result.data["files"].items():
-                click.echo(f"  {name:<24} {'' if size is None else f'{size:>9,} bytes'}".rstrip())
-    result.show(as_json)

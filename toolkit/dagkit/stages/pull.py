@@ -7,13 +7,10 @@ import json
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from dagkit.concept import Concept
     from dagkit.labelstudio.answers import Answer, Consensus, Masks
@@ -30,9 +27,9 @@ def run(
     consensus: Consensus | None = None,
     min_iou: float | None = None,
     review: bool = False,
-    progress: common.Progress | None = None,
+    progress: base.Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
-) -> common.StageResult:
+) -> base.StageResult:
     """Fetches the answers that are new or changed since the last pull into ``annotations/<concept>/``.
 
     Writes masks and one row a task, ``agreement.json`` (of all tasks) and ``annotators.json`` (the server's user ids ->
@@ -62,7 +59,7 @@ def run(
     from dagkit.labelstudio.agreement import agreement
     from dagkit.workspace import lock
 
-    progress = progress or common.Progress(is_quiet=True)
+    progress = progress or base.Progress(is_quiet=True)
     labeling, folder = workspace.stage("labeling", concept.name), workspace.stage("annotations", concept.name)
     if not labeling.has("project.json"):
         raise WorkspaceError(f"{labeling.path}: nothing was pushed from this workspace. Run `dagkit push` first.")
@@ -100,7 +97,7 @@ def run(
         ids = sorted({task_id for task_id, _ in changed} | reader.newly_reviewed())
         num_done = 0
         total = -(-len(ids) // 100)
-        for batch in progress.track(list(common.batches(ids, 100)), total=total, description="pull"):
+        for batch in progress.track(list(base.batches(ids, 100)), total=total, description="pull"):
             done, wrong = reader.take(batch, client.export(found[0], batch))
             num_done += done
             problems += wrong
@@ -118,7 +115,7 @@ def run(
     num_open = len(labeling.keys() - reader.rows.keys())
     disagreements = sum(bool(row["reasons"]) for row in rows)
     sent = f", {num_to_review} sent to review" if review else ""
-    return common.StageResult(
+    return base.StageResult(
         "pull",
         num_done,
         len(rows) - num_done,
@@ -393,56 +390,3 @@ def _png(mask: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-@click.command("pull")
-@common.concept_option
-@common.workspace_option
-@click.option(
-    "--label-studio",
-    "url",
-    metavar="URL",
-    envvar="DAGKIT_LABEL_STUDIO",
-    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: where the tasks were pushed.",
-)
-@click.option(
-    "--consensus",
-    type=click.Choice(["majority", "union", "intersection"]),
-    help="How several answers to one task make a mask. Default: as at the last pull, or majority.",
-)
-@click.option(
-    "--min-iou",
-    type=click.FloatRange(0, 1),
-    help="Two masks with a lower IoU count as a disagreement. Default: as at the last pull, or 0.7.",
-)
-@click.option(
-    "--review", is_flag=True, help="Send the tasks on which annotators disagree to a second project, for a reviewer."
-)
-@common.output_options
-def command(
-    concept_name: str,
-    workspace_path: Path,
-    url: str | None,
-    consensus: Consensus | None,
-    min_iou: float | None,
-    review: bool,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Fetch what annotators made of the pre-masks.
-
-    Fetches only what is new or changed; run it as often as you like.
-    """
-    from dagkit.concept import load_concept
-    from dagkit.workspace import Workspace
-
-    run(
-        Workspace(workspace_path),
-        load_concept(concept_name),
-        url=url,
-        consensus=consensus,
-        min_iou=min_iou,
-        review=review,
-        progress=common.Progress(is_quiet),
-        tell=lambda line: click.echo(line, err=True),
-    ).show(as_json)

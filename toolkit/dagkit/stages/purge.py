@@ -5,9 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +19,7 @@ FOLDERS = {"candidates": "images", "premasks": "masks", "annotations": "masks"}
 """Stage -> where its pictures are."""
 
 
-def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> common.StageResult:
+def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> base.StageResult:
     """Deletes the pictures of candidates that are not in the concept's dataset, nor on their way into it.
 
     On their way are those that annotators were sent and have not answered yet, and those whose answers no export has
@@ -67,7 +65,7 @@ def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> c
         if is_dry_run
         else f"{len(files)} files ({size}) of {len(unused)} unused candidates were deleted; {len(used)} are in use."
     )
-    return common.StageResult(
+    return base.StageResult(
         "purge",
         0 if is_dry_run else len(files),
         len(used),
@@ -114,19 +112,3 @@ def _pictures(row: Row) -> list[str]:
         *([row["image"]] if "image" in row else []),
         *(mask["path"] if isinstance(mask, dict) else mask for mask in masks),
     ]
-
-
-@click.command("purge")
-@common.concept_option
-@common.workspace_option
-@click.option("--yes", "is_confirmed", is_flag=True, help="Delete. Without it, only say what would be deleted.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")
-def command(concept_name: str, workspace_path: Path, is_confirmed: bool, as_json: bool) -> None:
-    """Delete candidate images that no dataset uses, with their masks. A dry run unless --yes is given.
-
-    Kept are those that annotators have yet to answer, and those whose answers were not exported yet.
-    """
-    from dagkit.concept import load_concept
-    from dagkit.workspace import Workspace
-
-    run(Workspace(workspace_path), load_concept(concept_name), is_dry_run=not is_confirmed).show(as_json)

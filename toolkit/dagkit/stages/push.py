@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dagkit.concept import Concept
     from dagkit.dataset.selection import Selection
-    from dagkit.families import BaseModel
     from dagkit.labelstudio.client import Client
     from dagkit.labelstudio.storage import Storage
     from dagkit.labelstudio.tasks import Task
+    from dagkit.models import BaseModel
     from dagkit.proposers.token import TokenProposer
     from dagkit.workspace import StageFolder, Workspace
 
@@ -34,9 +31,9 @@ def run(
     batch_size: int | None = None,
     keys: Sequence[str] | None = None,
     storage: Storage | None = None,
-    progress: common.Progress | None = None,
+    progress: base.Progress | None = None,
     tell: Callable[[str], None] = lambda _: None,
-) -> common.StageResult:
+) -> base.StageResult:
     """Sends to Label Studio what it does not have yet, and notes the ids of its tasks in ``labeling/<concept>/``.
 
     The project is found again by its title, which is made once for a workspace; so a run that was killed, or whose
@@ -85,7 +82,7 @@ def run(
         page(concept)  # tried before anything is sent
     else:
         check_page(label_config, concept, "the labelling page")
-    progress = progress or common.Progress(is_quiet=True)
+    progress = progress or base.Progress(is_quiet=True)
     folder = workspace.stage("labeling", concept.name)
     folder.claim("project.json")
     with lock(folder.path), ExitStack() as stack:
@@ -113,7 +110,7 @@ def run(
             track=lambda batches, total: progress.track(batches, total=total, description="push"),
         )
     address = f"{client.url}/projects/{project_id}/data"
-    return common.StageResult(
+    return base.StageResult(
         "push",
         num_sent,
         len(rows) - num_sent,
@@ -179,47 +176,13 @@ def token_proposer(
     if token is None:
         return None
     if selection != "uncertain":
-        raise click.UsageError("--token says what is uncertain: add --select uncertain, or leave it out.")
+        raise TokenError("--token says what is uncertain: add --select uncertain, or leave it out.")
     if base_model is None:
         raise TokenError(
             f"token {token!r}: it sees images through the base model that drew them, but none was given. "
             "Give the base model, too (--model), or leave the token out."
         )
     return TokenProposer(base_model, load_token(token, workspace=workspace.root), concept.labels.positive[0])
-
-
-def selection_options(command: common.Command) -> common.Command:
-    """``--select``, ``--num-tasks`` and ``--token``, for `choose`."""
-    for option in (
-        click.option(
-            "--token",
-            metavar="TOKEN",
-            help="name@version, folder or URL: uncertain is then where it and the pre-mask disagree.",
-        ),
-        click.option(
-            "--num-tasks", type=click.IntRange(1), help="Send the first N of the selection. Default: all of it."
-        ),
-        click.option(
-            "--select",
-            "selection",
-            type=click.Choice(["uncertain", "diverse", "all"]),
-            help="Send first those that teach most, and no near-duplicates. Default: all, in their order.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def storage_options(command: common.Command) -> common.Command:
-    """``--storage`` and ``--s3-endpoint``, for `dagkit.labelstudio.storage.parse_storage`."""
-    command = click.option("--s3-endpoint", metavar="URL", help="Of an S3-compatible store. Default: AWS.")(command)
-    return click.option(
-        "--storage",
-        metavar="WHERE",
-        default="upload",
-        show_default=True,
-        help="Where the server gets the images: upload, local:FOLDER (which it may serve) or s3://BUCKET/FOLDER.",
-    )(command)
 
 
 def page(concept: Concept) -> str:
@@ -303,74 +266,3 @@ def _task(
     version = "+".join(f"{maker['name']}@{maker['version']}" for maker in makers) or "dagkit"
     proposed = (prediction(masks, scores, model_version=version),) if masks else ()
     return Task(key, storage.place(candidates.inside(image)), *size, proposed)
-
-
-@click.command("push")
-@common.concept_option
-@common.workspace_option
-@click.option(
-    "--label-studio",
-    "url",
-    metavar="URL",
-    envvar="DAGKIT_LABEL_STUDIO",
-    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
-)
-@click.option(
-    "--label-config",
-    "label_config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="XML of the labelling page. Default: made from the concept.",
-)
-@click.option(
-    "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
-)
-@click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
-@selection_options
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="Base model for --token (default: the concept's) and --select diverse (default: none, colours decide).",
-)
-@common.device_option
-@storage_options
-@common.output_options
-def command(
-    concept_name: str,
-    workspace_path: Path,
-    url: str | None,
-    label_config: Path | None,
-    num_annotators: int | None,
-    batch_size: int | None,
-    selection: Selection | None,
-    num_tasks: int | None,
-    token: str | None,
-    model: str | None,
-    device: str,
-    storage: str,
-    s3_endpoint: str | None,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Send candidates and pre-masks to Label Studio.
-
-    Sends only what is not there yet; run it again after any failure.
-    """
-    from dagkit.concept import load_concept, read_text
-    from dagkit.labelstudio.storage import parse_storage
-    from dagkit.workspace import Workspace
-
-    concept, workspace = load_concept(concept_name), Workspace(workspace_path)
-    place = parse_storage(storage, s3_endpoint)
-    base_model = common.load_base_model(concept, model, device) if model or token else None
-    run(
-        workspace,
-        concept,
-        keys=choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token),
-        storage=place,
-        url=url,
-        label_config=read_text(label_config) if label_config else None,
-        num_annotators=num_annotators,
-        batch_size=batch_size,
-        progress=common.Progress(is_quiet),
-        tell=lambda line: click.echo(line, err=True),
-    ).show(as_json)

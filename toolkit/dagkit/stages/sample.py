@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-import click
-
-from dagkit.stages import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dagkit.families import BaseModel
     from dagkit.guard import Guard, Trace
+    from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
     from dagkit.workspace import StageFolder, Workspace
 
@@ -40,8 +36,8 @@ def run(
     allow_other_model: bool = False,
     seed: int = 0,
     context: Sequence[str] = (),
-    progress: common.Progress | None = None,
-) -> common.StageResult:
+    progress: base.Progress | None = None,
+) -> base.StageResult:
     """Draws each prompt under guard into ``samples/<concept>/``; images that are there already are not drawn again.
 
     Args:
@@ -71,7 +67,7 @@ def run(
     from dagkit.errors import GuardError
     from dagkit.evaluation import token_identity
     from dagkit.guard import Guard
-    from dagkit.prompts import refuse_sexualised_minors
+    from dagkit.refusal import refuse_sexualised_minors
     from dagkit.workspace import lock, sha256_json
 
     for prompt in prompts:
@@ -113,7 +109,7 @@ def run(
     with lock(folder.path):
         done = folder.keys()
         todo = [job for job in jobs if job[0] not in done]
-        progress = progress or common.Progress(is_quiet=True)
+        progress = progress or base.Progress(is_quiet=True)
         for key, prompt, image_seed, is_guarded in progress.track(todo, total=len(todo), description="sample"):
             row: dict[str, Any] = {
                 "key": key,
@@ -148,7 +144,7 @@ def run(
         message += f" and stopped {num_stopped}, of which there is no image"
     shown = [{**row, "image": row["image"] and str(folder.path / row["image"])} for row in rows]
     data = {"images": shown, "num_stopped": num_stopped}
-    return common.StageResult("sample", len(todo), len(jobs) - len(todo), f"{message} -> {folder.path}", data)
+    return base.StageResult("sample", len(todo), len(jobs) - len(todo), f"{message} -> {folder.path}", data)
 
 
 def _draw(
@@ -191,100 +187,3 @@ def _kept(folder: StageFolder, key: str, guards: Sequence[Guard], traces: Sequen
             folder.write_image(one["map"], trace.strip(0))
         kept.append(one)
     return kept
-
-
-@click.command("sample")
-@click.argument("prompts", nargs=-1)
-@click.option(
-    "--guard",
-    "references",
-    required=True,
-    multiple=True,
-    metavar="TOKEN",
-    help="Token: name@version, a folder or a URL. Repeatable: each guards against its own concept.",
-)
-@click.option(
-    "--prompts-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="More prompts, one a line.",
-)
-@click.option("--compare", "is_compared", is_flag=True, help="Also draw each prompt unguarded, with the same seed.")
-@click.option("--strength", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Of the guidance.")
-@click.option(
-    "--mode",
-    type=click.Choice(get_args(Mode)),
-    default="guide",
-    show_default=True,
-    help="Steer away, only detect, or end an image in which a concept is found (then exit with status 1).",
-)
-@click.option("--form", type=click.Choice(get_args(Form)), help="Of the guidance. Default: the token's.")
-@click.option(
-    "--reuse-steps",
-    type=click.IntRange(min=1),
-    help="Denoiser calls for which a safety prediction is kept. Default: the token's.",
-)
-@click.option("--allow-other-model", is_flag=True, help="Guard a model with other weights than the token was made for.")
-@click.option("--num-inference-steps", type=click.IntRange(1, 1000), help="Default: the concept's.")
-@click.option("--guidance-scale", type=click.FloatRange(min=1, min_open=True), help="Default: the concept's.")
-@common.workspace_option
-@common.model_option
-@common.device_option
-@common.seed_option
-@common.output_options
-def command(
-    prompts: tuple[str, ...],
-    references: tuple[str, ...],
-    prompts_file: Path | None,
-    is_compared: bool,
-    strength: float,
-    mode: Mode,
-    form: Form | None,
-    reuse_steps: int | None,
-    allow_other_model: bool,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    workspace_path: Path,
-    model: str | None,
-    device: str,
-    seed: int,
-    as_json: bool,
-    is_quiet: bool,
-) -> None:
-    """Draw PROMPTS under guard, with detection maps and an audit trace of each image.
-
-    With several tokens, the first one's concept gives model, sampling and folder.
-    """
-    from dagkit import registry
-    from dagkit.concept import load_concept
-    from dagkit.workspace import Workspace
-
-    texts = [*prompts]
-    if prompts_file:
-        texts += [line.strip() for line in common.read_text(prompts_file).splitlines() if line.strip()]
-    if not texts:
-        raise click.UsageError("no prompt given: write one behind the options, or use --prompts-file")
-    workspace = Workspace(workspace_path)
-    token, *others = (registry.load_token(reference, workspace=workspace.root) for reference in references)
-    concepts = [load_concept(one.concept) for one in (token, *others)]
-    changes = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    own = concepts[0].sampling.model_dump()
-    result = run(
-        workspace,
-        token,
-        common.load_base_model(concepts[0], model, device),
-        texts,
-        sampling=own | {key: value for key, value in changes.items() if value is not None},
-        other_tokens=others,
-        is_compared=is_compared,
-        strength=strength,
-        mode=mode,
-        form=form,
-        reuse_steps=reuse_steps,
-        allow_other_model=allow_other_model,
-        seed=seed,
-        context=[line for concept in concepts for line in concept.context],
-        progress=common.Progress(is_quiet),
-    )
-    result.show(as_json)
-    if result.data["num_stopped"]:
-        sys.exit(1)

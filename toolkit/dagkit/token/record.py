@@ -109,7 +109,7 @@ class BaseModelInfo(_Strict):
         revision: of the Hub repository, where known.
         architecture: the family's name, e.g. ``sd`` or ``sdxl``.
         fingerprint: ``sha256:`` of the weight files.
-        text_encoder: sketch of the text encoders' weights (see ``dagkit.families.sketch``).
+        text_encoder: sketch of the text encoders' weights (see ``dagkit.models.sketch``).
         key_projections: sketch of the layers' ``to_k`` weights.
     """
 

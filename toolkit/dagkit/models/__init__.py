@@ -1,6 +1,6 @@
 """Families of base models: what differs between them, behind one protocol.
 
-base = families.load("runwayml/stable-diffusion-v1-5")
+base = models.load("runwayml/stable-diffusion-v1-5")
 base.family.name                      # "sd"
 condition = base.encode(["a cat"])    # text-encoder output
 queries = base.queries(latents, timesteps, condition, seed=0)
@@ -8,6 +8,6 @@ queries = base.queries(latents, timesteps, condition, seed=0)
 
 from __future__ import annotations
 
-from dagkit.families.base import BaseModel, Condition, Encoding, Family, is_cached, is_hub_id, load, match
+from dagkit.models.base import BaseModel, Condition, Encoding, Family, is_cached, is_hub_id, load, match
 
 __all__ = ["BaseModel", "Condition", "Encoding", "Family", "is_cached", "is_hub_id", "load", "match"]

@@ -134,9 +134,9 @@ def test_verify_finds_what_new_sums_hide(workspace: Path):
 def test_verify_against_a_base_model(workspace: Path):
     pipe = sd()
     pipe.save_pretrained("model")
-    from dagkit import families
+    from dagkit import models
 
-    model = families.load(workspace / "model")
+    model = models.load(workspace / "model")
     layers = model.family.cross_attention(model.pipe)
     info = BaseModelInfo(
         id="model", architecture="sd", fingerprint=model.fingerprint, **model.family.fingerprints(model.pipe, layers)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dagkit.errors import ModelError
-from dagkit.families.base import PLAIN, Condition, Encoding, pixels
-from dagkit.families.sketch import sketch
+from dagkit.models.base import PLAIN, Condition, Encoding, pixels
+from dagkit.models.sketch import sketch
 
 MIN_SIDE, MAX_SIDE = 16, 32
 """Layers whose grid at the model's own size has sides in this range carry most of the semantics (DAG)."""

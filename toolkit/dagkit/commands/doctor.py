@@ -128,14 +128,14 @@ def _checkpoints(concept_name: str | None) -> Iterator[Finding]:
 def _base_model(concept: Concept, lacking: Status) -> Finding:
     from pathlib import Path
 
-    from dagkit import families
+    from dagkit import models
 
     what, model = f"{concept.name}: base model", concept.model
     if model == "demo" or Path(model).is_dir():
         return Finding("ok", what, model)
-    if not families.is_hub_id(model):
+    if not models.is_hub_id(model):
         return Finding(lacking, what, f"{model} is not there", "Name a folder or a Hub id as the concept's model.")
-    if not families.is_cached(model):
+    if not models.is_cached(model):
         return Finding("off", what, f"{model}, not downloaded yet", "The first command that draws downloads it.")
     return Finding("ok", what, f"{model}, downloaded")
 

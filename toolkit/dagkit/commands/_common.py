@@ -1,14 +1,11 @@
-"""What all stages share: click options, progress, results, and the way from a model's name to the loaded model."""
+"""What all commands share: click options, results on the terminal, and the way from a model's name to the model."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -16,79 +13,25 @@ import click
 
 if TYPE_CHECKING:
     from dagkit.concept import Concept
-    from dagkit.families import BaseModel
+    from dagkit.models import BaseModel
+    from dagkit.stages.base import StageResult
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did.
-
-    Attributes:
-        stage: its name.
-        done: items made by this run.
-        skipped: items that an earlier run had already made.
-        message: one line for the terminal, without the stage's name.
-        data: further facts for ``--json``.
-    """
-
-    stage: str
-    done: int
-    skipped: int
-    message: str
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def show(self, as_json: bool) -> None:
-        """Prints the result: one line, or one JSON object."""
-        if as_json:
-            shown = {
-                "stage": self.stage,
-                "done": self.done,
-                "skipped": self.skipped,
-                "message": self.message,
-                **self.data,
-            }
-            click.echo(json.dumps(shown, ensure_ascii=False, default=str))
-        else:
-            click.echo(f"{self.stage}: {self.message}")
-
-
-class Progress:
-    """A progress bar on a terminal; silent elsewhere, in CI, and when asked.
-
-    Args:
-        is_quiet: never show a bar.
-    """
-
-    def __init__(self, is_quiet: bool = False) -> None:
-        self.is_quiet = is_quiet or not sys.stderr.isatty() or bool(os.environ.get("CI"))
-
-    def track(self, items: Iterable[Item], *, total: int, description: str) -> Iterator[Item]:
-        """Yields ``items`` and moves the bar by one for each."""
-        if self.is_quiet:
-            yield from items
-            return
-        from rich.console import Console
-        from rich.progress import track
-
-        yield from track(items, total=total, description=description, console=Console(stderr=True), transient=True)
-
-    @contextmanager
-    def bar(self, description: str) -> Iterator[Callable[..., None]]:
-        """A bar that is told its state: yields a function of (done, total, note=""), the last shown beside its name."""
-        if self.is_quiet:
-            yield lambda *_: None
-            return
-        from rich.console import Console
-        from rich.progress import Progress as Bars
-
-        with Bars(console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task(description)
-            yield lambda done, total, note="": bars.update(
-                task, completed=done, total=total, description=f"{description} {note}".rstrip()
-            )
+def show(result: StageResult, as_json: bool) -> None:
+    """Prints what a stage did: one line, or one JSON object."""
+    if as_json:
+        shown = {
+            "stage": result.stage,
+            "done": result.done,
+            "skipped": result.skipped,
+            "message": result.message,
+            **result.data,
+        }
+        click.echo(json.dumps(shown, ensure_ascii=False, default=str))
+    else:
+        click.echo(f"{result.stage}: {result.message}")
 
 
 class _Share(click.FloatRange):
@@ -162,6 +105,40 @@ def output_options(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")(command)
 
 
+def selection_options(command: Command) -> Command:
+    """``--select``, ``--num-tasks`` and ``--token``, for `choose`."""
+    for option in (
+        click.option(
+            "--token",
+            metavar="TOKEN",
+            help="name@version, folder or URL: uncertain is then where it and the pre-mask disagree.",
+        ),
+        click.option(
+            "--num-tasks", type=click.IntRange(1), help="Send the first N of the selection. Default: all of it."
+        ),
+        click.option(
+            "--select",
+            "selection",
+            type=click.Choice(["uncertain", "diverse", "all"]),
+            help="Send first those that teach most, and no near-duplicates. Default: all, in their order.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def storage_options(command: Command) -> Command:
+    """``--storage`` and ``--s3-endpoint``, for `dagkit.labelstudio.storage.parse_storage`."""
+    command = click.option("--s3-endpoint", metavar="URL", help="Of an S3-compatible store. Default: AWS.")(command)
+    return click.option(
+        "--storage",
+        metavar="WHERE",
+        default="upload",
+        show_default=True,
+        help="Where the server gets the images: upload, local:FOLDER (which it may serve) or s3://BUCKET/FOLDER.",
+    )(command)
+
+
 def read_text(path: Path) -> str:
     """The text of a file that a user names.
 
@@ -215,15 +192,9 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     Raises:
         ModelError: the model cannot be loaded.
     """
-    from dagkit import demo, families
+    from dagkit import demo, models
 
     name, device = model or concept.model, resolve_device(device)
-    if families.is_hub_id(name) and not families.is_cached(name):
+    if models.is_hub_id(name) and not models.is_cached(name):
         click.echo(f"{name} is downloaded from the Hub, once. This can take minutes.", err=True)
     return demo.load_model(name, device)
-
-
-def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Cuts a list into lists of at most ``size`` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

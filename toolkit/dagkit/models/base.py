@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dagkit import plugins
 from dagkit.attention import QueryTap
 from dagkit.errors import ModelError
-from dagkit.families import checker
+from dagkit.models import checker
 
 DENOISERS: Final = ("unet", "transformer")
 FINGERPRINTED: Final = (*DENOISERS, "text_encoder", "text_encoder_2")
@@ -189,7 +189,7 @@ class BaseModel:
 def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> BaseModel:
     """Loads a diffusers pipeline from a folder or the Hub and freezes it.
 
-    Safety checker and watermarker are left out, and not downloaded: see `dagkit.families.checker`. The weights are the
+    Safety checker and watermarker are left out, and not downloaded: see `dagkit.models.checker`. The weights are the
     plain safetensors on every device, never a variant, so that the fingerprint is the same everywhere.
 
     Args:
@@ -241,7 +241,7 @@ def match(pipe: Any) -> Family:
     denoiser = type(getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)).__name__
     raise ModelError(
         f"no family knows {type(pipe).__name__} with denoiser {denoiser}. Available families: "
-        f"{', '.join(plugins.names('families'))}. Add one as described in dagkit/families."
+        f"{', '.join(plugins.names('families'))}. Add one as described in dagkit/models."
     )
 
 

@@ -1,4 +1,4 @@
-"""The words by which `dagkit.prompts` reads a prompt, by kind. Lines that start with ``#`` name the kind.
+"""The words by which `dagkit.refusal` reads a prompt, by kind. Lines that start with ``#`` name the kind.
 
 In the word lists a term of several words has underscores, one that is also seen in two words has a hyphen: both are
 found written apart, hyphened and in one. In the phrases a space stands for white space or a hyphen, ``{name}`` for a

@@ -6,7 +6,7 @@ letters and small misspellings make no difference. It refuses when a prompt, or 
 and the prompt speaks of somebody who is or may be a minor, ages in figures and in words included.
 
 What reads as guilty is read once more without the phrases in which such words mean something else: "a minor road",
-"chicken breast", "a 16 year old cat" (`dagkit.prompt_words` holds all words and phrases). Where in doubt it refuses,
+"chicken breast", "a 16 year old cat" (`dagkit.refusal.words` holds all words and phrases). Where in doubt it refuses,
 and it says which word it read as what.
 """
 
@@ -20,8 +20,8 @@ from functools import cache, lru_cache
 from itertools import takewhile
 from typing import Final, NamedTuple
 
-from dagkit import prompt_words as words
 from dagkit.errors import PromptRefused
+from dagkit.refusal import words
 
 # Spellings too short or too common to be looked for with letters changed.
 _FUZZY_LENGTH: Final = 6

@@ -13,7 +13,7 @@ import pytest
 from dagkit import generation
 from dagkit.concept import load_concept
 from dagkit.errors import PromptRefused
-from dagkit.prompts import refuse_sexualised_minors
+from dagkit.refusal import refuse_sexualised_minors
 
 REFUSED = [
     "a nude child",

@@ -18,13 +18,13 @@ from PIL import Image
 
 import flagship
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.errors import ModelError, PromptRefused
 from dagkit.evaluation import Attack, Drawn, EvalPrompt, EvaluationRun, Target, attack_guard, draw_columns
 from dagkit.evaluation.eval_unlearn import DagkitTechnique
-from dagkit.families import BaseModel, checker
 from dagkit.generation import generate_from_embeddings, generate_images
 from dagkit.judges import Judgement
+from dagkit.models import BaseModel, checker
 from dagkit.workspace import StageFolder
 
 SETTINGS = {"num_inference_steps": 2, "guidance_scale": 5.0, "width": 64, "height": 64}
@@ -43,7 +43,7 @@ def own(repository: Path) -> Any:
 
 
 def base_of(pipe: Any) -> BaseModel:
-    return BaseModel(pipe, families.match(pipe), "own", "sha256:0")
+    return BaseModel(pipe, models.match(pipe), "own", "sha256:0")
 
 
 def draw(base: BaseModel, prompts: Sequence[str] = PROMPTS) -> list[bytes]:
@@ -55,7 +55,7 @@ def run(pipe: Any, **options: Any) -> Any:
 
 
 def test_a_model_is_loaded_without_its_checker(repository: Path, own: Any, caplog: pytest.LogCaptureFixture) -> None:
-    base = families.load(repository)
+    base = models.load(repository)
     assert base.pipe.safety_checker is base.pipe.feature_extractor is None
     assert type(base.pipe.scheduler).__name__ == "PNDMScheduler"
     assert not base.pipe.config.requires_safety_checker
@@ -66,7 +66,7 @@ def test_a_model_is_loaded_without_its_checker(repository: Path, own: Any, caplo
 
 def test_a_pipeline_of_ones_own_draws_without_its_checker_and_keeps_it(repository: Path, own: Any) -> None:
     before, config = own.safety_checker, dict(own.config)
-    assert draw(base_of(own)) == draw(families.load(repository))
+    assert draw(base_of(own)) == draw(models.load(repository))
     assert own.safety_checker is before
     assert dict(own.config) == config
     assert run(own).images[0].getbbox() is None
@@ -232,7 +232,7 @@ def test_a_model_is_loaded_without_a_watermarker(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pipeline_stable_diffusion_xl, "is_invisible_watermark_available", lambda: True)
     monkeypatch.setattr(pipeline_stable_diffusion_xl, "StableDiffusionXLWatermarker", _Mark, raising=False)
     assert isinstance(tiny.sdxl(add_watermarker=None).watermark, _Mark)
-    assert families.load(tmp_path).pipe.watermark is None
+    assert models.load(tmp_path).pipe.watermark is None
 
 
 def edited(repository: Path, folder: Path, **changes: Any) -> Path:
@@ -246,7 +246,7 @@ def test_parts_of_the_checker_that_nobody_has_any_more_do_no_harm(repository: Pa
     old = edited(repository, tmp_path / "old", feature_extractor=["transformers", "CLIPFeatureExtractor"])
     shutil.rmtree(old / "safety_checker")
     shutil.rmtree(old / "feature_extractor")
-    assert draw(families.load(old)) == draw(families.load(repository))
+    assert draw(models.load(old)) == draw(models.load(repository))
 
 
 def test_an_image_encoder_keeps_its_feature_extractor() -> None:

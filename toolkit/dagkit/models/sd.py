@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagkit.families.base import PLAIN, Condition, Encoding
-from dagkit.families.unet import UNetFamily, encode_with
+from dagkit.models.base import PLAIN, Condition, Encoding
+from dagkit.models.unet import UNetFamily, encode_with
 
 
 class SD(UNetFamily):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import tiny_pipelines as tiny
-from dagkit import families, plugins
+from dagkit import models, plugins
 from dagkit.errors import ModelError
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_becomes_a_frozen_base_model(folder: Path) -> None:
-    base = families.load(folder)
+    base = models.load(folder)
     assert base.family.name == "sd"
     assert base.source == str(folder)
     assert base.device == torch.device("cpu")
@@ -32,16 +32,16 @@ def test_a_folder_becomes_a_frozen_base_model(folder: Path) -> None:
 
 
 def test_the_fingerprint_is_of_the_weights(folder: Path, tmp_path: Path) -> None:
-    first = families.load(folder).fingerprint
+    first = models.load(folder).fingerprint
     assert first.startswith("sha256:")
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert families.load(copy).fingerprint == first
+    assert models.load(copy).fingerprint == first
     tiny.sd(seed=1).save_pretrained(tmp_path / "other")
-    assert families.load(tmp_path / "other").fingerprint != first
+    assert models.load(tmp_path / "other").fingerprint != first
 
 
 def test_half_precision_on_request(folder: Path) -> None:
-    assert families.load(folder, dtype=torch.float16).pipe.unet.dtype == torch.float16
+    assert models.load(folder, dtype=torch.float16).pipe.unet.dtype == torch.float16
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -49,33 +49,33 @@ def test_no_such_folder(tmp_path: Path) -> None:
         with pytest.raises(
             ModelError, match=r"nowhere: no such folder. Expected a folder in diffusers' format, or a Hub id"
         ):
-            families.load(where)
+            models.load(where)
 
 
 def test_a_hub_id_that_cannot_be_downloaded() -> None:
     with pytest.raises(ModelError, match="nobody/nothing: neither a folder nor a model that can be downloaded"):
-        families.load("nobody/nothing")
+        models.load("nobody/nothing")
 
 
 def test_a_folder_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"no model_index.json. Expected a folder written by diffusers' save_pretrained"
     ):
-        families.load(tmp_path)
+        models.load(tmp_path)
 
 
 def test_a_folder_without_a_unet(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(copy / "unet")
     with pytest.raises(ModelError, match="no unet folder, so there is no denoiser to guard"):
-        families.load(copy)
+        models.load(copy)
 
 
 def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     next((copy / "unet").glob("*.safetensors")).write_bytes(b"broken")
     with pytest.raises(ModelError, match="diffusers cannot load this model"):
-        families.load(copy)
+        models.load(copy)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
@@ -86,7 +86,7 @@ def test_weights_that_are_no_plain_safetensors(folder: Path, tmp_path: Path, par
     with pytest.raises(
         ModelError, match=f"copy: {part} has no plain safetensors.*neither pickles nor variants.*convert"
     ):
-        families.load(copy)
+        models.load(copy)
 
 
 def test_variants_and_pickles_beside_the_weights_are_not_looked_at(folder: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_variants_and_pickles_beside_the_weights_are_not_looked_at(folder: Path,
     for name in ("model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors", "pytorch_model.bin"):
         for part in ("unet", "text_encoder"):
             (copy / part / name).write_bytes(b"never read")
-    assert families.load(copy).fingerprint == families.load(folder).fingerprint
+    assert models.load(copy).fingerprint == models.load(folder).fingerprint
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe"])
@@ -104,7 +104,7 @@ def test_an_index_that_is_no_json_object(folder: Path, tmp_path: Path, text: byt
     with pytest.raises(
         ModelError, match=r"model_index.json: (not JSON|expected a JSON object).*Download the model again"
     ):
-        families.load(copy)
+        models.load(copy)
 
 
 def test_an_index_of_unknown_classes(folder: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_index_of_unknown_classes(folder: Path, tmp_path: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
     with pytest.raises(ModelError, match="diffusers cannot load this model"):
-        families.load(copy)
+        models.load(copy)
 
 
 def test_an_unknown_pipeline_is_named_with_its_denoiser() -> None:
@@ -122,7 +122,7 @@ def test_an_unknown_pipeline_is_named_with_its_denoiser() -> None:
     with pytest.raises(
         ModelError, match=r"no family knows Strange with denoiser Linear. Available families: .*sd, sdxl"
     ):
-        families.match(Strange())
+        models.match(Strange())
 
 
 def test_a_subclass_of_a_known_pipeline_is_known() -> None:
@@ -131,14 +131,14 @@ def test_a_subclass_of_a_known_pipeline_is_known() -> None:
     class Mine(StableDiffusionPipeline):
         pass
 
-    assert families.match(tiny.sd(Mine)).name == "sd"
+    assert models.match(tiny.sd(Mine)).name == "sd"
 
 
 @pytest.mark.parametrize("make", [tiny.sd, tiny.sdxl], ids=["sd", "sdxl"])
 def test_the_contract_of_every_family(make: Any) -> None:
     pipe = make()
-    family = families.match(pipe)
-    base = families.BaseModel(pipe, family, "tiny", "")
+    family = models.match(pipe)
+    base = models.BaseModel(pipe, family, "tiny", "")
     layers = family.cross_attention(pipe)
     assert layers
     assert all(name.endswith("attn2") for name in layers)
@@ -162,7 +162,7 @@ def test_the_contract_of_every_family(make: Any) -> None:
 
 def test_noise_follows_the_schedule() -> None:
     pipe = tiny.sd()
-    base = families.BaseModel(pipe, families.match(pipe), "tiny", "")
+    base = models.BaseModel(pipe, models.match(pipe), "tiny", "")
     latents = torch.ones(2, 4, 16, 16)
     noised = base.noise(latents, torch.tensor([0, 999]), seed=0)
     assert (noised[0] - 1).abs().mean() < 0.1
@@ -178,19 +178,19 @@ def test_noise_follows_the_schedule() -> None:
 def test_images_of_two_sizes_are_refused() -> None:
     pipe = tiny.sd()
     with pytest.raises(ModelError, match="images of one batch must have one size"):
-        families.match(pipe).latents(pipe, [Image.new("RGB", (32, 32)), Image.new("RGB", (64, 32))])
+        models.match(pipe).latents(pipe, [Image.new("RGB", (32, 32)), Image.new("RGB", (64, 32))])
 
 
 def test_a_model_for_inpainting_is_no_base_for_optimisation() -> None:
     pipe = tiny.sd(unet=tiny.unet(in_channels=9))
-    base = families.BaseModel(pipe, families.match(pipe), "tiny", "")
+    base = models.BaseModel(pipe, models.match(pipe), "tiny", "")
     with pytest.raises(ModelError, match="the denoiser takes 9 channels, but latents have 4"):
         base.queries(torch.zeros(1, 4, 16, 16), torch.tensor([5]), base.encode(["a cat"]), seed=0)
 
 
 def test_layers_are_chosen_by_their_grid() -> None:
     pipe = tiny.sd()
-    family = families.match(pipe)
+    family = models.match(pipe)
     assert len(family.cross_attention(pipe)) == 7  # 32 and 16 cells a side
     pipe.unet.register_to_config(sample_size=64)  # 64 and 32: the finest are too fine
     assert all(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from dagkit.stages import _common as common
+from dagkit.commands import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ PROMPTS = (
 )
 
 
-def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progress: common.Progress) -> Path:
+def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progress: base.Progress) -> Path:
     """Walks from the concept ``weapon`` to a report; what an earlier run finished is not done again.
 
     Args:
@@ -55,7 +56,7 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
 
     start = time.monotonic()
 
-    def step(title: str, stage: Callable[[], common.StageResult]) -> common.StageResult:
+    def step(title: str, stage: Callable[[], base.StageResult]) -> base.StageResult:
         click.echo(f"\n{click.style(title, bold=True)}")
         result = stage()
         click.echo(f"  {result.message}  ({time.monotonic() - start:.0f} s)")
@@ -140,6 +141,6 @@ def command(is_quick: bool, workspace_path: Path | None, device: str, is_quiet: 
         Workspace(path),
         size=QUICK if is_quick else FULL,
         device="cpu" if device == "auto" else common.resolve_device(device),
-        progress=common.Progress(is_quiet),
+        progress=base.Progress(is_quiet),
     )
     click.echo(f"\nOpen the report in a browser:\n{os.fspath(report.resolve())}")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagkit.stages import _common as common
+from dagkit.commands import _common as common
+from dagkit.stages import base
 
 if TYPE_CHECKING:
     from dagkit.dataset import Finding
 
 
-def run(source: str | Path) -> tuple[common.StageResult, list[Finding]]:
+def run(source: str | Path) -> tuple[base.StageResult, list[Finding]]:
     """Checks a dataset.
 
     Args:
@@ -33,7 +34,7 @@ def run(source: str | Path) -> tuple[common.StageResult, list[Finding]]:
     num_errors = sum(finding.is_error for finding in findings)
     num_rows = sum(len(rows) for rows in data.values())
     message = f"{num_rows} rows: {num_errors} errors, {len(findings) - num_errors} warnings"
-    return common.StageResult("dataset check", num_rows, 0, message), findings
+    return base.StageResult("dataset check", num_rows, 0, message), findings
 
 
 @click.group("dataset")
@@ -63,7 +64,7 @@ def check_command(source: str | None, concept_name: str | None, workspace_path: 
         for finding in findings:
             kind = "error" if finding.is_error else "warning"
             click.echo(f"{kind}: {finding.split}: {finding.key}: {finding.problem}: {finding.message}")
-        result.show(as_json=False)
+        common.show(result, as_json=False)
     if any(finding.is_error for finding in findings):
         raise click.exceptions.Exit(1)
 
@@ -88,7 +89,7 @@ def push_command(
     data, summary = load_with_summary(source or _in_workspace(workspace_path, concept_name))
     where = push_dataset(data, to, summary, private=not public)
     num_rows = sum(len(rows) for rows in data.values())
-    common.StageResult("dataset push", num_rows, 0, f"{num_rows} rows -> {where}").show(as_json)
+    common.show(base.StageResult("dataset push", num_rows, 0, f"{num_rows} rows -> {where}"), as_json)
 
 
 def _in_workspace(workspace_path: Path, concept_name: str | None) -> Path:

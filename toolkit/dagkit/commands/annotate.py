@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dagkit.stages import _common as common
-from dagkit.stages import push
+from dagkit.commands import _common as common
+from dagkit.stages import base, push
 
 if TYPE_CHECKING:
     from dagkit.dataset.selection import Selection
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 @click.option(
     "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
 )
-@push.selection_options
-@push.storage_options
+@common.selection_options
+@common.storage_options
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -74,7 +74,7 @@ def command(
     from dagkit.workspace import Workspace
 
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
-    progress = common.Progress(is_quiet)
+    progress = base.Progress(is_quiet)
     device = common.resolve_device(device)
     # What would fail at the end is tried first.
     place = parse_storage(storage, s3_endpoint)
@@ -84,23 +84,29 @@ def command(
         base_model = common.load_base_model(concept, model, device)
         push.token_proposer(workspace, concept, selection, token, base_model)
         proposers = build_proposers(concept, base_model, device)
-        generate.run(
-            workspace,
-            concept,
-            base_model,
-            num_images=num_images,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        ).show(as_json)
-        premask.run(workspace, concept, proposers, segmenter, progress=progress).show(as_json)
+        common.show(
+            generate.run(
+                workspace,
+                concept,
+                base_model,
+                num_images=num_images,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            ),
+            as_json,
+        )
+        common.show(premask.run(workspace, concept, proposers, segmenter, progress=progress), as_json)
         keys = push.choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token)
-        push.run(
-            workspace,
-            concept,
-            client=client,
-            keys=keys,
-            storage=place,
-            num_annotators=num_annotators,
-            progress=progress,
-        ).show(as_json)
+        common.show(
+            push.run(
+                workspace,
+                concept,
+                client=client,
+                keys=keys,
+                storage=place,
+                num_annotators=num_annotators,
+                progress=progress,
+            ),
+            as_json,
+        )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dagkit.families.base import PLAIN, Condition, Encoding
-from dagkit.families.unet import UNetFamily, encode_with
+from dagkit.models.base import PLAIN, Condition, Encoding
+from dagkit.models.unet import UNetFamily, encode_with
 
 
 class SDXL(UNetFamily):

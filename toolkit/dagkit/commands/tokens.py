@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dagkit.stages import _common as common
+from dagkit.commands import _common as common
 
 if TYPE_CHECKING:
     from dagkit.registry import Check, ResolvedToken

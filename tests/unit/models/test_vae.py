@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 import tiny_pipelines as tiny
-from dagkit import families
+from dagkit import models
 from dagkit.errors import ModelError
 
 
@@ -27,13 +27,13 @@ def test_a_vae_that_overflows_in_float16_encodes_in_float32() -> None:
     assert pipe.vae.config.force_upcast
     assert not torch.isfinite(pipe.vae.encode(torch.ones(1, 3, 32, 32).half()).latent_dist.mode()).all()
     weights = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
-    latents = families.match(pipe).latents(pipe, images())
+    latents = models.match(pipe).latents(pipe, images())
     assert latents.dtype == torch.float16
     assert latents.isfinite().all()
     assert pipe.vae.dtype == torch.float16
     assert all(torch.equal(value, weights[name]) for name, value in pipe.vae.state_dict().items())
 
-    reference = families.match(pipe).latents(pipe.to(dtype=torch.float32), images())
+    reference = models.match(pipe).latents(pipe.to(dtype=torch.float32), images())
     torch.testing.assert_close(latents.float(), reference, rtol=2e-3, atol=1e-4)
 
 
@@ -43,7 +43,7 @@ def test_latents_that_are_not_finite_are_refused() -> None:
     with pytest.raises(
         ModelError, match=r"VAE gives latents that are not finite in float16. Load the model in float32, or with a VAE"
     ):
-        families.match(pipe).latents(pipe, images())
+        models.match(pipe).latents(pipe, images())
     assert pipe.vae.dtype == torch.float16
 
 
@@ -51,5 +51,5 @@ def test_the_dtype_is_restored_when_encoding_fails() -> None:
     pipe = overflowing(torch.float16)
     pipe.vae.encoder.conv_in = torch.nn.Conv2d(5, 8, 3).half()
     with pytest.raises(RuntimeError, match="channels"):
-        families.match(pipe).latents(pipe, images())
+        models.match(pipe).latents(pipe, images())
     assert pipe.vae.dtype == torch.float16

@@ -1,0 +1,58 @@
+"""generate: the command of `dagkit.stages.generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dagkit.commands import _common as common
+from dagkit.stages import base, generate
+
+
+@click.command("generate")
+@common.concept_option
+@common.workspace_option
+@common.model_option
+@click.option(
+    "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
+)
+@click.option("--safe-share", type=common.SHARE, default=0.4, show_default=True, help="Share of safe prompts.")
+@click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True)
+@common.device_option
+@common.seed_option
+@common.output_options
+def command(
+    concept_name: str,
+    workspace_path: Path,
+    model: str | None,
+    num_images: int,
+    safe_share: float,
+    batch_size: int,
+    device: str,
+    seed: int,
+    as_json: bool,
+    is_quiet: bool,
+) -> None:
+    """Draw candidate images, unsafe and safe, with the base model.
+
+    Resumes where an earlier run stopped. Prompts that sexualise minors are refused, always.
+    """
+    from dagkit.concept import load_concept
+    from dagkit.workspace import Workspace
+
+    concept = load_concept(concept_name)
+    base_model = common.load_base_model(concept, model, device)
+    common.show(
+        generate.run(
+            Workspace(workspace_path),
+            concept,
+            base_model,
+            num_images=num_images,
+            safe_share=safe_share,
+            seed=seed,
+            batch_size=batch_size,
+            progress=base.Progress(is_quiet),
+        ),
+        as_json,
+    )
