@@ -1,14 +1,9 @@
-"""The family protocol, the loaded base model, and how a model folder becomes one."""
+"""The family protocol and the loaded base model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -19,18 +14,6 @@ from torch import Tensor, nn
 from dagkit import plugins
 from dagkit.attention import QueryTap
 from dagkit.errors import ModelError
-from dagkit.models import checker
-
-DENOISERS: Final = ("unet", "transformer")
-FINGERPRINTED: Final = (*DENOISERS, "text_encoder", "text_encoder_2")
-WEIGHTED: Final = (*FINGERPRINTED, "vae")
-"""Folders of a model whose weights are loaded."""
-
-_OTHER_WEIGHTS: Final = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".safetensors")
-_NO_SAFETENSORS: Final = (
-    "has no plain safetensors, and dagkit reads neither pickles nor variants such as fp16. Choose a model that has "
-    "them, or convert it once with diffusers: DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)."
-)
 
 
 @dataclass(frozen=True)
@@ -186,48 +169,6 @@ class BaseModel:
             return tap.stop(len(latents), self.family.num_positions(self.pipe, layers, size))
 
 
-def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> BaseModel:
-    """Loads a diffusers pipeline from a folder or the Hub and freezes it.
-
-    Safety checker and watermarker are left out, and not downloaded: see `dagkit.models.checker`. The weights are the
-    plain safetensors on every device, never a variant, so that the fingerprint is the same everywhere.
-
-    Args:
-        model: folder in diffusers' format, or Hub id.
-        device: e.g. ``"cpu"`` or ``"cuda"``.
-        dtype: of the weights; float32 on a CPU and float16 elsewhere where not given.
-
-    Raises:
-        ModelError: there is no such folder or id, a part is missing, unreadable or not in safetensors, or no family
-            knows this architecture.
-    """
-    import diffusers
-    from diffusers import DiffusionPipeline
-
-    folder = _folder(model)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    precision = {
-        "dtype"
-        if hasattr(diffusers.utils.deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE")
-        else "torch_dtype": dtype
-    }
-    try:
-        with _no_progress_bars():
-            pipe = DiffusionPipeline.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, **checker.left_out(_index(folder)), **precision
-            )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(
-            f"{model}: diffusers cannot load this model: {_in_short(error)}. Check the folder, or download it again."
-        ) from error
-    family = match(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.eval().requires_grad_(False)
-    return BaseModel(pipe.to(device), family, str(model), _fingerprint(folder))
-
-
 def match(pipe: Any) -> Family:
     """Finds the family of a pipeline.
 
@@ -252,129 +193,3 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
         raise ModelError(f"images of one batch must have one size, but got {sorted(sizes)}.")
     stack = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
     return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def is_hub_id(model: str | Path) -> bool:
-    """Whether a model's name means a repository on the Hub: ``org/name``, and no such folder here."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
-
-    if not isinstance(model, str) or model.count("/") != 1 or Path(model).is_dir():
-        return False
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
-
-
-def is_cached(hub_id: str) -> bool:
-    """Whether the user's cache has a repository's denoiser; else `load` downloads gigabytes."""
-    from huggingface_hub import try_to_load_from_cache
-
-    index = try_to_load_from_cache(hub_id, "model_index.json")
-    return isinstance(index, str) and any(_plain_weights(Path(index).with_name(part)) for part in DENOISERS)
-
-
-def _folder(model: str | Path) -> Path:
-    """The local folder of a model, downloaded if it is a Hub id, with its index checked."""
-    folder = Path(model)
-    if is_hub_id(model):
-        folder = _downloaded(str(model))
-    elif not folder.is_dir():
-        raise ModelError(
-            f"{model}: no such folder. Expected a folder in diffusers' format, or a Hub id such as org/name."
-        )
-    if not (folder / "model_index.json").is_file():
-        raise ModelError(f"{folder}: no model_index.json. Expected a folder written by diffusers' save_pretrained.")
-    if not any((folder / part).is_dir() for part in DENOISERS):
-        raise ModelError(f"{folder}: no unet folder, so there is no denoiser to guard. Download the model again.")
-    for part in (folder / name for name in WEIGHTED):
-        if not _plain_weights(part) and any(file.suffix in _OTHER_WEIGHTS for file in part.glob("*")):
-            raise ModelError(f"{model}: {part.name} {_NO_SAFETENSORS}")
-    return folder
-
-
-def _downloaded(model: str) -> Path:
-    """The folder of a Hub id in the user's cache, filled with the plain safetensors and configs of what is loaded."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        with _quiet_hub():
-            return Path(DiffusionPipeline.download(model, use_safetensors=True, safety_checker=None))
-    except (OSError, ValueError) as error:
-        if "Could not find the necessary `safetensors` weights" in str(error):
-            raise ModelError(f"{model}: a part {_NO_SAFETENSORS}") from error
-        raise ModelError(
-            f"{model}: neither a folder nor a model that can be downloaded: {_in_short(error)}. Check name and "
-            "network, then run it again: what is in the cache is kept."
-        ) from error
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """A model's ``model_index.json``."""
-    path = folder / "model_index.json"
-    try:
-        index: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {_in_short(error)}. Download the model again.") from error
-    if not isinstance(index, dict):
-        raise ModelError(f"{path}: expected a JSON object, but got {type(index).__name__}. Download the model again.")
-    return dict(index)
-
-
-def _plain_weights(part: Path) -> list[Path]:
-    """The safetensors that are loaded: ``model.safetensors`` or its shards, no variant such as ``model.fp16``."""
-    return sorted(file for file in part.glob("*.safetensors") if file.name.count(".") == 1)
-
-
-def _in_short(error: Exception) -> str:
-    """An error of somebody else's, in one line of bounded length."""
-    lines = str(error).splitlines() or [""]
-    return textwrap.shorten(lines[0] or type(error).__name__, 300).rstrip(".")
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keeps libraries from warning of a Hub that cannot be reached: no news where the cache has the model."""
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import logging as hub_logging
-
-    libraries = (diffusers_logging, hub_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keeps diffusers and transformers from drawing bars while they load."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    were_on = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, was_on in zip(libraries, were_on, strict=True):
-            if was_on:
-                library.enable_progress_bar()
-
-
-def _fingerprint(folder: Path) -> str:
-    """``sha256:`` over the weights of denoiser and text encoders, file by file."""
-    digest = hashlib.sha256()
-    for part in FINGERPRINTED:
-        for file in _plain_weights(folder / part):
-            digest.update(f"{part}/{file.name}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
