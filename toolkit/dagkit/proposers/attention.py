@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dagkit.attention import grid, project_keys, split_heads
 from dagkit.errors import ConceptError
 from dagkit.proposers import Proposal, check_label, check_options, checked_number, label_phrases, suppress_overlaps
 from dagkit.proposers.regions import find_regions
@@ -30,8 +29,9 @@ if TYPE_CHECKING:
 
     from dagkit.concept import Concept
     from dagkit.models import BaseModel
+    from dagkit.models.sites import Sites
 
-TIMESTEPS: Final = (100, 200, 300)
+LEVELS: Final = (0.1, 0.2, 0.3)
 """Little noise: what is in the image is decided, and the denoiser still has to look at it."""
 
 MAX_COMPETITORS: Final = 24
@@ -119,15 +119,18 @@ class AttentionProposer:
     def heat_maps(self, image: Image.Image, prompt: str, seed: int) -> dict[str, NDArray[np.float32]]:
         """Label -> (H, W) float32 in [0, 1], as large as the image: the strongest of its words at each pixel."""
         model = self._base_model
-        latents = model.latents([fit_to_model(image, model)]).expand(len(TIMESTEPS), -1, -1, -1)
-        condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
-        queries = model.queries(latents, torch.tensor(TIMESTEPS), condition, seed=seed)
+        latents = model.latents([fit_to_model(image, model)]).expand(len(LEVELS), -1, -1, -1)
+        condition = model.encode([prompt])[[0] * len(LEVELS)]
+        sites = model.sites
+        features = model.features(latents, torch.tensor(LEVELS, dtype=torch.float64), condition, seed=seed, sites=sites)
 
         words = [word for listed in self._words.values() for word in listed]
         sequence = self.word_sequence(words, prompt)
         size = (latents.shape[-2], latents.shape[-1])
-        shares = word_shares(model.layers, queries, sequence, len(words))
-        grids = [_as_grid(share.mean(1), size) for share in shares]
+        shares = word_shares(sites, features, sequence, len(words))
+        grids = [
+            share.mean(1).unflatten(-1, site.grid(size)) for share, site in zip(shares, sites.values(), strict=True)
+        ]
         word_maps = contrast_map(grids, size)
         maps = F.interpolate(word_maps[:, None], (image.height, image.width), mode="bicubic")[:, 0].clamp(0, 1)
         owners = [label for label, listed in self._words.items() for _ in listed]
@@ -148,41 +151,32 @@ class AttentionProposer:
 
     def _encode_word(self, word: str) -> Tensor:
         """(d,) row of a word or phrase: its last token, which in a causal text encoder has seen all before it."""
-        text = f"a {word}"
-        num_tokens = len(self._base_model.pipe.tokenizer(text, truncation=True).input_ids)
-        return self._base_model.encode([text]).hidden_states[0, max(num_tokens - 2, 0)]
+        return self._base_model.phrase_rows(f"a {word}")[-1]
 
 
 def fit_to_model(image: Image.Image, base_model: BaseModel) -> Image.Image:
     """RGB, resized to the next sides that every level of the model's autoencoder and denoiser can halve exactly."""
-    pipe: Any = base_model.pipe
-    denoiser: Any = base_model.family.denoiser(pipe)
-    step = 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(denoiser.config.block_out_channels) - 1)
+    step = base_model.family.side_multiple(base_model.pipe)
     width, height = (max(step, round(side / step) * step) for side in image.size)
     rgb = image.convert("RGB")
     return rgb if rgb.size == (width, height) else rgb.resize((width, height))
 
 
-def word_shares(
-    layers: Mapping[str, Any], queries: Mapping[str, Tensor], sequence: Tensor, num_words: int
-) -> list[Tensor]:
-    """Each word's share of attention at each layer: ``softmax(q k^T / sqrt(d_head))`` over the sequence.
+def word_shares(sites: Sites, features: Mapping[str, Tensor], sequence: Tensor, num_words: int) -> list[Tensor]:
+    """Each word's share of attention at each site.
 
     Args:
-        layers: name -> attention module.
-        queries: name -> (B, h*w, heads*d_head).
+        sites: where to look.
+        features: name -> (B, h*w, channels).
         sequence: (L, d); row 0 is the start of text, rows 1 to ``num_words`` the words.
         num_words: W.
 
     Returns:
-        One tensor a layer, (W, B, heads, h*w) float32 in [0, 1].
+        One tensor a site, (W, B, heads, h*w) float32 in [0, 1].
     """
-    keys = project_keys(layers, sequence)
-    shares = []
-    for name, layer in layers.items():
-        logits = split_heads(queries[name], layer.heads).float() @ keys[name].float().transpose(-1, -2) * layer.scale
-        shares.append(logits.softmax(-1)[..., 1 : num_words + 1].movedim(-1, 0))
-    return shares
+    keys = sites.project(sequence)
+    found = [site.shares(features[name], keys[name]) for name, site in sites.items()]
+    return [shares[..., 1 : num_words + 1].movedim(-1, 0) for shares in found]
 
 
 def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -206,10 +200,6 @@ def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         total = total.to(pooled) + F.interpolate(pooled[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         weight = weight.to(pooled) + peak.sum(1)
     return total / weight.clamp(min=1e-6)
-
-
-def _as_grid(share: Tensor, latent_size: tuple[int, int]) -> Tensor:
-    return share.reshape(*share.shape[:-1], *grid(share.shape[-1], *latent_size))
 
 
 def _content_words(text: str) -> list[str]:
