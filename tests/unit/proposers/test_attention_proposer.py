@@ -39,13 +39,13 @@ def test_contrast_map_by_hand():
 
 
 def test_word_shares_are_a_softmax(base_model: models.BaseModel):
-    layers = base_model.layers
+    sites = base_model.sites
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    queries = base_model.queries(latents, torch.tensor([10, 20]), base_model.encode(["a cat", "a dog"]), seed=0)
+    queries = base_model.features(latents, torch.tensor([0.01, 0.02]), base_model.encode(["a cat", "a dog"]), seed=0)
     sequence = base_model.encode(["a cat on grass"]).hidden_states[0]
 
-    shares = word_shares(layers, queries, sequence, len(sequence) - 1)
-    name, layer = next(iter(layers.items()))
+    shares = word_shares(sites, queries, sequence, len(sequence) - 1)
+    name, layer = next((name, site.layer) for name, site in sites.items())
     query = queries[name].view(2, -1, layer.heads, queries[name].shape[-1] // layer.heads).transpose(1, 2)
     key = layer.to_k(sequence).view(len(sequence), layer.heads, -1).transpose(0, 1)
     expected = (query @ key.transpose(1, 2) * layer.scale).softmax(-1)

@@ -9,64 +9,74 @@ import torch
 from torch import Tensor, nn
 
 NUM_WATCHED: Final = 8
-"""Values of each tensor that are compared. A LoRA that is fused changes all of them, and tells nobody."""
+"""Values of each matrix that are compared. A LoRA that is fused changes nearly all of them, and tells nobody."""
 
 
 class Seal:
     """A mark on the weights of some modules: which tensors they are, how often they were written, some of their values.
 
-    Reading all weights takes a tenth of a second and more; this takes well below a thousandth. Values are looked at
-    because ``weight.data += ...`` (what fusing a LoRA does) leaves object and version counter of a parameter as they
-    were.
+    Reading all weights takes a tenth of a second and more; this takes some ten-thousandths. Values are looked at because
+    ``weight.data += ...`` (what fusing a LoRA does) leaves object and version counter of a parameter as they were.
 
     Args:
         modules: whose weights, those of LoRAs aside.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._links = [(module, name, child) for root in modules for module, name, child in _links(root)]
-        self._weights = [child for _, _, child in self._links if isinstance(child, nn.Parameter)]
-        self._versions = [_version(weight) for weight in self._weights]
-        self._values = self._look()
+        links = [link for root in modules for link in _links(root)]
+        self._holders = [(holder, name) for holder, name, _ in links]
+        self._held = [child for _, _, child in links]
+        self._weights = [child for child in self._held if isinstance(child, nn.Parameter)]
+        self._matrices = [weight for weight in self._weights if weight.dim() > 1 and not weight.is_meta]
+        self._versions = self._read_versions()
+        self._look_anew()
+        self._values = [view.cpu() for view in self._views]
+        self._expect()
 
     def is_whole(self) -> bool:
-        """Whether nothing was replaced or written."""
-        if any(_child(module, name) is not child for module, name, child in self._links):
+        """Whether nothing was replaced or written; weights that were only moved to another device are the same."""
+        if any(holder.get(name) is not child for (holder, name), child in zip(self._holders, self._held, strict=True)):
             return False
-        if any(_version(weight) != version for weight, version in zip(self._weights, self._versions, strict=True)):
+        if self._read_versions() != self._versions:
             return False
-        now = self._look()
-        return len(now) == len(self._values) and all(map(torch.equal, now, self._values))
+        if self._pointers != [matrix.data_ptr() for matrix in self._matrices]:
+            if any(matrix.is_meta for matrix in self._matrices):
+                return False
+            self._look_anew()
+            self._expect()
+        return all(
+            bool(torch.equal(torch.cat([self._views[i] for i in group]), expected)) for group, expected in self._groups
+        )
 
-    @torch.no_grad()
-    def _look(self) -> list[Tensor]:
-        """The watched values, one tensor a device and dtype."""
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for weight in self._weights:
-            groups.setdefault((weight.device, weight.dtype), []).append(weight.detach().reshape(-1)[:: _stride(weight)])
-        return [torch.cat(parts) for parts in groups.values()]
+    def _read_versions(self) -> list[int]:
+        return [-1 if weight.is_inference() else weight._version for weight in self._weights]
+
+    def _look_anew(self) -> None:
+        """Views of the watched values, in the weights' own memory."""
+        self._pointers = [matrix.data_ptr() for matrix in self._matrices]
+        self._views = [
+            matrix.detach().reshape(-1)[:: max(matrix.numel() // NUM_WATCHED, 1)] for matrix in self._matrices
+        ]
+
+    def _expect(self) -> None:
+        """Which views are read together, and what they must hold."""
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, view in enumerate(self._views):
+            groups.setdefault((view.device, view.dtype), []).append(index)
+        self._groups = [
+            (members, torch.cat([self._values[i] for i in members]).to(device, dtype))
+            for (device, dtype), members in groups.items()
+        ]
 
 
-def _stride(weight: Tensor) -> int:
-    return max(weight.numel() // NUM_WATCHED, 1)
+_Link = tuple[dict[str, object], str, "nn.Module | nn.Parameter"]
 
 
-def _version(weight: Tensor) -> int:
-    return -1 if weight.is_inference() else weight._version
-
-
-def _links(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module | nn.Parameter]]:
-    """Every child and weight below a module with who holds it, LoRA layers aside."""
-    found: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = [
-        (module, name, weight) for name, weight in module._parameters.items() if weight is not None
-    ]
-    for name, child in module._modules.items():
+def _links(module: nn.Module) -> list[_Link]:
+    """Every child and weight below a module with the dictionary that holds it, LoRA layers aside."""
+    parameters, modules = module.__dict__["_parameters"], module.__dict__["_modules"]
+    found: list[_Link] = [(parameters, name, weight) for name, weight in parameters.items() if weight is not None]
+    for name, child in modules.items():
         if child is not None and not name.startswith("lora_"):
-            if not hasattr(child, "base_layer"):
-                found.append((module, name, child))
-            found += _links(child)
+            found += [(modules, name, child), *_links(child)]
     return found
-
-
-def _child(module: nn.Module, name: str) -> object:
-    return module._parameters.get(name) if name in module._parameters else module._modules.get(name)

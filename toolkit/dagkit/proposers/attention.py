@@ -129,7 +129,8 @@ class AttentionProposer:
         size = (latents.shape[-2], latents.shape[-1])
         shares = word_shares(sites, features, sequence, len(words))
         grids = [
-            share.mean(1).unflatten(-1, site.grid(size)) for share, site in zip(shares, sites.values(), strict=True)
+            share.mean(1).reshape(len(share), -1, *site.grid(size))
+            for share, site in zip(shares, sites.values(), strict=True)
         ]
         word_maps = contrast_map(grids, size)
         maps = F.interpolate(word_maps[:, None], (image.height, image.width), mode="bicubic")[:, 0].clamp(0, 1)

@@ -354,7 +354,7 @@ def _detection(
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
     words = (
         f"{num_unsafe} unsafe and {len(images) - num_unsafe} safe images of the dataset's test split, noised to each "
-        f"timestep; masks of the whole dataset: {states}."
+        f"level of noise; masks of the whole dataset: {states}."
     )
     return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
 
