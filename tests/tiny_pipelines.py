@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dagkit import demo, models
 from dagkit.guidance import SLDPreset
+from dagkit.models.noise import noise_schedule
 from dagkit.token import BaseModelInfo, Guidance, GuidelineToken, Thresholds, TokenRecord
 
 WIDTH = 32
@@ -291,7 +292,7 @@ def reference_guard(
             return call(condition.hidden_states.expand(len(sample), -1, -1), **added).chunk(2)[1]
 
         eps_u, eps_p = call(encoder_hidden_states).chunk(2)
-        time = float(timestep)
+        time = 1000 * noise_schedule(pipe.scheduler).level(float(timestep))
         queries = {name: (query.chunk(2)[1], keys) for name, (query, keys) in kept.items()}
         cams = [_cam(pipe, token, k, queries, sample.shape[-2:]) for k, token in enumerate(tokens)]
         unconditional = encoder_hidden_states.chunk(2)[0]

@@ -252,12 +252,12 @@ class CallLayout(ABC):
             GuardError: it is not as this layout says.
         """
         call = Call(arguments, self.names)
+        self._enter(kind, step, call)
         if len(call.hidden_states) != len(call.sample):
             raise GuardError(
                 f"{kind} passes {len(call.hidden_states)} conditions for a batch of {len(call.sample)}; expected one "
                 "each."
             )
-        self._enter(kind, step, call)
         step.num_calls += 1
         return call
 

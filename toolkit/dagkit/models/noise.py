@@ -37,7 +37,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def level(self, timestep: float) -> float:
-        """Noise level in [0, 1] at a timestep, as the denoiser gets it."""
+        """Noise level in [0, 1] at a timestep of the scheduler; nan at one that is none of this schedule."""
 
     @abstractmethod
     def timestep(self, level: float) -> float:
@@ -80,6 +80,8 @@ class DiscreteSchedule(NoiseSchedule):
 
     def level(self, timestep: float) -> float:
         """That of the table, interpolated between whole timesteps."""
+        if not 0 <= timestep < len(self._steps):
+            return math.nan
         return level_of(float(np.interp(timestep, self._steps, self._log_snr)))
 
     def timestep(self, level: float) -> float:
@@ -120,7 +122,9 @@ class FlowSchedule(NoiseSchedule):
 
     def level(self, timestep: float) -> float:
         """By the ratio ``((1 - s) / s)^2``."""
-        share = min(max(timestep / self._num, 0.0), 1.0)
+        share = timestep / self._num
+        if not 0 <= share <= 1:
+            return math.nan
         return level_of(2 * (_ln(1 - share) - _ln(share)))
 
     def timestep(self, level: float) -> float:
