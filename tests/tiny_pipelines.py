@@ -101,6 +101,8 @@ def scheduler(cls: Any = DDIMScheduler, **changes: Any) -> Any:
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     if cls is DDIMScheduler:
         settings |= {"clip_sample": False, "set_alpha_to_one": False}
+    if "beta_start" not in inspect.signature(cls).parameters:  # EDM has no such schedule
+        settings = {}
     return cls(**{**settings, **changes})
 
 
