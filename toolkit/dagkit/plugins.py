@@ -1,4 +1,4 @@
-"""Plugins by name: proposers, segmenters, judges, metrics and model families.
+"""Plugins by name: proposers, segmenters, judges and model families.
 
 Built-in plugins are listed here as ``module:attribute`` and imported on first use, so that listing names costs nothing.
 Third parties add theirs by entry points of the group ``dagkit.<kind>``, e.g.::
@@ -59,19 +59,19 @@ def load(kind: Kind, name: str) -> Any:
     if len(external) + (name in BUILTIN[kind]) > 1:
         owners = [entry.value for entry in external] + ([BUILTIN[kind][name]] if name in BUILTIN[kind] else [])
         raise PluginError(
-            f"{name!r} is registered more than once as a {_singular(kind)}: {', '.join(owners)}. Uninstall one."
+            f"{name!r} is registered more than once as a {singular(kind)}: {', '.join(owners)}. Uninstall one."
         )
     target = external[0].value if external else BUILTIN[kind].get(name)
     if target is None:
         near = difflib.get_close_matches(name, names(kind), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PluginError(f"{name!r} is not a {_singular(kind)}.{hint} Available: {', '.join(names(kind)) or 'none'}.")
+        raise PluginError(f"{name!r} is not a {singular(kind)}.{hint} Available: {', '.join(names(kind)) or 'none'}.")
     module, _, attribute = target.partition(":")
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PluginError(
-            f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
+            f"{singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
         ) from error
 
 
@@ -81,5 +81,6 @@ def _external(kind: Kind) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=f"dagkit.{kind}"))
 
 
-def _singular(kind: Kind) -> str:
+def singular(kind: Kind) -> str:
+    """What one of a kind is called."""
     return "family" if kind == "families" else kind[:-1]
