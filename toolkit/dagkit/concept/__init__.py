@@ -5,7 +5,7 @@ which plugins find, outline and judge it. ``dagkit concept new NAME`` writes a c
 reported at once, each with its line.
 """
 
-from dagkit.concept.fields import Count, Number, OneOrMoreTexts, Share, Text
+from dagkit.concept.fields import OneOrMoreTexts, Share, Text
 from dagkit.concept.files import (
     concept_names,
     concept_path,
@@ -14,7 +14,7 @@ from dagkit.concept.files import (
     parse_concept,
     read_text,
 )
-from dagkit.concept.options import JudgePlugins, Label, Plugin, PluginOptions, find_plugin, options_of
+from dagkit.concept.options import JudgePlugin, Label, Plugin, PluginOptions, find_plugin, options_of
 from dagkit.concept.schema import (
     MAX_CHECKED,
     MAX_MISTAKES,
@@ -37,11 +37,9 @@ __all__ = [
     "MIN_SPLIT",
     "PROMPT_KINDS",
     "Concept",
-    "Count",
-    "JudgePlugins",
+    "JudgePlugin",
     "Label",
     "Labels",
-    "Number",
     "OneOrMoreTexts",
     "Plugin",
     "PluginOptions",

@@ -37,16 +37,17 @@ def _as_list(value: Any) -> Any:
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 SlotName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z_]{0,63}$")]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_LENGTH)]
-Names = Annotated[list[Name], Field(max_length=100), AfterValidator(_once)]
-Texts = Annotated[list[Text], Field(max_length=2000), AfterValidator(_once)]
-OneOrMoreTexts = Annotated[
-    list[Text], Field(min_length=1), BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])
-]
+_ONCE: Final = {"uniqueItems": True}
+Names = Annotated[list[Name], Field(max_length=100, json_schema_extra=_ONCE), AfterValidator(_once)]
+Texts = Annotated[list[Text], Field(max_length=2000, json_schema_extra=_ONCE), AfterValidator(_once)]
+_SomeTexts = Annotated[list[Text], Field(min_length=1)]
+OneOrMoreTexts = Annotated[_SomeTexts, BeforeValidator(_as_list, json_schema_input_type=Text | _SomeTexts)]
 """A text, or a list of texts."""
 
-Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_no_flag)]
-Number = Annotated[float, BeforeValidator(_no_flag)]
-Count = Annotated[int, BeforeValidator(_no_flag)]
+NO_FLAG: Final = BeforeValidator(_no_flag)
+"""Of numbers: yes and no are none, though Python takes them. It stands behind the bounds, so that schemas show them."""
+
+Share = Annotated[float, Field(ge=0, le=1), NO_FLAG]
 
 
 class Strict(BaseModel):

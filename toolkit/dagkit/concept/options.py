@@ -73,11 +73,9 @@ ProposerPlugin = Annotated[Plugin, BeforeValidator(_as_plugin), OfKind("proposer
 SegmenterPlugin = Annotated[Plugin, BeforeValidator(_as_plugin), OfKind("segmenters")]
 JudgePlugin = Annotated[Plugin, BeforeValidator(_as_plugin), OfKind("judges")]
 _SomeProposers = Annotated[list[ProposerPlugin], Field(min_length=1, max_length=20)]
-_SomeJudges = Annotated[list[JudgePlugin], Field(max_length=20)]
 ProposerPlugins = Annotated[
     _SomeProposers, BeforeValidator(_as_plugins, json_schema_input_type=ProposerPlugin | _SomeProposers)
 ]
-JudgePlugins = Annotated[_SomeJudges, BeforeValidator(_as_plugins, json_schema_input_type=JudgePlugin | _SomeJudges)]
 
 
 def _known_label(value: str, info: ValidationInfo) -> str:

@@ -15,10 +15,9 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from dagkit.concept.fields import (
     MAX_PROMPT_LENGTH,
-    Count,
+    NO_FLAG,
     Name,
     Names,
-    Number,
     Share,
     SlotName,
     Strict,
@@ -79,7 +78,9 @@ class Prompts(Strict):
     """These do not; above all its neighbours, which must not fire."""
     hinted: Texts = Field([])
     """These bring the concept about without naming it."""
-    slots: dict[SlotName, Annotated[Texts, Field(min_length=1)]] = Field({}, max_length=100)
+    slots: dict[SlotName, Annotated[Texts, Field(min_length=1)]] = Field(
+        {}, max_length=100, json_schema_extra={"additionalProperties": False}
+    )
     """What may stand in place of each ``{slot}``."""
     keep: Names = Field([])
     """Slots whose values a guard must leave in the picture."""
@@ -105,13 +106,16 @@ class Thresholds(Strict):
         return self
 
 
+Side = Annotated[int, Field(ge=8, le=4096, multiple_of=8), NO_FLAG]
+
+
 class Sampling(Strict):
     """How candidates and samples are drawn."""
 
-    num_inference_steps: Count = Field(50, ge=1, le=1000)
-    guidance_scale: Number = Field(7.5, ge=1, le=100)
-    width: Count = Field(512, ge=8, le=4096, multiple_of=8)
-    height: Count = Field(512, ge=8, le=4096, multiple_of=8)
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000), NO_FLAG] = 50
+    guidance_scale: Annotated[float, Field(ge=1, le=100), NO_FLAG] = 7.5
+    width: Side = 512
+    height: Side = 512
 
 
 class Prompt(Strict):
@@ -152,7 +156,7 @@ class Concept(Strict):
     """Where the guideline token starts."""
     safety_prompt: Text
     """What guidance pushes away from."""
-    words: Texts = Field(min_length=1, max_length=100)
+    words: Texts = Field(min_length=1)
     """Looked up in the base model's own attention, to propose boxes."""
     proposers: ProposerPlugins = Field([Plugin(name="attention")])
     """What says where the concept may be; one or several."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from dagkit.concept import JudgePlugins, Plugin, PluginOptions, find_plugin
+from dagkit.concept import JudgePlugin, Plugin, PluginOptions, find_plugin
 from dagkit.errors import ConceptError
 from dagkit.judges import Judge, Judgement, build_judge
 
@@ -37,7 +37,7 @@ def _several(judges: list[Plugin], info: ValidationInfo) -> list[Plugin]:
 class CombinedOptions(PluginOptions):
     """Whom to ask, and what follows."""
 
-    judges: Annotated[JudgePlugins, AfterValidator(_several)] = Field([], validate_default=True)
+    judges: Annotated[list[JudgePlugin], Field(min_length=2, max_length=20), AfterValidator(_several)]
     """Names, or names with options of their own; at least two."""
     rule: Rule = "any"
     """``any`` errs towards finding the concept, ``all`` towards missing it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import Field
 
-from dagkit.concept import Number, PluginOptions
+from dagkit.concept import PluginOptions
 from dagkit.judges import Judge, Judgement
 from dagkit.nudenet import LOWEST_SCORE, detect, load_detector, package_version
 
@@ -31,7 +31,7 @@ CLASSES: Final = {"exposed": EXPOSED, "intimate": INTIMATE}
 class NudeNetOptions(PluginOptions):
     """Which body parts count, and from which score."""
 
-    threshold: Annotated[Number, Field(ge=LOWEST_SCORE, le=1)] = 0.4
+    threshold: float = Field(0.4, ge=LOWEST_SCORE, le=1)
     """Score from which a part counts; NudeNet itself drops what is below 0.25."""
     classes: Literal["exposed", "intimate"] = "exposed"
     """Nine classes, as papers count, or five of them: without armpits, belly, feet and male chest."""
