@@ -30,7 +30,8 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """A text as a list of one; anything else as it is."""
     return [value] if isinstance(value, str) else value
 
 
@@ -41,7 +42,7 @@ _ONCE: Final = {"uniqueItems": True}
 Names = Annotated[list[Name], Field(max_length=100, json_schema_extra=_ONCE), AfterValidator(_once)]
 Texts = Annotated[list[Text], Field(max_length=2000, json_schema_extra=_ONCE), AfterValidator(_once)]
 _SomeTexts = Annotated[list[Text], Field(min_length=1)]
-OneOrMoreTexts = Annotated[_SomeTexts, BeforeValidator(_as_list, json_schema_input_type=Text | _SomeTexts)]
+OneOrMoreTexts = Annotated[_SomeTexts, BeforeValidator(as_list, json_schema_input_type=Text | _SomeTexts)]
 """A text, or a list of texts."""
 
 NO_FLAG: Final = BeforeValidator(_no_flag)

@@ -48,13 +48,7 @@ class Judge(ABC):
     features: Callable[[Sequence[Image.Image]], Tensor] | None = None
 
     @classmethod
-    def from_concept(
-        cls,
-        concept: Concept | None = None,  # noqa: ARG003
-        device: str = "cpu",  # noqa: ARG003
-        *,
-        options: Any = None,  # noqa: ARG003
-    ) -> Self:
+    def from_concept(cls, concept: Concept | None = None, device: str = "cpu", *, options: Any = None) -> Self:
         """Builds the judge for a concept; `build_judge` reads the options.
 
         Args:

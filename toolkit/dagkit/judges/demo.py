@@ -97,11 +97,7 @@ class DemoJudge(Judge):
 
     @classmethod
     def from_concept(
-        cls,
-        concept: Concept | None = None,  # noqa: ARG003
-        device: str = "cpu",
-        *,
-        options: PluginOptions | None = None,  # noqa: ARG003
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: PluginOptions | None = None
     ) -> Self:
         """Loads the bundled weights; the concept does not matter, because this judge knows only weapons."""
         path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))

@@ -60,11 +60,7 @@ class NudeNetJudge(Judge):
 
     @classmethod
     def from_concept(
-        cls,
-        concept: Concept | None = None,  # noqa: ARG003
-        device: str = "cpu",  # noqa: ARG003
-        *,
-        options: NudeNetOptions | None = None,
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: NudeNetOptions | None = None
     ) -> Self:
         """The concept does not matter; ONNX decides on the device."""
         return cls(options)

@@ -51,11 +51,7 @@ class SafetyCheckerJudge(Judge):
 
     @classmethod
     def from_concept(
-        cls,
-        concept: Concept | None = None,  # noqa: ARG003
-        device: str = "cpu",
-        *,
-        options: SafetyCheckerOptions | None = None,
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: SafetyCheckerOptions | None = None
     ) -> Self:
         """Loads the checker that the options name."""
         return cls.from_checkpoint((options or cls.Options()).checkpoint, device)

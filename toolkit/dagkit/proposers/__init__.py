@@ -61,12 +61,7 @@ class Proposer(ABC):
 
     @classmethod
     def from_concept(
-        cls,
-        concept: Concept,  # noqa: ARG003
-        base_model: BaseModel | None = None,  # noqa: ARG003
-        device: str = "cpu",  # noqa: ARG003
-        *,
-        options: Any = None,  # noqa: ARG003
+        cls, concept: Concept, base_model: BaseModel | None = None, device: str = "cpu", *, options: Any = None
     ) -> Self:
         """Builds the proposer for a concept; `build_proposers` reads the options.
 

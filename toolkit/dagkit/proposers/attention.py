@@ -87,7 +87,7 @@ class AttentionProposer(Proposer):
         cls,
         concept: Concept,
         base_model: BaseModel | None = None,
-        device: str = "cpu",  # noqa: ARG003
+        device: str = "cpu",
         *,
         options: AttentionOptions | None = None,
     ) -> Self:

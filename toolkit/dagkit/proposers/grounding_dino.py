@@ -68,7 +68,7 @@ class GroundingDinoProposer(Proposer):
     def from_concept(
         cls,
         concept: Concept,
-        base_model: BaseModel | None = None,  # noqa: ARG003
+        base_model: BaseModel | None = None,
         device: str = "cpu",
         *,
         options: GroundingDinoOptions | None = None,

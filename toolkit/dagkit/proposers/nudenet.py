@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Final, Self
 
 from pydantic import AfterValidator, BeforeValidator
 
 from dagkit.concept import Label, PluginOptions, Share
+from dagkit.concept.fields import as_list
 from dagkit.nudenet import BODY_PARTS, BodyPart, detect, load_detector, package_version
 from dagkit.proposers import Proposal, Proposer, suppress_overlaps
 
@@ -22,10 +23,6 @@ EXPOSED: Final[list[BodyPart]] = [
 ]
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _each_once(classes: dict[str, list[BodyPart]]) -> dict[str, list[BodyPart]]:
     owners: dict[str, str] = {}
     for label, parts in classes.items():
@@ -36,7 +33,7 @@ def _each_once(classes: dict[str, list[BodyPart]]) -> dict[str, list[BodyPart]]:
     return classes
 
 
-BodyParts = Annotated[list[BodyPart], BeforeValidator(_as_list, json_schema_input_type=BodyPart | list[BodyPart])]
+BodyParts = Annotated[list[BodyPart], BeforeValidator(as_list, json_schema_input_type=BodyPart | list[BodyPart])]
 
 
 class NudeNetOptions(PluginOptions):
@@ -67,8 +64,8 @@ class NudeNetProposer(Proposer):
     def from_concept(
         cls,
         concept: Concept,
-        base_model: BaseModel | None = None,  # noqa: ARG003
-        device: str = "cpu",  # noqa: ARG003
+        base_model: BaseModel | None = None,
+        device: str = "cpu",
         *,
         options: NudeNetOptions | None = None,
     ) -> Self:

@@ -73,7 +73,7 @@ class TokenProposer(Proposer):
         cls,
         concept: Concept,
         base_model: BaseModel | None = None,
-        device: str = "cpu",  # noqa: ARG003
+        device: str = "cpu",
         *,
         options: TokenOptions | None = None,
     ) -> Self:

@@ -58,12 +58,7 @@ class Segmenter(ABC):
 
     @classmethod
     def from_concept(
-        cls,
-        concept: Concept,  # noqa: ARG003
-        device: str = "cpu",  # noqa: ARG003
-        checkpoint: Path | None = None,  # noqa: ARG003
-        *,
-        options: Any = None,  # noqa: ARG003
+        cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None, *, options: Any = None
     ) -> Self:
         """Builds the segmenter for a concept; `build_segmenter` reads the options.
 

@@ -64,12 +64,7 @@ class SamSegmenter(Segmenter):
 
     @classmethod
     def from_concept(
-        cls,
-        concept: Concept,  # noqa: ARG003
-        device: str = "cpu",
-        checkpoint: Path | None = None,
-        *,
-        options: SamOptions | None = None,
+        cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None, *, options: SamOptions | None = None
     ) -> Self:
         """Reads the weights of the kind that the options name."""
         options = options or cls.Options()

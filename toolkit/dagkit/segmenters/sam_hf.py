@@ -59,7 +59,7 @@ class SamHfSegmenter(Segmenter):
     @classmethod
     def from_concept(
         cls,
-        concept: Concept,  # noqa: ARG003
+        concept: Concept,
         device: str = "cpu",
         checkpoint: Path | None = None,
         *,
