@@ -3,7 +3,7 @@
 import pytest
 
 from dagkit import plugins
-from dagkit.concept import options_of
+from dagkit.concept import PluginOptions
 from dagkit.errors import PluginError
 
 
@@ -30,6 +30,7 @@ def test_plugin_that_does_not_import_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_every_plugin_tells_its_options(kind: plugins.Kind):
     """So that `dagkit concept show` can refuse others."""
     for name in plugins.names(kind):
-        schema = options_of(kind, name)
+        schema = plugins.load(kind, name).Options
+        assert issubclass(schema, PluginOptions)
         assert schema.model_config["extra"] == "forbid"
         assert all(field.description for field in schema.model_fields.values()), name

@@ -166,9 +166,9 @@ def test_a_plugin_of_another_package_is_treated_alike(installed: str):
         check_concept(Concept.model_validate(wrong))
 
 
-def test_a_plugin_without_options_is_named(installed: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_plugin_of_another_version_is_named(installed: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(plugins.BUILTIN["judges"], "old", "red_judge:OldJudge")
     with pytest.raises(
-        ConceptError, match=r"judge 'old': expected Options, a subclass of dagkit\.concept\.PluginOptions"
+        ConceptError, match=r"judge 'old' \(red_judge:OldJudge\): expected a subclass of dagkit\.judges\.Judge"
     ):
         check_concept(Concept.model_validate(whole(judge="old")))

@@ -14,7 +14,7 @@ from dagkit.concept.files import (
     parse_concept,
     read_text,
 )
-from dagkit.concept.options import JudgePlugin, Label, Plugin, PluginOptions, find_plugin, options_of
+from dagkit.concept.options import JudgePlugin, Label, Plugin, PluginOptions, find_plugin
 from dagkit.concept.schema import (
     MAX_CHECKED,
     MAX_MISTAKES,
@@ -54,7 +54,6 @@ __all__ = [
     "concept_path",
     "find_plugin",
     "load_concept",
-    "options_of",
     "page_path",
     "parse_concept",
     "read_text",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from dagkit import plugins
-from dagkit.concept.options import MARK, options_of
+from dagkit.concept.options import MARK
 from dagkit.concept.schema import Concept
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
@@ -16,7 +16,7 @@ def json_schema() -> dict[str, Any]:
     """What a concept file may hold; what depends on other parts of the file, such as its labels, is not in it.
 
     Raises:
-        PluginError: a plugin does not import, or declares no options.
+        PluginError: a plugin does not import.
     """
     whole = Concept.model_json_schema()
     definitions = whole.pop("$defs")
@@ -38,7 +38,7 @@ def json_schema() -> dict[str, Any]:
 
 def _options(kind: plugins.Kind, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     """The schema of one plugin with its name beside its options; what these refer to goes into ``definitions``."""
-    schema = options_of(kind, name).model_json_schema()
+    schema: dict[str, Any] = plugins.load(kind, name).Options.model_json_schema()
     definitions |= schema.pop("$defs", {})
     schema["title"] = f"{plugins.singular(kind)} {name}"
     schema["properties"] = {"name": {"const": name}, **schema["properties"]}

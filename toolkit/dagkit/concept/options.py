@@ -23,7 +23,7 @@ from pydantic_core import CoreSchema
 
 from dagkit import plugins
 from dagkit.concept.fields import Name, Strict, did_you_mean
-from dagkit.errors import ConceptError, PluginError, brief, quoted
+from dagkit.errors import ConceptError, brief, quoted
 
 if TYPE_CHECKING:
     from dagkit.concept.schema import Concept
@@ -98,32 +98,16 @@ def find_plugin(kind: plugins.Kind, plugin: Plugin, concept: Concept) -> tuple[A
         Its class, and an instance of the class's ``Options``.
 
     Raises:
-        PluginError: the plugin is unknown, does not import, or declares no options.
+        PluginError: as of `dagkit.plugins.load`.
         ConceptError: options that it does not have, or values that are none for it: a line for each.
     """
     found = plugins.load(kind, plugin.name)
-    schema = options_of(kind, plugin.name)
     try:
-        return found, schema.model_validate(plugin.options, context=concept)
+        return found, found.Options.model_validate(plugin.options, context=concept)
     except ValidationError as error:
         where = f"concept {concept.name!r}: {plugins.singular(kind)} {plugin.name}"
-        lines = [f"{where}: {_explain(one, schema)}" for one in error.errors(include_url=False)]
+        lines = [f"{where}: {_explain(one, found.Options)}" for one in error.errors(include_url=False)]
         raise ConceptError("\n".join(lines)) from None
-
-
-def options_of(kind: plugins.Kind, name: str) -> type[PluginOptions]:
-    """The schema of a plugin's options.
-
-    Raises:
-        PluginError: it declares none.
-    """
-    schema = getattr(plugins.load(kind, name), "Options", None)
-    if not (isinstance(schema, type) and issubclass(schema, PluginOptions)):
-        raise PluginError(
-            f"{plugins.singular(kind)} {name!r}: expected Options, a subclass of dagkit.concept.PluginOptions, but got "
-            f"{quoted(schema, 60)}. Update the package that it comes from."
-        )
-    return schema
 
 
 def _explain(problem: Any, schema: type[PluginOptions]) -> str:
