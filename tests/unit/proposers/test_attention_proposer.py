@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from dagkit import demo, models
 from dagkit.concept import Concept, load_concept
 from dagkit.demo import world
-from dagkit.proposers import box_iou
 from dagkit.proposers.attention import AttentionProposer, contrast_map, word_shares
 
 
@@ -61,6 +61,10 @@ def test_competitors_are_the_prompts_other_words(base_model: models.BaseModel, c
     assert torch.allclose(sequence[1:], torch.stack([rows["bomb"], rows["cat"], rows["grass"]]), atol=1e-5)
 
 
+def box_iou(first: tuple[float, ...], second: tuple[float, ...]) -> float:
+    return torchvision.ops.box_iou(torch.tensor([first]), torch.tensor([second])).item()
+
+
 def test_weapons_are_found_in_renderings(base_model: models.BaseModel, concept: Concept):
     proposer = AttentionProposer.from_concept(concept, base_model)
     rng = np.random.default_rng(5)
@@ -94,7 +98,7 @@ def test_same_seed_same_proposals_at_any_size(base_model: models.BaseModel, conc
 
 def test_negative_labels_get_words_of_their_own(base_model: models.BaseModel, concept: Concept):
     options = {"words": {"harmless": ["cat"]}, "min_score": 0.3}
-    proposer = AttentionProposer.from_concept(concept, base_model, options=options)
+    proposer = AttentionProposer.from_concept(concept, base_model, options=AttentionProposer.Options(**options))
     scene = world.render_scene(np.random.default_rng(4), ("cat", "bomb"), "sand")
 
     found = proposer.propose(Image.fromarray(scene.image), "a cat and a bomb on sand", 0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 NUM_WATCHED: Final = 8
 """Values of each matrix that are compared. A LoRA that is fused changes nearly all of them, and tells nobody."""

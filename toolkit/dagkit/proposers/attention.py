@@ -12,16 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from dagkit.errors import ConceptError
-from dagkit.proposers import Proposal, check_label, check_options, checked_number, label_phrases, suppress_overlaps
+from dagkit.concept import Label, OneOrMoreTexts, PluginOptions, Share
+from dagkit.proposers import Proposal, Proposer, require_base_model, suppress_overlaps
 from dagkit.proposers.regions import find_regions
 
 if TYPE_CHECKING:
@@ -42,20 +43,31 @@ _STOP_WORDS: Final = frozenset(
 )
 
 
-class AttentionProposer:
+class AttentionOptions(PluginOptions):
+    """As the arguments of `AttentionProposer`."""
+
+    words: dict[Label, OneOrMoreTexts] = Field({})
+    """Labels, positive or negative, with words of their own; else the concept's words mean its first positive label."""
+    threshold: Share = 0.35
+    """Share of a map's peak above which a pixel belongs to a region."""
+    min_peak: Share = 0.7
+    """A second region counts if its peak reaches this share of the map's."""
+    min_score: Share = 0.05
+    """Proposals with a smaller score are dropped."""
+
+
+class AttentionProposer(Proposer):
     """Looks up words in the base model's cross-attention.
 
     Args:
         base_model: the model that drew the images.
         words: label -> words that mean it.
         positive: which of these labels are positive.
-        threshold: share of a map's peak above which a pixel belongs to a region, in (0, 1].
-        min_peak: a second region counts if its peak reaches this share of the map's, in [0, 1].
-        min_score: proposals with a smaller score are dropped, in [0, 1].
+        options: thresholds; its words do not matter here.
     """
 
     name = "attention"
-    option_names = ("words", "threshold", "min_peak", "min_score")
+    Options = AttentionOptions
     needs_base_model = True
     version = "1"
 
@@ -64,13 +76,10 @@ class AttentionProposer:
         base_model: BaseModel,
         words: Mapping[str, Sequence[str]],
         positive: frozenset[str],
-        *,
-        threshold: float = 0.35,
-        min_peak: float = 0.7,
-        min_score: float = 0.05,
+        options: AttentionOptions,
     ) -> None:
         self._base_model, self._words, self._positive = base_model, {k: list(v) for k, v in words.items()}, positive
-        self._threshold, self._min_peak, self._min_score = threshold, min_peak, min_score
+        self._options = options
         self._encode = lru_cache(maxsize=4096)(self._encode_word)
 
     @classmethod
@@ -78,40 +87,27 @@ class AttentionProposer:
         cls,
         concept: Concept,
         base_model: BaseModel | None = None,
-        device: str = "cpu",  # noqa: ARG003
+        device: str = "cpu",
         *,
-        options: Mapping[str, Any] | None = None,
+        options: AttentionOptions | None = None,
     ) -> Self:
-        """Looks for ``concept.words`` as the first positive label.
-
-        Options: ``words`` maps labels, positive or negative, to words of their own; ``threshold``, ``min_peak`` and
-        ``min_score`` in [0, 1].
-        """
-        options = options or {}
-        check_options(concept, cls.name, options, cls.option_names)
-        if base_model is None:
-            raise ConceptError(
-                f"concept {concept.name!r}: the proposer 'attention' needs the base model, but none was given."
-            )
-        words = label_phrases(concept, cls.name, options, "words")
+        """Looks for ``concept.words`` as the first positive label, unless the options give words for such a label."""
+        options = options or cls.Options()
+        words: dict[str, list[str]] = dict(options.words)
         if not any(label in concept.labels.positive for label in words):
             words = {concept.labels.positive[0]: list(concept.words), **words}
-        positive = frozenset(label for label in words if check_label(concept, cls.name, label))
-        thresholds = {
-            key: checked_number(concept, cls.name, options, key, default)
-            for key, default in (("threshold", 0.35), ("min_peak", 0.7), ("min_score", 0.05))
-        }
-        return cls(base_model, words, positive, **thresholds)
+        positive = frozenset(label for label in words if concept.labels.is_positive(label))
+        return cls(require_base_model(concept, cls.name, base_model), words, positive, options)
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
         """Boxes and peaks of every label's map; the score is the peak's height."""
         found: list[Proposal] = []
         for label, heat in self.heat_maps(image, prompt, seed).items():
-            regions = find_regions(heat, threshold=self._threshold, min_peak=self._min_peak)
+            regions = find_regions(heat, threshold=self._options.threshold, min_peak=self._options.min_peak)
             found += [
                 Proposal(region.box, min(region.peak, 1.0), label, label in self._positive, region.point)
                 for region in regions
-                if region.peak >= self._min_score
+                if region.peak >= self._options.min_score
             ]
         return suppress_overlaps(found)
 

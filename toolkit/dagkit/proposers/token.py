@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from dagkit.concept import Label, PluginOptions, Text
 from dagkit.errors import ConceptError, TokenError
 from dagkit.models.sites import Detector
 from dagkit.models.sketch import mismatch
-from dagkit.proposers import Proposal, check_label, check_options, checked_text
+from dagkit.proposers import Proposal, Proposer, require_base_model
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
 
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
 LEVELS: Final = (0.1, 0.2, 0.3, 0.4)
 
 
-class TokenProposer:
+class TokenOptions(PluginOptions):
+    """Which token, and what its regions are called."""
+
+    token: Text
+    """A folder, ``name@version`` or URL, e.g. weapon@1.0.0."""
+    label: Label | None = None
+    """A label of the concept; by default its first positive one."""
+
+
+class TokenProposer(Proposer):
     """Looks at images through the base model's eyes, with an optimised guideline token.
 
     Args:
@@ -42,7 +51,7 @@ class TokenProposer:
     """
 
     name = "token"
-    option_names = ("token", "label")
+    Options = TokenOptions
     needs_base_model = True
 
     def __init__(self, base_model: BaseModel, token: GuidelineToken, label: str, *, is_positive: bool = True) -> None:
@@ -65,28 +74,20 @@ class TokenProposer:
         cls,
         concept: Concept,
         base_model: BaseModel | None = None,
-        device: str = "cpu",  # noqa: ARG003
+        device: str = "cpu",
         *,
-        options: Mapping[str, Any] | None = None,
+        options: TokenOptions | None = None,
     ) -> Self:
-        """Options: ``token`` (folder, ``name@version`` or URL; required), ``label`` (default: the first positive)."""
-        options = options or {}
-        check_options(concept, cls.name, options, cls.option_names)
-        if base_model is None:
-            raise ConceptError(
-                f"concept {concept.name!r}: the proposer 'token' needs the base model, but none was given."
-            )
-        if "token" not in options:
+        """Loads the token of the options, which must name one."""
+        base_model = require_base_model(concept, cls.name, base_model)
+        if options is None:
             raise ConceptError(
                 f"concept {concept.name!r}: the proposer 'token' needs the option token, e.g. "
                 f"{{name: token, token: {concept.name}@1.0.0}}."
             )
-        label = checked_text(concept, cls.name, options, "label", concept.labels.positive[0])
-        is_positive = check_label(concept, f"concept {concept.name!r}: token.label", label)
-        token = import_module("dagkit.registry").load_token(
-            checked_text(concept, cls.name, options, "token", "")
-        )  # by name: a layer above
-        return cls(base_model, token, label, is_positive=is_positive)
+        label = options.label or concept.labels.positive[0]
+        token = import_module("dagkit.registry").load_token(options.token)  # by name: a layer above
+        return cls(base_model, token, label, is_positive=concept.labels.is_positive(label))
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
         """Regions in which the detection map reaches the token's highlight threshold; the score is the map's peak."""
