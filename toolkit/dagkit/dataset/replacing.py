@@ -7,9 +7,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final
 from dagkit.dataset.summary import SUMMARY, read_summary_file
 from dagkit.dataset.tables import read_json
 from dagkit.errors import DatasetError
+from dagkit.folders import atomic_folder, folder_beside
 from dagkit.workspace import listed, sha256_file
 
 MARKER: Final = "made_by_dagkit.json"
@@ -67,21 +67,13 @@ def replacement(path: Path, maker: Maker) -> Iterator[Path]:
         _require_ours(old, maker)
         for stale in [one for one in path.parent.iterdir() if _is_dead(one, path)]:
             shutil.rmtree(stale, ignore_errors=True)
-        with _partial(path, maker) as folder:
+        with ExitStack() as held, atomic_folder(path, displaced=old) as folder:
+            held.enter_context(_marked(folder, maker))
             yield folder
-            folder.chmod(0o755)
             _sign(folder, maker)
             _require_ours(path, maker)  # again: writing may have taken an hour
             _discard(old, path, maker)
-            if path.exists():
-                path.rename(old)
-            try:
-                folder.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-            _discard(old, path, maker)
+        _discard(old, path, maker)
     except OSError as error:
         raise DatasetError(
             f"{path}: the dataset cannot be written: {error.strerror or error}. The older one, if any, is still there. "
@@ -155,14 +147,12 @@ def _require_ours(path: Path, maker: Maker) -> None:
 
 
 def _sign(folder: Path, maker: Maker) -> None:
-    """Names all files of a folder in its marker, and waits until they lie on disk."""
+    """Names all files of a folder in its marker."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MARKER:
             files[path.relative_to(folder).as_posix()] = sha256_file(path)
-            _flush(path)
     _mark(folder, maker, files)
-    _flush(folder / MARKER)
 
 
 def _mark(folder: Path, maker: Maker, files: Mapping[str, str]) -> None:
@@ -170,21 +160,12 @@ def _mark(folder: Path, maker: Maker, files: Mapping[str, str]) -> None:
     (folder / MARKER).write_text(f"{text}\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextmanager
-def _partial(path: Path, maker: Maker) -> Iterator[Path]:
-    """A folder beside ``path``, deleted in the end; marked and held, so that a later run knows what a dead one left."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        with _held(folder):
-            _mark(folder, maker, {})
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _marked(folder: Path, maker: Maker) -> Iterator[None]:
+    """Marks a folder that is being written and holds it, so that a later run knows what a dead one left."""
+    with _held(folder):
+        _mark(folder, maker, {})
+        yield
 
 
 @contextmanager
@@ -214,5 +195,5 @@ def _is_dead(folder: Path, path: Path) -> bool:
 def _discard(old: Path, path: Path, maker: Maker) -> None:
     """Deletes a folder in two steps, so that a killed run leaves nothing half deleted that looks like somebody's."""
     if old.exists():
-        with _partial(path, maker) as folder:
+        with folder_beside(path) as folder, _marked(folder, maker):
             old.rename(folder / "old")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from dagkit.models.sketch import mismatch
 from dagkit.proposers import Proposal, check_label, check_options, checked_text
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
+from dagkit.registry import load_token
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,9 +82,7 @@ class TokenProposer:
             )
         label = checked_text(concept, cls.name, options, "label", concept.labels.positive[0])
         is_positive = check_label(concept, f"concept {concept.name!r}: token.label", label)
-        token = import_module("dagkit.registry").load_token(
-            checked_text(concept, cls.name, options, "token", "")
-        )  # by name: a layer above
+        token = load_token(checked_text(concept, cls.name, options, "token", ""))
         return cls(base_model, token, label, is_positive=is_positive)
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from dagkit.errors import PublishError, TokenError, quoted
 from dagkit.provenance import local_paths
 from dagkit.registry.cache import read_verified
@@ -24,9 +26,8 @@ from dagkit.registry.index import (
 )
 from dagkit.registry.locations import Location
 from dagkit.registry.locations.keyed import has
-from dagkit.registry.reference import version_key
-from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file
-from dagkit.token import RECORD_FILE, GuidelineToken, now
+from dagkit.registry.signing import MAX_SIGNATURE_BYTES
+from dagkit.token import RECORD_FILE, GuidelineToken, artifact_files, now, read_file
 from dagkit.workspace import open_plain
 
 
@@ -105,7 +106,7 @@ def published(parcel: Parcel, index: Index | None) -> Entry | None:
 
 def replaced(version: str, index: Index | None) -> Entry | None:
     """The published version that ``version`` replaces: the newest before it, or None."""
-    older = [entry for entry in index.versions if version_key(entry.version) < version_key(version)] if index else []
+    older = [entry for entry in index.versions if Version(entry.version) < Version(version)] if index else []
     return older[-1] if older else None
 
 
