@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import stat
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 from dagkit import manifests
 from dagkit.errors import WorkspaceError, quoted
+from dagkit.png import picture_png
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,9 +194,7 @@ class StageFolder:
 
     def write_image(self, relative: str, image: Image) -> Path:
         """Writes one PNG atomically."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return self.write_bytes(relative, buffer.getvalue())
+        return self.write_bytes(relative, picture_png(image))
 
     def read_image(self, relative: str, mode: str = "RGB") -> Image:
         """Reads one image, fully decoded.

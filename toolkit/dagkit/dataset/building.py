@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dagkit.dataset.likeness import find_twins, perceptual_hash
 from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
 from dagkit.dataset.splitting import assign_splits, find_families
 from dagkit.errors import DatasetError, WorkspaceError
+from dagkit.png import mask_png
 from dagkit.provenance import public_name
 from dagkit.segmenters import combine
 from dagkit.workspace import listed
@@ -210,7 +209,7 @@ def _record(
     values = {
         "key": candidate["key"],
         "image": {"bytes": None, "path": str(candidates.inside(candidate["image"]))},
-        "mask": {"bytes": _png(mask), "path": None},
+        "mask": {"bytes": mask_png(mask, optimize=True), "path": None},
         "label": int(mask.any()),
         "concept": concept.name,
         "prompt": candidate["prompt"],
@@ -256,12 +255,6 @@ def _read_mask(folder: StageFolder, path: str, size: tuple[int, int]) -> NDArray
         )
     result: NDArray[np.bool_] = np.asarray(mask) > 127
     return result
-
-
-def _png(mask: NDArray[np.bool_]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _model_name(source: str, concept: Concept) -> str:

@@ -275,12 +275,12 @@ def _cost_of(
     }
 
 
-def agreement(run: EvaluationRun, columns: Sequence[Column], judges: Sequence[str]) -> list[dict[str, Any]]:
-    """How far each two judges agree over all images of all columns: see `dagkit.metrics.agreement`."""
+def concordance(run: EvaluationRun, columns: Sequence[Column], judges: Sequence[str]) -> list[dict[str, Any]]:
+    """How far each two judges agree over all images of all columns: see `dagkit.metrics.concordance`."""
     rows = [row for column in columns for row in run.result(column).rows.values()]
     said = {name: [bool(row["judgements"][name]["is_present"]) for row in rows] for name in judges}
     return [
-        {"first": first, "second": second, **metrics.agreement(said[first], said[second]).to_json()}
+        {"first": first, "second": second, **metrics.concordance(said[first], said[second]).to_json()}
         for first, second in combinations(judges, 2)
     ]
 

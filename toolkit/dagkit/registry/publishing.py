@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from dagkit.errors import PublishError, TokenError, quoted
+from dagkit.png import picture_png
 from dagkit.provenance import local_paths
 from dagkit.registry.cache import read_verified
 from dagkit.registry.index import (
@@ -176,6 +176,4 @@ def _image(path: Path) -> bytes:
             f"{path}: expected an image, but it cannot be read ({quoted(str(error))[1:-1]}). Name another example."
         ) from error
     plain.info = {}
-    buffer = io.BytesIO()
-    plain.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return picture_png(plain, optimize=True)
