@@ -169,6 +169,12 @@ class StageFolder:
         atomic_write(path, data)
         return path
 
+    def delete(self, relative: str) -> None:
+        """Deletes one file, if it is there."""
+        path = self.inside(relative)
+        with _named_errors(path):
+            path.unlink(missing_ok=True)
+
     def write_json(self, relative: str, value: Any) -> Path:
         """Writes one JSON file (two-space indent, keys in the given order) atomically."""
         return self.write_bytes(relative, _json(value, self.path / relative, indent=2) + b"\n")

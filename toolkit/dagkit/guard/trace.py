@@ -140,7 +140,6 @@ class Trace:
     def save(self, folder: str | Path) -> list[Path]:
         """Writes ``trace.json`` and, where maps were kept, a strip ``run<r>-sample<s>.png`` a sample."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "trace.json", self.to_json().encode())
         written = [folder / "trace.json"]
         for run in sorted({index for index, _ in self.maps}):

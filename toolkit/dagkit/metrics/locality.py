@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,6 +76,8 @@ def ssim(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
     Raises:
         ValueError: shapes differ or are too small.
     """
+    from scipy.ndimage import gaussian_filter
+
     if first.shape != second.shape or min(first.shape[:2]) < 11:
         raise ValueError(
             f"ssim: expected one shape of at least 11 x 11 pixels, but got {first.shape} and {second.shape}."

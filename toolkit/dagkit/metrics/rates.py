@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scipy.stats import binomtest
-
 from dagkit.metrics.intervals import Estimate, bootstrap_ratio, proportion, transform
 
 if TYPE_CHECKING:
@@ -97,6 +95,8 @@ class PairedTest:
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     """Tests whether two methods differ, from the pairs in which they disagree (McNemar 1947, exact form)."""
+    from scipy.stats import binomtest
+
     pairs = list(zip(first, second, strict=True))
     first_only = sum(a and not b for a, b in pairs)
     second_only = sum(b and not a for a, b in pairs)

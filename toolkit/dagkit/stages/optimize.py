@@ -147,7 +147,7 @@ def run(
                 f"proposals, or take more steps (--num-steps, now {chosen.num_steps})."
             )
         path = token.save(tokens.path / version)
-        checkpoint.unlink(missing_ok=True)
+        tokens.delete(checkpoint.name)
     iou, measured_on = result.figure("iou")
     figure = f", {measured_on} IoU {iou:.2f}"
     if measured_on == "training":
