@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 _MAX_LINE_BYTES: Final = 64 * 2**20
 MAX_JSON_BYTES: Final = 256 * 2**20
-_IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no format that calls another program
+IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no format that calls another program
 _LOCK: Final = b"dagkit\n"
 _held: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("held", default=())
 """Of this writer's locks: below which folder it writes, and how the parts of its files are called there."""
@@ -214,7 +214,7 @@ class StageFolder:
         try:
             with open_plain(path) as file, warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file, formats=_IMAGE_FORMATS) as image:
+                with Image.open(file, formats=IMAGE_FORMATS) as image:
                     return image.convert(mode)
         except FileNotFoundError as error:
             raise WorkspaceError(

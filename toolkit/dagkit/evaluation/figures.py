@@ -152,7 +152,7 @@ def _locality(name: str, drawn: Mapping[str, ColumnResult], keys: Sequence[str])
             raise drawn[name].damaged(key, f"an image of {before.shape[1]}x{before.shape[0]} px, as without guard,")
         maps = None if mapped is None else mapped.maps(key)
         mask = None if maps is None else seen_region(maps, (before.shape[0], before.shape[1]))
-        changes.append(metrics.change(before, after, mask))
+        changes.append(metrics.difference(before, after, mask))
     outside = [one.outside for one in changes if one.outside is not None]
     inside = [one.inside for one in changes if one.inside is not None]
     return {

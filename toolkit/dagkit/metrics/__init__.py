@@ -5,7 +5,7 @@ from __future__ import annotations
 from dagkit.metrics.detection import DetectionScores, detection_scores
 from dagkit.metrics.frechet import frechet_distance
 from dagkit.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, proportion, transform, wilson
-from dagkit.metrics.locality import Change, change, ssim
+from dagkit.metrics.locality import Difference, difference, ssim
 from dagkit.metrics.masks import iou
 from dagkit.metrics.rates import (
     Concordance,
@@ -20,17 +20,17 @@ from dagkit.metrics.rates import (
 )
 
 __all__ = [
-    "Change",
     "Concordance",
     "DetectionScores",
+    "Difference",
     "Estimate",
     "PairedTest",
     "bootstrap_mean",
     "bootstrap_ratio",
-    "change",
     "cohen_kappa",
     "concordance",
     "detection_scores",
+    "difference",
     "erase_rate",
     "erase_rate_by_detection",
     "frechet_distance",

@@ -28,7 +28,7 @@ from dagkit.registry.locations import Location
 from dagkit.registry.locations.keyed import has
 from dagkit.registry.signing import MAX_SIGNATURE_BYTES
 from dagkit.token import RECORD_FILE, GuidelineToken, artifact_files, now, read_file
-from dagkit.workspace import open_plain
+from dagkit.workspace import IMAGE_FORMATS, open_plain
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _image(path: Path) -> bytes:
     from PIL import Image
 
     try:
-        with open_plain(path) as file, Image.open(file) as image:
+        with open_plain(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             plain = image.convert("RGB")
     except Exception as error:  # a decoder that is fed foreign bytes may raise anything
         raise PublishError(
