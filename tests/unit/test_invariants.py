@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import dagkit
+import tiny_pipelines as tiny
+from dagkit.token import Thresholds
 
 PACKAGE = Path(dagkit.__file__).parent
 TREES = {
@@ -132,3 +136,17 @@ def test_only_commands_know_the_command_line():
     users = {module for module, tree in TREES.items() if "click" in imports(tree)}
     scripts = {"demo/__init__", "demo/atlas", "demo/measure", "demo/train"}
     assert {module for module in users if not module.startswith("commands/")} - {"cli"} == scripts
+
+
+def test_a_guarded_run_changes_no_weight():
+    pipe = tiny.sd()
+    before = {name: part.state_dict() for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in before.items()}
+    token = tiny.token(pipe, thresholds=Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0))
+    with token.guard().attach(pipe) as trace:
+        pipe(tiny.PROMPTS, generator=tiny.generators(), **tiny.SETTINGS)
+    assert any(record.is_firing for record in trace.steps)
+    for name, state in before.items():
+        now = getattr(pipe, name).state_dict()
+        assert now.keys() == state.keys()
+        assert all(torch.equal(now[key], value) for key, value in state.items())
