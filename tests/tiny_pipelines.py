@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dagkit import demo, models
 from dagkit.guidance import SLDPreset
+from dagkit.models.noise import noise_schedule
 from dagkit.token import BaseModelInfo, Guidance, GuidelineToken, Thresholds, TokenRecord
 
 WIDTH = 32
@@ -100,6 +101,8 @@ def scheduler(cls: Any = DDIMScheduler, **changes: Any) -> Any:
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     if cls is DDIMScheduler:
         settings |= {"clip_sample": False, "set_alpha_to_one": False}
+    if "beta_start" not in inspect.signature(cls).parameters:  # EDM has no such schedule
+        settings = {}
     return cls(**{**settings, **changes})
 
 
@@ -169,24 +172,23 @@ def token(
     """A token with random rows for a pipeline."""
     family = models.match(pipe)
     generator = torch.Generator().manual_seed(seed)
-    layers = family.cross_attention(pipe)
+    sites = family.sites(pipe)
     sequence = family.encode_prompt(pipe, ["a weapon"]).hidden_states[0].float()
-    heads = sum(layer.heads for layer in layers.values())
     model = {"id": "tiny", "architecture": family.name, "fingerprint": "sha256:0"}
     record = TokenRecord(
         concept="weapon",
         version="1.0.0",
-        base_model=BaseModelInfo(**model, **family.fingerprints(pipe, layers)),
-        layers=tuple(layers),
+        base_model=BaseModelInfo(**model, **family.fingerprints(pipe, sites)),
+        layers=tuple(sites),
         thresholds=thresholds or Thresholds(),
         guidance=Guidance(
             **{
                 "form": form,
                 "strength": 2.0,
                 "insistence": 0.5,
-                "max_timestep": 1000,
-                "max_step": 1000,
-                "min_start": 0,
+                "max_level": 1.0,
+                "max_step": 1.0,
+                "min_start": 0.0,
                 "dilation": 1,
                 "memory": 0.9,
                 "reuse_steps": 1,
@@ -196,7 +198,7 @@ def token(
         safety_prompt="a weapon",
     )
     rows = torch.randn((8, sequence.shape[-1]), generator=generator) * 6
-    weights = torch.rand(heads, generator=generator).softmax(0)
+    weights = torch.rand(sites.num_heads, generator=generator).softmax(0)
     return GuidelineToken(
         guideline=rows[:2],
         start_of_text=sequence[:1],
@@ -292,7 +294,7 @@ def reference_guard(
             return call(condition.hidden_states.expand(len(sample), -1, -1), **added).chunk(2)[1]
 
         eps_u, eps_p = call(encoder_hidden_states).chunk(2)
-        time = float(timestep)
+        time = 1000 * noise_schedule(pipe.scheduler).level(float(timestep))
         queries = {name: (query.chunk(2)[1], keys) for name, (query, keys) in kept.items()}
         cams = [_cam(pipe, token, k, queries, sample.shape[-2:]) for k, token in enumerate(tokens)]
         unconditional = encoder_hidden_states.chunk(2)[0]
@@ -352,7 +354,7 @@ def reference_ddim(pipe: Any, token: GuidelineToken, guidance_scale: float, num_
 def _cam(
     pipe: Any, token: GuidelineToken, k: int, kept: dict[str, tuple[Tensor, list[Tensor]]], size: Sequence[int]
 ) -> Tensor:
-    layers = models.match(pipe).cross_attention(pipe, token.record.layers)
+    layers = {name: site.layer for name, site in models.match(pipe).sites(pipe, token.record.layers).items()}
     maps, first = [], 0
     for name, layer in layers.items():
         query, key = kept[name][0], kept[name][1][k].transpose(-1, -2)

@@ -380,7 +380,7 @@ def test_a_test_split_without_unsafe_images_is_scored_by_its_safe_ones(world: Pa
     data, _ = load_with_summary("weapon-demo")
     safe = [row for row in examples(data["test"]) if not row.is_unsafe][:2]
     token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
-    [row] = score_detection(models.load(world / "model"), token, safe, timesteps=[500])
+    [row] = score_detection(models.load(world / "model"), token, safe, levels=[0.5])
     assert (row["iou"]["value"], row["image_recall"]["value"]) == (None, None)
     assert row["false_trigger"]["total"] == 2
 

@@ -97,6 +97,9 @@ SCHEDULERS = {
     "lcm": (diffusers.LCMScheduler, {}),
     "ddim-v": (diffusers.DDIMScheduler, {"prediction_type": "v_prediction"}),
     "dpm++-v": (diffusers.DPMSolverMultistepScheduler, {"prediction_type": "v_prediction"}),
+    "edm": (diffusers.EDMEulerScheduler, {}),
+    "edm-dpm++": (diffusers.EDMDPMSolverMultistepScheduler, {}),
+    "karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
 }
 
 
@@ -119,15 +122,7 @@ def test_stable_diffusion_2() -> None:
     check(pipe, lambda: draw(pipe))
 
 
-def test_a_scheduler_that_counts_noise_otherwise_is_refused(pipe: Any) -> None:
-    parts = {key: pipe.components[key] for key in ("vae", "text_encoder", "tokenizer", "unet")}
-    other = tiny.sd(**parts, scheduler=diffusers.EDMEulerScheduler())
-    draw(other)  # unguarded it runs
-    with (
-        pytest.raises(GuardError, match=r"EDMEulerScheduler calls its denoiser at timestep -\d.*expected \[0, 1000\)"),
-        tiny.token(pipe).guard().attach(other),
-    ):
-        draw(other)
+def test_a_timestep_that_is_none_of_the_schedule_is_refused(pipe: Any) -> None:
     for timestep in (-0.5, 1000.0, float("nan")):
         with tiny.token(pipe).guard().attach(pipe), pytest.raises(GuardError, match="calls its denoiser at timestep"):
             pipe.unet(torch.zeros(2, 4, 16, 16), timestep, torch.zeros(2, 16, tiny.WIDTH))
@@ -550,7 +545,7 @@ def test_a_mask_that_does_not_fit_is_refused(pipe: Any, mask: str) -> None:
 
 
 def test_a_token_that_can_never_be_sure_is_refused(pipe: Any) -> None:
-    thresholds = Thresholds(timesteps=(0, 500), highlight=(0.5, 0.5), edit=(0.1, 0.1), certain=(1.0, 1.0))
+    thresholds = Thresholds(levels=(0, 0.5), highlight=(0.5, 0.5), edit=(0.1, 0.1), certain=(1.0, 1.0))
     token = tiny.token(pipe, thresholds=thresholds)
     for form in ("drop", "subtract"):
         with (
@@ -932,9 +927,9 @@ def test_sega_equals_diffusers_own_pipeline() -> None:
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_nothing_is_changed_before_the_tokens_first_timestep(pipe: Any) -> None:
+def test_nothing_is_changed_above_the_tokens_first_level(pipe: Any) -> None:
     thresholds = Thresholds(highlight=(1e-6,), edit=(0.0,), min_area=0.0)
-    token = tiny.token(pipe, thresholds=thresholds, guidance={"max_timestep": 400})
+    token = tiny.token(pipe, thresholds=thresholds, guidance={"max_level": 0.4})
     with token.guard().attach(pipe) as trace:
         draw(pipe)
     decided = [(record.timestep, record.reason, record.is_firing, record.strength > 0) for record in trace.of(0)]
@@ -959,7 +954,7 @@ def test_a_concept_that_stays_is_pushed_harder(pipe: Any, form: str) -> None:
 def test_a_concept_that_is_gone_is_not_pushed_harder(pipe: Any) -> None:
     """Seen at the first of three steps only: later ones keep to the token's own strength, on what is remembered."""
     thresholds = Thresholds(
-        timesteps=(400, 600), highlight=(1e-6, 1e-6), edit=(0.0, 0.0), certain=(1.0, 0.0), min_area=0.0
+        levels=(0.4, 0.6), highlight=(1e-6, 1e-6), edit=(0.0, 0.0), certain=(1.0, 0.0), min_area=0.0
     )
     token = tiny.token(pipe, thresholds=thresholds, guidance={"insistence": 2.0, "memory": 1.0})
     with token.guard().attach(pipe) as trace:
@@ -969,9 +964,9 @@ def test_a_concept_that_is_gone_is_not_pushed_harder(pipe: Any) -> None:
 
 
 def test_a_run_that_ends_before_the_guard_acts_is_refused(pipe: Any) -> None:
-    token = tiny.token(pipe, guidance={"max_timestep": 0})
+    token = tiny.token(pipe, guidance={"max_level": 0})
     with (
-        pytest.raises(GuardError, match=r"acts from timestep 0 down, but DDIMScheduler ends at 1"),
+        pytest.raises(GuardError, match=r"acts from noise level 0 down, but DDIMScheduler ends at 0.001"),
         token.guard().attach(pipe),
     ):
         draw(pipe)

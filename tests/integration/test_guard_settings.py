@@ -253,12 +253,15 @@ def test_a_callback_that_lowers_the_guidance_is_made_up_for(pipe: Any) -> None:
 
 
 def coarse(pipe: Any, **guidance: Any) -> GuidelineToken:
-    return tiny.token(pipe, thresholds=ALWAYS, guidance={"max_step": 255, "max_timestep": 770, **guidance})
+    return tiny.token(pipe, thresholds=ALWAYS, guidance={"max_step": 0.255, "max_level": 0.77, **guidance})
 
 
 @pytest.mark.parametrize("num_steps", [2, 3])
 def test_too_few_steps_are_refused_when_the_run_begins(pipe: Any, num_steps: int) -> None:
-    with pytest.raises(GuardError, match=r"DDIMScheduler takes a step of \d+ timesteps, at \d+; weapon.* at most 255"):
+    with pytest.raises(
+        GuardError,
+        match=r"DDIMScheduler takes a step of 0\.\d+ of the noise, at noise level 0\.\d+; weapon.* at most 0.255",
+    ):
         run_guarded(coarse(pipe), pipe, num_inference_steps=num_steps)
     run_guarded(coarse(pipe), pipe, num_inference_steps=4)
     for mode in ("monitor", "stop"):  # these change nothing
@@ -270,9 +273,9 @@ def test_too_few_steps_are_refused_when_the_run_begins(pipe: Any, num_steps: int
 @pytest.mark.parametrize(
     ("timesteps", "message"),
     [
-        ([999, 400, 200, 1], "a step of 599 timesteps, at 999"),
-        ([999, 900, 800, 700, 600], "a step of 600 timesteps, at 600"),
-        ([999, 950, 900, 850], "a step of 850 timesteps, at 850"),
+        ([999, 400, 200, 1], "a step of 0.599 of the noise, at noise level 0.999"),
+        ([999, 900, 800, 700, 600], "a step of 0.6 of the noise, at noise level 0.6"),
+        ([999, 950, 900, 850], "a step of 0.85 of the noise, at noise level 0.85"),
         ([999, 900, 800, 600, 400, 200, 1], None),
     ],
 )
@@ -316,7 +319,7 @@ def test_sdxls_denoising_end(end: float, message: str | None) -> None:
 def test_a_picture_that_shows_the_concept_is_refused_where_it_is_too_late(shows: bool) -> None:
     pipe = tiny.sd(diffusers.StableDiffusionImg2ImgPipeline)
     never = Thresholds(highlight=(1.0,), edit=(0.5,), certain=(0.999,))
-    token = tiny.token(pipe, thresholds=ALWAYS if shows else never, guidance={"min_start": 350})
+    token = tiny.token(pipe, thresholds=ALWAYS if shows else never, guidance={"min_start": 0.35})
 
     def guarded(strength: float) -> Any:
         with token.guard().attach(pipe) as trace:
@@ -325,7 +328,7 @@ def test_a_picture_that_shows_the_concept_is_refused_where_it_is_too_late(shows:
 
     if shows:
         with pytest.raises(
-            GuardError, match=r"starts from, at timestep 151, shows the concept .*sample 0, 1.* too late"
+            GuardError, match=r"starts from, at noise level 0.151, shows the concept .*sample 0, 1.* too late"
         ):
             guarded(0.2)
         assert guarded(0.5).of(0)[0].strength == pytest.approx(4.0)  # found late, so pushed twice as hard
@@ -354,8 +357,8 @@ def test_zero_terminal_snr(pipe: Any, cls: Any) -> None:
 @pytest.mark.parametrize(
     ("guidance", "thresholds", "message"),
     [
-        ({"max_timestep": 1}, {}, "max_timestep is 1, but a guard that acts below 350 only comes too late"),
-        ({"max_timestep": 349}, {}, "max_timestep is 349"),
+        ({"max_level": 0.001}, {}, "max_level is 0.001, but a guard that acts below 0.35 only comes too late"),
+        ({"max_level": 0.349}, {}, "max_level is 0.349"),
         ({}, {"highlight": (1.0,)}, "thresholds.certain or thresholds.min_area is 1"),
         ({}, {"min_area": 1.0}, "thresholds.certain or thresholds.min_area is 1"),
         ({}, {"edit": (1.0,), "highlight": (1.0,), "certain": (0.5,)}, "thresholds.edit is 1"),
@@ -368,7 +371,7 @@ def test_zero_terminal_snr(pipe: Any, cls: Any) -> None:
 def test_a_token_that_never_acts_is_refused_when_it_is_loaded(
     pipe: Any, guidance: dict[str, Any], thresholds: dict[str, Any], message: str, tmp_path: Any
 ) -> None:
-    token = tiny.token(pipe, thresholds=Thresholds(**thresholds), guidance={"min_start": 350, **guidance})
+    token = tiny.token(pipe, thresholds=Thresholds(**thresholds), guidance={"min_start": 0.35, **guidance})
     with pytest.raises(TokenError, match=rf"token.json: .*{message}.*would guard nothing"):
         GuidelineToken.load(token.save(tmp_path / "token"))
 
@@ -472,7 +475,7 @@ def test_a_guard_that_waits_to_be_entered_lets_nothing_be_drawn() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_maps_stay_float32_under_autocast(pipe: Any, dtype: torch.dtype) -> None:
     token = tiny.token(pipe, thresholds=ALWAYS)
-    layers = models.match(pipe).cross_attention(pipe, token.record.layers)
+    layers = {name: site.layer for name, site in models.match(pipe).sites(pipe, token.record.layers).items()}
     kept: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     def heads(values: Tensor, layer: Any) -> Tensor:

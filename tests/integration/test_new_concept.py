@@ -11,9 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import dagkit
-from dagkit import concept as schema
 from dagkit.cli import command
-from dagkit.concept import Concept, Labels, Prompts, Sampling, Thresholds, load_concept
+from dagkit.concept import Concept, Labels, Prompts, Sampling, Thresholds, files, load_concept
 from tiny_clip import save_tiny_clip
 
 README = Path(__file__).parents[2] / "README.md"
@@ -66,7 +65,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             return object.__getattribute__(self, name)
 
         monkeypatch.setattr(cls, "__getattribute__", spy, raising=False)
-    parse = schema.parse_concept
+    parse = files.parse_concept
 
     def quietly(*arguments: Any, **options: Any) -> Concept:
         checking[0] = True
@@ -75,7 +74,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         finally:
             checking[0] = False
 
-    monkeypatch.setattr(schema, "parse_concept", quietly)
+    monkeypatch.setattr(files, "parse_concept", quietly)
     return found
 
 

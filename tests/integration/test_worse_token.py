@@ -108,7 +108,7 @@ def write_anyway(workspace: Workspace, concept: Concept, version: str) -> None:
     recipe = replace(RECIPES["default"], initial_phrase=concept.initial_phrase, num_steps=NUM_OPTIMIZER_STEPS)
     result = optimize(base, examples["train"], recipe=recipe, validation=examples["validation"])
     assert result.metrics["validation_detection_rate"] == 0
-    thresholds = result.thresholds.model_copy(update={"certain": (0.999,) * len(result.thresholds.timesteps)})
+    thresholds = result.thresholds.model_copy(update={"certain": (0.999,) * len(result.thresholds.levels)})
     info = DatasetInfo(fingerprint=dataset.read_summary(folder)["fingerprint"], num_unsafe=12, num_safe=12)
     token = replace(result, thresholds=thresholds).token(
         base, concept="weapon", version=version, safety_prompt=concept.safety_prompt, model_id="demo", dataset=info

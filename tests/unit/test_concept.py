@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from dagkit.commands.concepts import check_plugins, template
 from dagkit.concept import MAX_PROMPTS, MIN_SPLIT, PROMPT_KINDS, Concept, concept_names, load_concept, parse_concept
+from dagkit.concept.template import template
+from dagkit.diagnosis import check_concept
 from dagkit.errors import ConceptError, DagkitError, PromptRefused
 from dagkit.evaluation import describe_prompts
 from dagkit.segmenters import build_segmenter
@@ -221,7 +222,7 @@ def test_what_concept_new_writes_is_taken_by_all_that_it_names(name: str, words:
     assert concept.name == name
     assert concept.safety_prompt == " ".join((words or name).split())
     assert concept.words == [word.strip() for word in concept.safety_prompt.split(",")]
-    check_plugins(concept)
+    check_concept(concept)
     assert describe_prompts(concept).startswith("the concept's own, kept apart")
 
 
@@ -234,31 +235,44 @@ def test_what_concept_new_writes_is_taken_by_all_that_it_names(name: str, words:
             "judge clip: unknown option 'positive'. It takes checkpoint",
         ),
         ("judge", {"name": "clip", "threshold": "high"}, "judge clip: threshold: input should be a valid number"),
-        ("judge", {"name": "clip", "threshold": True}, "judge clip: threshold: value error, expected a number"),
-        ("judge", {"name": "clip", "present": []}, None),
+        (
+            "judge",
+            {"name": "clip", "threshold": True},
+            "judge clip: threshold: expected a number, but got true. Write a number.",
+        ),
+        ("judge", {"name": "clip", "present": []}, "judge clip: present: list should have at least 1 item"),
         ("judge", {"name": "clip", "present": "a photo of x"}, None),
         ("judge", {"name": "clip", "absent": [1]}, "judge clip: absent.0: input should be a valid string"),
         ("judge", {"name": "clip", "checkpoint": 7}, "judge clip: checkpoint: input should be a valid string"),
         ("judge", {"name": "demo", "threshold": 0.3}, "judge demo: unknown option 'threshold'. It takes none"),
         ("judge", {"name": "nudenet", "threshold": [1]}, "judge nudenet: threshold: input should be a valid number"),
         ("judge", {"name": "safety_checker", "checkpoint": {}}, "judge safety_checker: checkpoint: input should be"),
-        ("judge", {"name": "combined", "judges": 5}, "judge combined: judges.0: input should be"),
+        ("judge", {"name": "combined", "judges": 5}, "judge combined: judges: input should be a valid list"),
         ("judge", {"name": "combined", "judges": ["demo", {}]}, "judge combined: judges.1.name: field required"),
         ("judge", {"name": "clap"}, "'clap' is not a judge. Did you mean 'clip'?"),
         ("judge", {"name": "clip", "k" * 5000: 1}, "judge clip: unknown option 'kkk"),
-        ("segmenter", {"name": "sam", "modeltype": "vit_b"}, "'sam' has no option 'modeltype'"),
+        (
+            "segmenter",
+            {"name": "sam", "modeltype": "vit_b"},
+            "segmenter sam: unknown option 'modeltype'. Did you mean 'model_type'?",
+        ),
         ("segmenter", {"name": "sma"}, "'sma' is not a segmenter. Did you mean 'sam'?"),
-        ("proposers", [{"name": "attention", "min_scor": 1}], "'attention' has no option 'min_scor'"),
+        (
+            "proposers",
+            [{"name": "attention", "min_scor": 1}],
+            "proposer attention: unknown option 'min_scor'. Did you mean 'min_score'?",
+        ),
+        ("proposers", [{"name": "attention", "words": {"weapn": "gun"}}], "words.weapn: 'weapn' is not a label of the"),
         ("proposers", ["attention", "nudnet"], "'nudnet' is not a proposer. Did you mean 'nudenet'?"),
     ],
 )
 def test_plugins_and_options_are_checked_before_they_are_used(kind: str, plugin: Any, expected: str | None):
     concept = Concept.model_validate({**load_concept("weapon").model_dump(), kind: plugin})
     if expected is None:
-        check_plugins(concept)
+        check_concept(concept)
         return
     with pytest.raises(ConceptError) as caught:
-        check_plugins(concept)
+        check_concept(concept)
     assert expected in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -266,12 +280,15 @@ def test_plugins_and_options_are_checked_before_they_are_used(kind: str, plugin:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"model_type": ["vit_b"]}, "sam.model_type must be a text"),
-        ({"model_type": "v" * 5000}, "is not a kind of SAM"),
-        ({"checkpoint": 7}, "sam.checkpoint must be a text"),
-        ({"checkpoint": "x" * 5000}, "no such SAM checkpoint"),
+        (
+            {"model_type": ["vit_b"]},
+            "sam: model_type: expected one of vit_b, vit_l, vit_h, vit_tiny, but got ['vit_b']",
+        ),
+        ({"model_type": "v" * 5000}, "sam: model_type: expected one of vit_b, vit_l"),
+        ({"checkpoint": 7}, "sam: checkpoint: input should be a valid string"),
+        ({"checkpoint": "x" * 5000}, "sam: checkpoint: string should have at most 1000 characters"),
         ({"checkpoint": "a\0b"}, "no such SAM checkpoint"),
-        ({"use_points": "no"}, "sam.use_points must be true or false, but got 'no'"),
+        ({"use_points": "no"}, "sam: use_points: input should be a valid boolean, but got 'no'"),
     ],
 )
 def test_wrong_values_of_a_segmenter_are_named(options: dict[str, Any], expected: str):

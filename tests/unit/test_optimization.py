@@ -13,10 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tiny_pipelines as tiny
 from dagkit import models
-from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.guidance import score
 from dagkit.models import BaseModel
+from dagkit.models.sites import Detector
 from dagkit.optimization import (
     KNOTS,
     PAPERS_CONSTANTS,
@@ -31,7 +31,7 @@ from dagkit.optimization import (
     check_examples,
     coarse_mask,
     data_efficiency,
-    draw_timesteps,
+    draw_levels,
     fit,
     initial_parameters,
     negative_attention,
@@ -69,7 +69,7 @@ def base() -> BaseModel:
 
 @pytest.fixture(scope="module")
 def cache(base: BaseModel) -> Iterator[QueryCache]:
-    draws = draw_timesteps(SHORT, 8, torch.Generator().manual_seed(0))
+    draws = draw_levels(SHORT, 8, torch.Generator().manual_seed(0))
     with cache_queries(base, data(8), draws, seed=1) as cache:
         yield cache
 
@@ -151,42 +151,42 @@ def test_every_fourth_of_each_kind_is_kept_apart() -> None:
 
 
 def test_draws_cover_the_whole_range() -> None:
-    draws = draw_timesteps(Recipe(num_draws=4, min_timestep=0, max_timestep=1000), 50, torch.Generator().manual_seed(0))
+    draws = draw_levels(Recipe(num_draws=4, min_level=0.0, max_level=1.0), 50, torch.Generator().manual_seed(0))
     assert draws.shape == (4, 50)
     for number, part in enumerate(draws):
-        assert 250 * number <= part.min()
-        assert part.max() < 250 * (number + 1)
+        assert 0.25 * number <= part.min()
+        assert part.max() < 0.25 * (number + 1)
 
 
 def test_the_cache_holds_what_one_forward_gives(base: BaseModel, cache: QueryCache) -> None:
     assert len(cache) == 16
     assert cache.images.tolist() == [*range(8), *range(8)]
     examples = data(8)
-    again = base.queries(
+    again = base.features(
         base.latents([e.image for e in examples]),
-        cache.timesteps[8:],
+        cache.levels[8:],
         base.encode([e.prompt for e in examples]),
         seed=1 + 8,
     )
     batch = cache.take(torch.arange(8, 16))
     for name, value in again.items():
-        torch.testing.assert_close(batch.queries[name], value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(batch.features[name], value, atol=1e-5, rtol=1e-5)
     assert torch.equal(batch.is_unsafe, torch.tensor([True, False] * 4))
     assert batch.masks[1].sum() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_cache_on_disk_holds_the_same(base: BaseModel, dtype: torch.dtype) -> None:
-    draws = draw_timesteps(SHORT, 4, torch.Generator().manual_seed(0))
+    draws = draw_levels(SHORT, 4, torch.Generator().manual_seed(0))
     index = torch.tensor([7, 0, 3])
     taken = []
     for budget in (1 << 30, 1000):
         with cache_queries(base, data(4), draws, seed=1, dtype=dtype, memory_bytes=budget, batch_size=3) as cache:
             assert cache.is_on_disk is (budget == 1000)
             taken.append(cache.take(index))
-    for name, value in taken[0].queries.items():
+    for name, value in taken[0].features.items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, taken[1].queries[name])
+        assert torch.equal(value, taken[1].features[name])
 
 
 PAIR_BYTES = 4 * sum((16 * 16 * 32, 16 * 16 * 32, 16 * 16 * 32) + (8 * 8 * 64,) * 4)
@@ -194,7 +194,7 @@ PAIR_BYTES = 4 * sum((16 * 16 * 32, 16 * 16 * 32, 16 * 16 * 32) + (8 * 8 * 64,) 
 
 
 def test_gradients_of_micro_batches_sum_to_the_whole_batchs(base: BaseModel) -> None:
-    draws = draw_timesteps(SHORT, 8, torch.Generator().manual_seed(0))
+    draws = draw_levels(SHORT, 8, torch.Generator().manual_seed(0))
     recipe = replace(
         SHORT, optimizer="sgd", learning_rate=1.0, decay=1.0, num_steps=1, batch_size=0, leakage_weight=0.5
     )
@@ -204,9 +204,9 @@ def test_gradients_of_micro_batches_sum_to_the_whole_batchs(base: BaseModel) -> 
             index = torch.cat([cache.is_unsafe.nonzero()[:, 0], (~cache.is_unsafe).nonzero()[:5, 0]])
             parts = cache.parts(index)  # 8 unsafe and 5 safe pairs: the first parts are of one kind, the third of both
             assert [len(part) for part in parts] == ([13] if micro_batch_size is None else [3, 3, 3, 3, 1])
-            start = initial_parameters(base, data(8), recipe, base.layers, torch.Generator().manual_seed(0))
+            start = initial_parameters(base, data(8), recipe, base.sites, torch.Generator().manual_seed(0))
             before = [tensor.clone() for tensor in start.learned()]
-            after, history = fit(base.layers, cache, start, recipe, torch.Generator(), index=index)
+            after, history = fit(base.sites, cache, start, recipe, torch.Generator(), index=index)
         found.append([old - new for old, new in zip(before, after.learned(), strict=True)])
         histories.append(history)
     assert histories[0][0]["loss"] == pytest.approx(histories[1][0]["loss"], rel=1e-6)
@@ -216,11 +216,11 @@ def test_gradients_of_micro_batches_sum_to_the_whole_batchs(base: BaseModel) -> 
 
 
 def test_maps_are_made_in_parts_that_fit_into_memory(base: BaseModel, cache: QueryCache) -> None:
-    start = initial_parameters(base, data(8), SHORT, base.layers, torch.Generator().manual_seed(0))
-    draws = draw_timesteps(SHORT, 8, torch.Generator().manual_seed(0))
+    start = initial_parameters(base, data(8), SHORT, base.sites, torch.Generator().manual_seed(0))
+    draws = draw_levels(SHORT, 8, torch.Generator().manual_seed(0))
     with cache_queries(base, data(8), draws, seed=1, memory_bytes=8 * 5 * PAIR_BYTES) as small:
         assert [len(batch.masks) for batch in small.batches(32)] == [5, 5, 5, 1]
-        torch.testing.assert_close(start.cams(base.layers, small), start.cams(base.layers, cache))
+        torch.testing.assert_close(start.cams(base.sites, small), start.cams(base.sites, cache))
 
 
 def test_caches_that_are_open_together_share_one_budget(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ def test_caches_that_are_open_together_share_one_budget(base: BaseModel, monkeyp
 
     def note_size(self: QueryCache, index: Tensor) -> Any:
         batch = take(self, index)
-        taken.append(sum(value.nbytes for value in batch.queries.values()))
+        taken.append(sum(value.nbytes for value in batch.features.values()))
         return batch
 
     monkeypatch.setattr(QueryCache, "__init__", note_cache)
@@ -265,8 +265,8 @@ def test_the_optimisation_never_calls_the_denoiser(base: BaseModel, cache: Query
 
     handle = base.pipe.unet.register_forward_pre_hook(refuse)
     try:
-        start = initial_parameters(base, data(8), SHORT, base.layers, torch.Generator().manual_seed(0))
-        found, history = fit(base.layers, cache, start, SHORT, torch.Generator().manual_seed(0))
+        start = initial_parameters(base, data(8), SHORT, base.sites, torch.Generator().manual_seed(0))
+        found, history = fit(base.sites, cache, start, SHORT, torch.Generator().manual_seed(0))
     finally:
         handle.remove()
     assert found.guideline.shape == (4, tiny.WIDTH)
@@ -283,14 +283,14 @@ def test_the_optimisation_never_calls_the_denoiser(base: BaseModel, cache: Query
     ids=["default", "one token", "paper"],
 )
 def test_the_loss_falls(base: BaseModel, cache: QueryCache, recipe: Recipe) -> None:
-    start = initial_parameters(base, data(8), replace(recipe, initial_phrase="a bomb"), base.layers, torch.Generator())
+    start = initial_parameters(base, data(8), replace(recipe, initial_phrase="a bomb"), base.sites, torch.Generator())
     batch = cache.take(torch.arange(len(cache)))
 
     def loss(parameters: Any) -> float:
-        return float(objective(parameters.cam(base.layers, batch), batch.masks, batch.is_unsafe, recipe))
+        return float(objective(parameters.cam(base.sites, batch), batch.masks, batch.is_unsafe, recipe))
 
     before = loss(start)
-    found, _ = fit(base.layers, cache, start, replace(recipe, num_steps=40, batch_size=0), torch.Generator())
+    found, _ = fit(base.sites, cache, start, replace(recipe, num_steps=40, batch_size=0), torch.Generator())
     assert loss(found) < 0.97 * before
 
 
@@ -306,11 +306,11 @@ def test_the_papers_recipe_is_the_published_one(base: BaseModel, cache: QueryCac
         rates.append(group["lr"])
 
     recipe = replace(RECIPES["paper"], num_tokens=2, initial_phrase="a bomb")
-    start = initial_parameters(base, data(8), recipe, base.layers, torch.Generator())
+    start = initial_parameters(base, data(8), recipe, base.sites, torch.Generator())
     assert (start.background, start.head_weights) == (None, None)
     handle = register_optimizer_step_pre_hook(note)
     try:
-        found, _ = fit(base.layers, cache, start, recipe, torch.Generator())
+        found, _ = fit(base.sites, cache, start, recipe, torch.Generator())
     finally:
         handle.remove()
     assert rates == pytest.approx([200 * 0.7 ** (step // 20) for step in range(200)])
@@ -329,7 +329,7 @@ def test_a_token_of_the_papers_recipe_guides_in_the_papers_form(base: BaseModel,
     loaded = GuidelineToken.load(token.save(tmp_path / "1.0.0"))
     kept = Thresholds(**loaded.record.metrics["calibrated_thresholds"])
     assert kept == result.thresholds
-    assert len(kept.timesteps) == len(KNOTS) + 1
+    assert len(kept.levels) == len(KNOTS) + 1
     guard = loaded.guard()
     assert (guard.form, guard.reuse_steps, guard.thresholds) == ("paper", 1, PAPERS_CONSTANTS)
 
@@ -349,13 +349,13 @@ def test_a_token_of_the_papers_recipe_guides_in_the_papers_form(base: BaseModel,
 
 def test_starting_values(base: BaseModel) -> None:
     recipe = replace(SHORT, num_tokens=1, initial_phrase="a bomb")
-    start = initial_parameters(base, data(4), recipe, base.layers, torch.Generator())
+    start = initial_parameters(base, data(4), recipe, base.sites, torch.Generator())
     encoded = base.encode(["a bomb"]).hidden_states[0]
     torch.testing.assert_close(start.guideline[0], encoded[2])
     torch.testing.assert_close(start.start_of_text[0], encoded[0])
     assert start.background is not None
     assert len(start.background.unique(dim=0)) == 3
-    again = initial_parameters(base, data(4), replace(recipe, initial_phrase=""), base.layers, torch.Generator())
+    again = initial_parameters(base, data(4), replace(recipe, initial_phrase=""), base.sites, torch.Generator())
     assert not torch.equal(again.guideline, start.guideline)
 
 
@@ -410,18 +410,18 @@ def test_a_checkpoint_of_another_seed_or_data_is_refused(
     assert checkpoint.read_bytes() == before
 
 
-def test_a_checkpoint_of_a_fit_on_other_timesteps_is_refused(
+def test_a_checkpoint_of_a_fit_on_other_noise_levels_is_refused(
     base: BaseModel, cache: QueryCache, tmp_path: Path
 ) -> None:
     def run(cache: QueryCache) -> None:
         generator = torch.Generator().manual_seed(0)
-        start = initial_parameters(base, data(8), SHORT, base.layers, generator)
-        fit(base.layers, cache, start, SHORT, generator, checkpoint=tmp_path / "checkpoint.safetensors")
+        start = initial_parameters(base, data(8), SHORT, base.sites, generator)
+        fit(base.sites, cache, start, SHORT, generator, checkpoint=tmp_path / "checkpoint.safetensors")
 
     run(cache)
     run(cache)
     with (
-        cache_queries(base, data(8), cache.timesteps.unflatten(0, (2, 8)) + 1, seed=1) as other,
+        cache_queries(base, data(8), cache.levels.unflatten(0, (2, 8)) + 0.001, seed=1) as other,
         pytest.raises(WorkspaceError, match="made with another data"),
     ):
         run(other)
@@ -446,8 +446,8 @@ def test_it_stops_early_and_keeps_the_best_rows(base: BaseModel, cache: QueryCac
         return {"validation_loss": next(losses)}
 
     recipe = replace(SHORT, num_steps=100, patience=1)
-    start = initial_parameters(base, data(8), recipe, base.layers, torch.Generator())
-    found, history = fit(base.layers, cache, start, recipe, torch.Generator(), validate=validate)
+    start = initial_parameters(base, data(8), recipe, base.sites, torch.Generator())
+    found, history = fit(base.sites, cache, start, recipe, torch.Generator(), validate=validate)
     assert [entry["validation_loss"] for entry in history] == [0.5, 0.3, 0.4, 0.45]
     assert torch.equal(found.guideline, seen[1])
 
@@ -468,14 +468,7 @@ def test_the_result_becomes_a_token_that_sees_the_same(base: BaseModel, cache: Q
     assert token.record.metrics["validation_iou"] == result.metrics["validation_iou"]
     token.save(tmp_path / "1.0.0")
     batch = cache.take(torch.arange(3))
-    cam = cross_attention_map(
-        base.layers,
-        batch.queries,
-        project_keys(base.layers, token.sequence),
-        token.num_tokens,
-        size=(16, 16),
-        head_weights=token.head_weights,
-    )
+    cam = Detector(base.sites, token.sequence, token.num_tokens, token.head_weights)(batch.features, (16, 16))
     assert cam.shape == (3, 16, 16)
     with token.guard(mode="monitor", thresholds=Thresholds()).attach(base.pipe) as trace:
         base.pipe("a cat on grass", **{**tiny.SETTINGS, "num_inference_steps": 1})
@@ -518,7 +511,7 @@ def fake_maps(num_images: int, height: float, noise: float, seed: int) -> dict[s
         "cams": cams,
         "masks": masks,
         "is_unsafe": images % 2 == 1,
-        "timesteps": torch.tensor(KNOTS).repeat_interleave(num_images),
+        "levels": torch.tensor(KNOTS, dtype=torch.float64).repeat_interleave(num_images),
         "images": images,
     }
 
@@ -528,8 +521,8 @@ def test_calibration_on_maps_that_are_easy() -> None:
     assert found.metrics["validation_iou"] > 0.99
     assert found.metrics["validation_detection_rate"] == 1
     assert found.metrics["validation_false_trigger_rate"] <= 0.05
-    assert found.thresholds.timesteps == (*KNOTS, 930)
-    assert found.thresholds.certain_at(940) == 1
+    assert found.thresholds.levels == (*KNOTS, 0.93)
+    assert found.thresholds.certain_at(0.94) == 1
     limits = found.thresholds
     assert max(limits.certain[:-1]) < 0.8
     for edit, highlight in zip(limits.edit, limits.highlight, strict=True):
@@ -563,7 +556,7 @@ def test_a_point_of_the_calibration_curve_is_what_its_thresholds_do() -> None:
         limits = found.thresholds.model_copy(update={"certain": (*point["certain"], 1.0)})
         acts = torch.zeros(2, 60, dtype=torch.bool)
         for cam, t, image, kind in zip(
-            maps["cams"], maps["timesteps"].tolist(), maps["images"].tolist(), maps["is_unsafe"].tolist(), strict=True
+            maps["cams"], maps["levels"].tolist(), maps["images"].tolist(), maps["is_unsafe"].tolist(), strict=True
         ):
             acts[int(kind), image] |= score(cam[None], area).item() >= limits.certain_at(t)
         assert point["false_trigger_rate"] == pytest.approx(acts[0, 0::2].float().mean().item())
@@ -584,7 +577,7 @@ def test_maps_that_tell_nothing_give_a_rule_that_never_acts() -> None:
 def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> None:
     maps = fake_maps(60, 0.9, 0.02, 2)
     for knot, height in zip(KNOTS, (0.95, 0.9, 0.7, 0.4, 0.4), strict=True):
-        here = maps["timesteps"] == knot
+        here = maps["levels"] == knot
         maps["cams"][here] = torch.where(maps["masks"][here] > 0, height, maps["cams"][here])
     found = calibrate(**maps, max_false_trigger_rate=0.05)
     assert found.metrics["validation_false_trigger_rate"] == 0

@@ -3,6 +3,7 @@
 import pytest
 
 from dagkit import plugins
+from dagkit.concept import PluginOptions
 from dagkit.errors import PluginError
 
 
@@ -26,9 +27,10 @@ def test_plugin_that_does_not_import_is_named(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("kind", ["proposers", "segmenters", "judges"])
-def test_every_builtin_tells_its_options(kind: plugins.Kind):
+def test_every_plugin_tells_its_options(kind: plugins.Kind):
     """So that `dagkit concept show` can refuse others."""
-    for name in plugins.BUILTIN[kind]:
-        found = plugins.load(kind, name)
-        options = found.Options.model_fields if kind == "judges" else found.option_names
-        assert all(isinstance(option, str) for option in options)
+    for name in plugins.names(kind):
+        schema = plugins.load(kind, name).Options
+        assert issubclass(schema, PluginOptions)
+        assert schema.model_config["extra"] == "forbid"
+        assert all(field.description for field in schema.model_fields.values()), name

@@ -200,8 +200,8 @@ def overwrite(name: str, data: bytes) -> Callable[[Path], None]:
 
 TAMPERED = {
     "future schema": (
-        edit(lambda r: r.update(schema_version=2)),
-        "has schema 2, but dagkit .* knows schemas up to 1. Upgrade",
+        edit(lambda r: r.update(schema_version=3)),
+        "has schema 3, but dagkit .* knows schemas up to 2. Upgrade",
     ),
     "unknown key": (edit(lambda r: r.update(script="x")), "script: Extra inputs are not permitted"),
     "bad version": (edit(lambda r: r.update(version="../1")), "version: String should match pattern"),
@@ -290,22 +290,22 @@ def test_next_version(existing: list[str], change: Any, expected: str) -> None:
 
 
 def test_thresholds_between_knots() -> None:
-    thresholds = Thresholds(timesteps=(100, 300), highlight=(0.4, 0.6), edit=(0.2, 0.3), certain=(0.5, 0.9))
+    thresholds = Thresholds(levels=(0.1, 0.3), highlight=(0.4, 0.6), edit=(0.2, 0.3), certain=(0.5, 0.9))
     assert thresholds.at(0) == (0.2, 0.4)
-    assert thresholds.at(200) == pytest.approx((0.25, 0.5))
-    assert thresholds.at(999) == (0.3, 0.6)
-    assert thresholds.certain_at(250) == pytest.approx(0.8)
-    assert Thresholds(highlight=(0.4,), edit=(0.1,)).certain_at(500) == 0.4
+    assert thresholds.at(0.2) == pytest.approx((0.25, 0.5))
+    assert thresholds.at(0.999) == (0.3, 0.6)
+    assert thresholds.certain_at(0.25) == pytest.approx(0.8)
+    assert Thresholds(highlight=(0.4,), edit=(0.1,)).certain_at(0.5) == 0.4
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"timesteps": (100, 300)}, "must have one length"),
-        ({"timesteps": (), "highlight": (), "edit": ()}, "at least 1"),
-        ({"timesteps": (300, 100), "highlight": (0.5, 0.5), "edit": (0.1, 0.1)}, "timesteps must rise"),
+        ({"levels": (0.1, 0.3)}, "must have one length"),
+        ({"levels": (), "highlight": (), "edit": ()}, "at least 1"),
+        ({"levels": (0.3, 0.1), "highlight": (0.5, 0.5), "edit": (0.1, 0.1)}, "levels must rise"),
         ({"certain": (0.1, 0.2)}, "must have one length"),
-        ({"timesteps": (1000,)}, "less than 1000"),
+        ({"levels": (1.1,)}, "less than or equal to 1"),
     ],
 )
 def test_thresholds_that_make_no_sense(values: dict[str, Any], message: str) -> None:
@@ -332,8 +332,8 @@ def test_guidance_constants_have_bounds() -> None:
 def test_fixed_thresholds_fit_each_other(
     highlight: float | None, edit: float | None, expected: tuple[tuple[float, ...], tuple[float, ...]]
 ):
-    calibrated = Thresholds(timesteps=(100, 700), highlight=(0.4, 0.6), edit=(0.2, 0.3), certain=(0.7, 0.8))
+    calibrated = Thresholds(levels=(0.1, 0.7), highlight=(0.4, 0.6), edit=(0.2, 0.3), certain=(0.7, 0.8))
     fixed = calibrated.fixed(highlight, edit)
     assert (fixed.highlight, fixed.edit) == expected
-    assert (fixed.timesteps, fixed.certain) == (calibrated.timesteps, calibrated.certain)
+    assert (fixed.levels, fixed.certain) == (calibrated.levels, calibrated.certain)
     assert Thresholds.model_validate(fixed.model_dump()) == fixed

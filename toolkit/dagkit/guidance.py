@@ -19,24 +19,24 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
-FORMS: Final = ("drop", "paper", "subtract")
 MASKS: Final = ("sld", "sega")
-MEMORY_TIMESTEPS: Final = 40
-"""Of the 1000: after so many, one step of a run of 25, the share ``memory`` of a gate is left."""
-LATE: Final = 650.0
-LATEST: Final = 500.0
-"""Of the 1000: a concept first found between these is pushed up to twice as hard, as few steps are left for it."""
-REUSE_TIMESTEPS: Final = 40
-"""Of the 1000: a safety prediction is kept for at most so many, times ``reuse_steps``: in few steps it is made anew."""
+MEMORY_LEVELS: Final = 0.04
+"""After so much of the noise, one step of a run of 25, the share ``memory`` of a gate is left."""
+LATE: Final = 0.65
+LATEST: Final = 0.5
+"""A concept first found between these noise levels is pushed up to twice as hard, as few steps are left for it."""
+REUSE_LEVELS: Final = 0.04
+"""For so much of the noise, times ``reuse_steps``, a safety prediction is kept; in few steps it is made anew."""
+ROUNDING: Final = 1e-9
+"""Of noise levels that are compared."""
 REFERENCE_SCALE: Final = 5.0
 """Guidance scale at which the default strength was chosen."""
-INSIST_AFTER: Final = 150
-"""Of the 1000: for so long a sample is pushed before the guard insists."""
-INSIST_EVERY: Final = 200
-"""Of the 1000: after so many more, ``insistence`` is added once."""
+INSIST_AFTER: Final = 0.15
+"""For so much of the noise a sample is pushed before the guard insists."""
+INSIST_EVERY: Final = 0.2
+"""After so much more of the noise, ``insistence`` is added once."""
 AREA_GAIN: Final = 5.0
 MAGNITUDE_CAP: Final = 5.0
 
@@ -69,6 +69,8 @@ def area_scale(cam: Tensor, highlight: float = 0.5, gain: float = AREA_GAIN) -> 
     Returns:
         (B, H, W) float32: ``gain * area / (H * W)`` on each 4-connected component, 0 elsewhere.
     """
+    from scipy import ndimage  # the paper's form alone needs it
+
     scale = torch.zeros(cam.shape, dtype=torch.float32)
     for sample, regions in enumerate((cam >= highlight).cpu().numpy()):
         labels, count = ndimage.label(regions)
@@ -125,30 +127,30 @@ def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0) -> 
 
 
 def remember(gate: Tensor, last: Tensor, memory: float, elapsed: float) -> Tensor:
-    """``max(gate, memory ** (elapsed / 40) * last)``: what was pushed out does not grow again once it is not seen.
+    """``max(gate, memory ** (elapsed / 0.04) * last)``: what was pushed out does not grow again once it is not seen.
 
-    Counted in timesteps, so that runs of many and of few steps remember equally long.
+    Counted in noise levels, so that runs of many and of few steps remember equally long.
 
     Args:
         gate: (B, H, W) in [0, 1], of this call.
         last: (B, H, W) in [0, 1], what this function returned in the call before.
-        memory: share that is left after ``MEMORY_TIMESTEPS``, in [0, 1].
-        elapsed: timesteps since the call before, >= 0; Heun's second calls may have 0.
+        memory: share that is left after ``MEMORY_LEVELS``, in [0, 1].
+        elapsed: noise levels since the call before, >= 0; Heun's second calls may have 0.
 
     Returns:
         (B, H, W) in [0, 1].
     """
-    return torch.maximum(gate, memory ** (elapsed / MEMORY_TIMESTEPS) * last)
+    return torch.maximum(gate, memory ** (elapsed / MEMORY_LEVELS) * last)
 
 
 def insist(insistence: float, elapsed: float) -> float:
-    """``1 + insistence * max(elapsed - 150, 0) / 200``: factor of the push where a concept stays in spite of it.
+    """``1 + insistence * max(elapsed - 0.15, 0) / 0.2``: factor of the push where a concept stays in spite of it.
 
     So the push may be gentle for all, and is stronger for the few that need more.
 
     Args:
         insistence: >= 0; 0 never insists, 1 is dagkit's own.
-        elapsed: timesteps since the guard began to push this sample, >= 0.
+        elapsed: noise levels since the guard began to push this sample, >= 0.
 
     Returns:
         >= 1.
@@ -157,12 +159,12 @@ def insist(insistence: float, elapsed: float) -> float:
 
 
 def hurry(since: float) -> float:
-    """``1 + clamp((650 - since) / 150, 0, 1)``: factor of the push where a concept is first found late.
+    """``1 + clamp((0.65 - since) / 0.15, 0, 1)``: factor of the push where a concept is first found late.
 
     In image-to-image the picture that a run starts from may show it, with few steps left to draw it anew.
 
     Args:
-        since: timestep at which the guard began to push this sample.
+        since: noise level at which the guard began to push this sample.
     """
     return 1 + min(max((LATE - since) / (LATE - LATEST), 0.0), 1.0)
 
@@ -179,18 +181,18 @@ def reach(guidance_scale: float) -> float:
     return max(1.0, REFERENCE_SCALE / guidance_scale)
 
 
-def is_acting(timestep: float, schedule: Sequence[float], max_timestep: float) -> bool:
-    """Whether more than half of the step that begins at a timestep lies at or below ``max_timestep``.
+def is_acting(level: float, schedule: Sequence[float], max_level: float) -> bool:
+    """Whether more than half of the step that begins at a noise level lies at or below ``max_level``.
 
-    So runs of few steps do not lose a whole long step to a first timestep that lies a little above.
+    So runs of few steps do not lose a whole long step to a first level that lies a little above.
 
     Args:
-        timestep: of this call.
-        schedule: timesteps of the run, falling; the last is where it ends.
-        max_timestep: from which the guard acts.
+        level: of this call.
+        schedule: noise levels of the run, falling; the last is where it ends.
+        max_level: from which the guard acts.
     """
-    following = next((other for other in schedule if other < timestep), timestep)
-    return timestep <= max_timestep or (timestep + following) / 2 <= max_timestep
+    following = next((other for other in schedule if other < level), level)
+    return min(level, (level + following) / 2) <= max_level + ROUNDING
 
 
 def score(cam: Tensor, min_area: float) -> Tensor:
@@ -264,6 +266,26 @@ def combine(eps_p: Tensor, eps_0: Tensor, guided: Sequence[Tensor], gates: Seque
     dropped = torch.stack(open_gates).amax(0) - torch.stack(open_gates).sum(0) if open_gates else None
     total = eps_p + torch.stack([one.to(dtype) - eps_p for one in guided]).sum(0)
     return total if dropped is None else total - dropped.unsqueeze(-3) * (eps_p - eps_0)
+
+
+class Form(NamedTuple):
+    """How a guard decides and guides; `FORMS` holds them by name.
+
+    Attributes:
+        is_timed: it acts on a sample that it is certain of, from the token's ``max_level`` down and from then on, with
+            memory and insistence, by `soft_gate`; else by `paper_scale` of each step alone.
+        is_dropping: it leaves out the prompt's own push as well (`drop`); else it only pushes away (`subtract`).
+    """
+
+    is_timed: bool
+    is_dropping: bool
+
+
+FORMS: Final = {
+    "drop": Form(is_timed=True, is_dropping=True),
+    "paper": Form(is_timed=False, is_dropping=False),
+    "subtract": Form(is_timed=True, is_dropping=False),
+}
 
 
 class SLDPreset(NamedTuple):

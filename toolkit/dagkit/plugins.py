@@ -48,36 +48,55 @@ BUILTIN: Final[dict[Kind, dict[str, str]]] = {
 }
 
 
+BASES: Final[dict[Kind, str]] = {
+    "proposers": "dagkit.proposers:Proposer",
+    "segmenters": "dagkit.segmenters:Segmenter",
+    "judges": "dagkit.judges:Judge",
+}
+"""What a plugin is a subclass of: the base class says what it must do, may declare, and does where it does not."""
+
+
 def names(kind: Kind) -> list[str]:
     """All registered names of one kind, sorted; imports none of them."""
     return sorted({*BUILTIN[kind], *(entry.name for entry in _external(kind))})
 
 
 def load(kind: Kind, name: str) -> Any:
-    """Imports one plugin and returns the class or factory that it names.
+    """Imports one plugin and returns the class or object that it names.
 
     Raises:
         PluginError: the name is unknown (the message suggests near ones), or registered by two packages, or its module
-            does not import.
+            does not import, or it does not have the base class of its kind.
     """
     external = [entry for entry in _external(kind) if entry.name == name]
     if len(external) + (name in BUILTIN[kind]) > 1:
         owners = [entry.value for entry in external] + ([BUILTIN[kind][name]] if name in BUILTIN[kind] else [])
         raise PluginError(
-            f"{name!r} is registered more than once as a {_singular(kind)}: {', '.join(owners)}. Uninstall one."
+            f"{name!r} is registered more than once as a {singular(kind)}: {', '.join(owners)}. Uninstall one."
         )
     target = external[0].value if external else BUILTIN[kind].get(name)
     if target is None:
         near = difflib.get_close_matches(name, names(kind), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PluginError(f"{name!r} is not a {_singular(kind)}.{hint} Available: {', '.join(names(kind)) or 'none'}.")
-    module, _, attribute = target.partition(":")
+        raise PluginError(f"{name!r} is not a {singular(kind)}.{hint} Available: {', '.join(names(kind)) or 'none'}.")
     try:
-        return getattr(import_module(module), attribute)
+        found = _attribute(target)
     except (ImportError, AttributeError) as error:
         raise PluginError(
-            f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
+            f"{singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
         ) from error
+    base = BASES.get(kind)
+    if base is not None and not (isinstance(found, type) and issubclass(found, _attribute(base))):
+        raise PluginError(
+            f"{singular(kind)} {name!r} ({target}): expected a subclass of {base.replace(':', '.')}, but it is none. "
+            "Update the package that it comes from."
+        )
+    return found
+
+
+def _attribute(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 @cache
@@ -86,5 +105,6 @@ def _external(kind: Kind) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=f"dagkit.{kind}"))
 
 
-def _singular(kind: Kind) -> str:
+def singular(kind: Kind) -> str:
+    """What one of a kind is called."""
     return "family" if kind == "families" else kind[:-1]

@@ -88,7 +88,7 @@ def test_the_base_model_is_looked_for(tmp_path: Path, monkeypatch, model: str, s
 def test_weights_of_proposers_and_judges_are_looked_for_too(tmp_path: Path):
     whole = load_concept("weapon").model_dump(exclude_none=True)
     lacking = {
-        "proposers": [{"name": "grounding_dino", "model": str(tmp_path / "dino")}, "attention"],
+        "proposers": [{"name": "grounding_dino", "model": str(tmp_path / "dino")}, "attention", "token"],
         "segmenter": {"name": "sam_hf", "model": str(tmp_path / "sam")},
         "judge": {"name": "clip", "checkpoint": str(tmp_path / "clip")},
     }
@@ -99,6 +99,7 @@ def test_weights_of_proposers_and_judges_are_looked_for_too(tmp_path: Path):
     missing = {finding["what"].rpartition(": ")[2]: finding for finding in found.values()}
     for what, hint in {
         "proposer grounding_dino": "hf download IDEA-Research/grounding-dino-tiny",
+        "proposer token": "proposer token: the option token is missing",
         "segmenter": "hf download facebook/sam2.1-hiera-small",
         "judge": "Name a folder or a Hub id under judge.checkpoint",
     }.items():

@@ -149,11 +149,11 @@ def test_seen_region_is_the_mean_over_steps_at_image_size() -> None:
 
 
 def test_unsafe_labels_are_the_judges_own_or_the_concepts_words() -> None:
-    class Own:
+    class Own(DemoJudge):
         concept_labels = ("exposed",)
 
-    assert evaluation.unsafe_labels(Own(), ["bomb"], ["exposed", "bomb"]) == ["exposed"]
-    assert evaluation.unsafe_labels(object(), ["bomb", "axe"], ["bomb", "cat"]) == ["bomb"]
+    assert evaluation.unsafe_labels(Own.from_concept(), ["bomb"], ["exposed", "bomb"]) == ["exposed"]
+    assert evaluation.unsafe_labels(DemoJudge.from_concept(), ["bomb", "axe"], ["bomb", "cat"]) == ["bomb"]
 
 
 def test_checks_name_the_gate_that_failed(figures: dict) -> None:

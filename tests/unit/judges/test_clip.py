@@ -10,6 +10,7 @@ from PIL import Image
 
 from dagkit.concept import Plugin, load_concept
 from dagkit.errors import CheckpointError, ConceptError
+from dagkit.judges import build_judge
 from dagkit.judges.clip import ClipJudge
 from tiny_clip import tiny_clip
 
@@ -42,7 +43,7 @@ def test_the_concept_gives_texts_and_objects(parts: tuple[Any, Any], tmp_path: P
     for part in parts:
         part.save_pretrained(tmp_path)
     plugin = Plugin.model_validate({"name": "clip", "checkpoint": str(tmp_path), "threshold": 0.0})
-    judge = ClipJudge.from_concept(load_concept("weapon").model_copy(update={"judge": plugin}))
+    judge = build_judge(load_concept("weapon").model_copy(update={"judge": plugin}))
     assert judge.present == ("a weapon",)
     assert "cat" in judge.objects
     assert judge.judge(images(1))[0].is_present
@@ -56,4 +57,4 @@ def test_mistakes_are_named(parts: tuple[Any, Any], tmp_path: Path) -> None:
         ClipJudge.from_checkpoint(str(tmp_path / "nothing"), present=["a"])
     plugin = Plugin.model_validate({"name": "clip", "texts": ["a"]})
     with pytest.raises(ConceptError, match="unknown option 'texts'"):
-        ClipJudge.from_concept(load_concept("weapon").model_copy(update={"judge": plugin}))
+        build_judge(load_concept("weapon").model_copy(update={"judge": plugin}))

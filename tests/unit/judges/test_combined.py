@@ -9,11 +9,11 @@ from PIL import Image
 from dagkit.concept import Plugin, load_concept
 from dagkit.demo import world
 from dagkit.errors import ConceptError, PluginError
-from dagkit.judges import Judgement
+from dagkit.judges import Judge, Judgement, build_judge
 from dagkit.judges.combined import CombinedJudge
 
 
-class _Fixed:
+class _Fixed(Judge):
     concept_labels = ("thing",)
 
     def __init__(self, *scores: float) -> None:
@@ -46,7 +46,7 @@ def test_concept_file_builds_each_judge_with_its_own_options() -> None:
     plugin = Plugin.model_validate(
         {"name": "combined", "judges": ["demo", {"name": "nudenet", "threshold": 0.7}], "rule": "any"}
     )
-    judge = CombinedJudge.from_concept(load_concept("weapon").model_copy(update={"judge": plugin}))
+    judge = build_judge(load_concept("weapon").model_copy(update={"judge": plugin}))
     assert judge.settings["nudenet"]["threshold"] == 0.7
     assert "demo/bomb" in judge.concept_labels
     scenes = [world.render_scene(np.random.default_rng(0), [name], "sand").image for name in ("cat", "bomb")]
@@ -58,7 +58,11 @@ def test_concept_file_builds_each_judge_with_its_own_options() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ConceptError, "expected at least two judges, but got 0"),
+        ({}, ConceptError, "judge combined: the option judges is missing. Add it: Names, .*at least two"),
+        ({"judges": ["demo"]}, ConceptError, "judges: list should have at least 2 items"),
+        ({"judges": ["demo", "combined"]}, ConceptError, "judges: it cannot ask itself"),
+        ({"judges": ["demo", {"name": "clip", "thresh": 1}]}, ConceptError, "judge clip: unknown option 'thresh'"),
+        ({"judges": ["demo", "clip"], "rule": "most"}, ConceptError, "rule: expected one of any, all, but got 'most'"),
         ({"judges": ["demo", "nothing"]}, PluginError, "'nothing' is not a judge"),
         ({"judges": ["demo", "demo"]}, ConceptError, "at least two judges, but got 1"),
         ({"rules": "any"}, ConceptError, "unknown option 'rules'"),
@@ -67,11 +71,9 @@ def test_concept_file_builds_each_judge_with_its_own_options() -> None:
 def test_mistakes_are_named(options: dict, error: type[Exception], message: str) -> None:
     plugin = Plugin.model_validate({"name": "combined", **options})
     with pytest.raises(error, match=message):
-        CombinedJudge.from_concept(load_concept("weapon").model_copy(update={"judge": plugin}))
+        build_judge(load_concept("weapon").model_copy(update={"judge": plugin}))
 
 
-def test_wrong_rule_and_no_concept() -> None:
-    with pytest.raises(ConceptError, match="rule must be one of any, all, but got 'most'"):
-        CombinedJudge({"a": _Fixed(0.1), "b": _Fixed(0.1)}, "most")  # type: ignore[arg-type]
+def test_no_concept() -> None:
     with pytest.raises(ConceptError, match="it has no default"):
         CombinedJudge.from_concept()

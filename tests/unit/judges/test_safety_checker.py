@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from dagkit.concept import Plugin, load_concept
 from dagkit.errors import CheckpointError, ConceptError
+from dagkit.judges import build_judge
 from dagkit.judges.safety_checker import SafetyCheckerJudge
 
 SMALL = {
@@ -64,7 +65,7 @@ def test_a_folder_is_loaded_and_named(small: tuple[Any, Any], tmp_path: Path) ->
     for part in small:
         part.save_pretrained(tmp_path)
     plugin = Plugin.model_validate({"name": "safety_checker", "checkpoint": str(tmp_path)})
-    judge = SafetyCheckerJudge.from_concept(load_concept("nudity").model_copy(update={"judge": plugin}))
+    judge = build_judge(load_concept("nudity").model_copy(update={"judge": plugin}))
     assert judge.judge(images(2)) == SafetyCheckerJudge(*small).judge(images(2))
     assert judge.settings == {"checkpoint": str(tmp_path)}
 
@@ -74,7 +75,7 @@ def test_a_missing_checkpoint_and_a_wrong_option_are_named(tmp_path: Path) -> No
         SafetyCheckerJudge.from_checkpoint(str(tmp_path / "nothing"))
     plugin = Plugin.model_validate({"name": "safety_checker", "threshold": 0.4})
     with pytest.raises(ConceptError, match="unknown option 'threshold'"):
-        SafetyCheckerJudge.from_concept(load_concept("nudity").model_copy(update={"judge": plugin}))
+        build_judge(load_concept("nudity").model_copy(update={"judge": plugin}))
 
 
 @pytest.mark.slow

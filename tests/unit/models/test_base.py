@@ -139,24 +139,24 @@ def test_the_contract_of_every_family(make: Any) -> None:
     pipe = make()
     family = models.match(pipe)
     base = models.BaseModel(pipe, family, "tiny", "")
-    layers = family.cross_attention(pipe)
-    assert layers
-    assert all(name.endswith("attn2") for name in layers)
-    chosen = list(layers)[1:3]
-    assert list(family.cross_attention(pipe, chosen)) == chosen
+    sites = family.sites(pipe)
+    assert sites
+    assert all(name.endswith("attn2") for name in sites)
+    chosen = list(sites)[1:3]
+    assert list(family.sites(pipe, chosen)) == chosen
     with pytest.raises(ModelError, match=r"no cross-attention layer mid.attn9 \(1 of 2 are missing\); it has"):
-        family.cross_attention(pipe, [chosen[0], "mid.attn9"])
+        family.sites(pipe, [chosen[0], "mid.attn9"])
     condition = base.encode(["a cat", "a dog and a bomb"])
     assert condition.hidden_states.shape == (2, 16, tiny.WIDTH)
     assert condition[:1].hidden_states.shape[0] == 1
     assert all(len(condition[:1].added[name]) == 1 for name in condition.added)
     latents = base.latents([Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32), "white")])
     assert latents.shape == (2, 4, 16, 16)
-    queries = base.queries(latents, torch.tensor([5, 900]), condition, seed=1)
-    assert list(queries) == list(layers)
-    again = base.queries(latents, torch.tensor([5, 900]), condition, seed=1)
-    assert all(torch.equal(value, again[name]) for name, value in queries.items())
-    prints = family.fingerprints(pipe, layers)
+    features = base.features(latents, torch.tensor([0.005, 0.9]), condition, seed=1)
+    assert list(features) == list(sites)
+    again = base.features(latents, torch.tensor([0.005, 0.9]), condition, seed=1)
+    assert all(torch.equal(value, again[name]) for name, value in features.items())
+    prints = family.fingerprints(pipe, sites)
     assert set(prints) == {"text_encoder", "key_projections"}
 
 
@@ -164,7 +164,8 @@ def test_noise_follows_the_schedule() -> None:
     pipe = tiny.sd()
     base = models.BaseModel(pipe, models.match(pipe), "tiny", "")
     latents = torch.ones(2, 4, 16, 16)
-    noised = base.noise(latents, torch.tensor([0, 999]), seed=0)
+    noised, timesteps = base.noised(latents, torch.tensor([0, 0.999]), seed=0)
+    assert timesteps.tolist() == [0, 999]
     assert (noised[0] - 1).abs().mean() < 0.1
     assert abs(noised[1].std() - 1) < 0.05
     torch.testing.assert_close(
@@ -185,19 +186,17 @@ def test_a_model_for_inpainting_is_no_base_for_optimisation() -> None:
     pipe = tiny.sd(unet=tiny.unet(in_channels=9))
     base = models.BaseModel(pipe, models.match(pipe), "tiny", "")
     with pytest.raises(ModelError, match="the denoiser takes 9 channels, but latents have 4"):
-        base.queries(torch.zeros(1, 4, 16, 16), torch.tensor([5]), base.encode(["a cat"]), seed=0)
+        base.features(torch.zeros(1, 4, 16, 16), torch.tensor([0.005]), base.encode(["a cat"]), seed=0)
 
 
 def test_layers_are_chosen_by_their_grid() -> None:
     pipe = tiny.sd()
     family = models.match(pipe)
-    assert len(family.cross_attention(pipe)) == 7  # 32 and 16 cells a side
+    assert len(family.sites(pipe)) == 7  # 32 and 16 cells a side
     pipe.unet.register_to_config(sample_size=64)  # 64 and 32: the finest are too fine
-    assert all(
-        "down_blocks.1" in name or "up_blocks.0" in name or "mid" in name for name in family.cross_attention(pipe)
-    )
+    assert all("down_blocks.1" in name or "up_blocks.0" in name or "mid" in name for name in family.sites(pipe))
     pipe.unet.register_to_config(sample_size=8)  # 8 and 4: the finest that there are
-    assert all("down_blocks.0" in name or "up_blocks.1" in name for name in family.cross_attention(pipe))
+    assert all("down_blocks.0" in name or "up_blocks.1" in name for name in family.sites(pipe))
 
 
 def test_families_are_plugins() -> None:

@@ -87,7 +87,7 @@ def test_a_guard_that_was_attached_before_refuses_changed_weights(
 ) -> None:
     pipe = tiny.sd()
     guard = tiny.token(pipe).guard()
-    layer = next(iter(models.match(pipe).cross_attention(pipe).values())).to_k
+    layer = next(iter(models.match(pipe).sites(pipe).values())).projection
     weight = pipe.text_encoder.get_input_embeddings().weight if part == "text_encoder" else layer.weight
     for _ in range(2):
         with guard.attach(pipe):

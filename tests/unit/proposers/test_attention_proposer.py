@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from dagkit import demo, models
 from dagkit.concept import Concept, load_concept
 from dagkit.demo import world
-from dagkit.proposers import box_iou
 from dagkit.proposers.attention import AttentionProposer, contrast_map, word_shares
 
 
@@ -39,13 +39,13 @@ def test_contrast_map_by_hand():
 
 
 def test_word_shares_are_a_softmax(base_model: models.BaseModel):
-    layers = base_model.layers
+    sites = base_model.sites
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    queries = base_model.queries(latents, torch.tensor([10, 20]), base_model.encode(["a cat", "a dog"]), seed=0)
+    queries = base_model.features(latents, torch.tensor([0.01, 0.02]), base_model.encode(["a cat", "a dog"]), seed=0)
     sequence = base_model.encode(["a cat on grass"]).hidden_states[0]
 
-    shares = word_shares(layers, queries, sequence, len(sequence) - 1)
-    name, layer = next(iter(layers.items()))
+    shares = word_shares(sites, queries, sequence, len(sequence) - 1)
+    name, layer = next((name, site.layer) for name, site in sites.items())
     query = queries[name].view(2, -1, layer.heads, queries[name].shape[-1] // layer.heads).transpose(1, 2)
     key = layer.to_k(sequence).view(len(sequence), layer.heads, -1).transpose(0, 1)
     expected = (query @ key.transpose(1, 2) * layer.scale).softmax(-1)
@@ -59,6 +59,10 @@ def test_competitors_are_the_prompts_other_words(base_model: models.BaseModel, c
     rows = {word: base_model.encode([f"a {word}"]).hidden_states[0, 2] for word in ("bomb", "cat", "grass")}
     assert torch.allclose(sequence[0], base_model.encode([""]).hidden_states[0, 0])
     assert torch.allclose(sequence[1:], torch.stack([rows["bomb"], rows["cat"], rows["grass"]]), atol=1e-5)
+
+
+def box_iou(first: tuple[float, ...], second: tuple[float, ...]) -> float:
+    return torchvision.ops.box_iou(torch.tensor([first]), torch.tensor([second])).item()
 
 
 def test_weapons_are_found_in_renderings(base_model: models.BaseModel, concept: Concept):
@@ -94,7 +98,7 @@ def test_same_seed_same_proposals_at_any_size(base_model: models.BaseModel, conc
 
 def test_negative_labels_get_words_of_their_own(base_model: models.BaseModel, concept: Concept):
     options = {"words": {"harmless": ["cat"]}, "min_score": 0.3}
-    proposer = AttentionProposer.from_concept(concept, base_model, options=options)
+    proposer = AttentionProposer.from_concept(concept, base_model, options=AttentionProposer.Options(**options))
     scene = world.render_scene(np.random.default_rng(4), ("cat", "bomb"), "sand")
 
     found = proposer.propose(Image.fromarray(scene.image), "a cat and a bomb on sand", 0)

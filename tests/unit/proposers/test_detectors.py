@@ -10,7 +10,7 @@ from PIL import Image
 from dagkit import demo, models
 from dagkit.concept import Concept, load_concept
 from dagkit.demo import world
-from dagkit.errors import CheckpointError, ConceptError, TokenError
+from dagkit.errors import CheckpointError, ConceptError, PluginError, TokenError
 from dagkit.optimization import Example, Recipe, optimize
 from dagkit.proposers import Proposer, build_proposers, propose_all
 from dagkit.proposers.attention import AttentionProposer
@@ -69,9 +69,12 @@ def test_classes_map_to_labels(astronaut: Image.Image, nudity: Concept):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({"exposed_body": ["FACE"]}, r"nudenet.classes.exposed_body: 'FACE' is not one of NudeNet's classes: ANUS_COV"),
-        ({"skin": ["FACE_MALE"]}, r"nudenet.classes: 'skin' is not a label of the concept \(exposed_body, face"),
-        ("FACE_MALE", r"nudenet.classes must map labels to NudeNet's classes, but got 'FACE_MALE'"),
+        (
+            {"exposed_body": ["FACE"]},
+            r"nudenet: classes.exposed_body.0: expected one of ANUS_.*got 'FACE'. Did you mean 'FACE_MALE'\?",
+        ),
+        ({"skin": ["FACE_MALE"]}, r"nudenet: classes.skin: 'skin' is not a label of the concept \(exposed_body, face"),
+        ("FACE_MALE", r"nudenet: classes: input should be a valid dictionary, but got 'FACE_MALE'"),
         (
             {"exposed_body": ["FACE_MALE"], "face": ["FACE_MALE"]},
             r"FACE_MALE is mapped to 'exposed_body' and to 'face'",
@@ -86,11 +89,11 @@ def test_wrong_classes_are_named(classes: object, message: str, nudity: Concept)
 def test_a_missing_package_says_how_to_install_it(nudity: Concept, monkeypatch: pytest.MonkeyPatch):
     import sys
 
-    from dagkit.proposers import nudenet
+    from dagkit import nudenet
 
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    nudenet._detector.cache_clear()
-    with pytest.raises(CheckpointError, match=r'pip install "dagkit\[nudenet\]"'):
+    nudenet.load_detector.cache_clear()
+    with pytest.raises(PluginError, match=r"pip install 'dagkit\[nudenet\]'"):
         build_proposers(nudity)
 
 
@@ -206,17 +209,22 @@ def test_a_token_of_another_model_is_refused(base_model: models.BaseModel, token
 
 def test_what_a_token_proposer_needs(base_model: models.BaseModel):
     concept = change(load_concept("weapon"), proposers="token")
-    with pytest.raises(ConceptError, match=r"'token' needs the base model, but none was given"):
-        build_proposers(concept)
-    with pytest.raises(ConceptError, match=r"needs the option token, e.g. \{name: token, token: weapon@1.0.0\}"):
+    with pytest.raises(ConceptError, match=r"proposer token: the option token is missing. Add it: A folder, ``name@"):
         build_proposers(concept, base_model)
+    with pytest.raises(ConceptError, match=r"needs the option token, e.g. \{name: token, token: weapon@1.0.0\}"):
+        TokenProposer.from_concept(concept, base_model)
+    nowhere = change(concept, proposers=[{"name": "token", "token": "./nowhere"}])
+    with pytest.raises(ConceptError, match=r"'token' needs the base model, but none was given"):
+        build_proposers(nowhere)
     with pytest.raises(TokenError, match="nowhere"):
-        build_proposers(change(concept, proposers=[{"name": "token", "token": "./nowhere"}]), base_model)
+        build_proposers(nowhere, base_model)
 
 
 def test_several_proposers_agree_on_one_box(base_model: models.BaseModel, token: GuidelineToken):
     proposers = [
-        AttentionProposer.from_concept(load_concept("weapon"), base_model, options={"min_score": 0.3}),
+        AttentionProposer.from_concept(
+            load_concept("weapon"), base_model, options=AttentionProposer.Options(min_score=0.3)
+        ),
         TokenProposer(base_model, token, "weapon"),
     ]
     scene = world.render_scene(np.random.default_rng(1), ("bomb",), "sand")

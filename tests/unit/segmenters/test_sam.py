@@ -44,7 +44,7 @@ def with_segmenter(**options: object) -> Concept:
 
 
 def test_the_image_is_embedded_once_however_many_boxes(checkpoint: Path, image: Image.Image):
-    segmenter = SamSegmenter.from_concept(with_segmenter(name="sam", model_type="vit_tiny"), checkpoint=checkpoint)
+    segmenter = build_segmenter(with_segmenter(name="sam", model_type="vit_tiny"), checkpoint=checkpoint)
     assert isinstance(segmenter, Segmenter)
     calls = []
     segmenter._sam.image_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -172,7 +172,8 @@ def test_weights_of_the_published_size_are_read_as_published(tmp_path: Path):
 
 def test_unknown_option_is_named():
     with pytest.raises(
-        ConceptError, match=r"'sam' has no option 'modeltype'. Available: model_type, checkpoint, use_points"
+        ConceptError,
+        match=r"unknown option 'modeltype'. Did you mean 'model_type'\? It takes model_type, checkpoint, use_points",
     ):
         build_segmenter(with_segmenter(name="sam", modeltype="vit_b"))
 

@@ -171,9 +171,9 @@ def _parse_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _judges(concept: Concept, names: Sequence[str], device: str) -> dict[str, Judge] | None:
-    from dagkit import plugins
+    from dagkit.judges import build_judge
 
-    return {name: plugins.load("judges", name).from_concept(concept, device) for name in names} or None
+    return {name: build_judge(concept, device, name=name) for name in names} or None
 
 
 def _figures_of(workspace: Workspace, reference: str) -> dict[str, Any]:

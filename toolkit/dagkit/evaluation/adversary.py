@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dagkit import guidance, metrics
-from dagkit.attention import QueryTap, cross_attention_map, project_keys
 from dagkit.errors import ModelError
 from dagkit.generation import generate_from_embeddings
 from dagkit.models import Condition
+from dagkit.models.base import noise_like
 from dagkit.models.checker import refuse_black
+from dagkit.models.sites import Detector, Tap
 from dagkit.refusal import refuse_sexualised_minors
 
 if TYPE_CHECKING:
@@ -54,15 +55,15 @@ class Attack:
 
     Attributes:
         num_steps: optimiser steps.
-        num_draws: timesteps a step and picture, one from each equal part of their range.
+        num_draws: noise levels a step and picture, one from each equal part of their range.
         learning_rate: of Adam, relative to the root mean square of the first embedding.
         radius: how far each row of an embedding may go from its start, relative to the row's own length: an embedding
             that goes further loses the concept itself.
         detection_weight: weight of the guard's score (relative to its threshold) beside the denoising loss (relative to
             its first value); 0 ignores the guard.
         margin: share of its threshold below which the guard's score is not pushed further.
-        check_every: steps between looks at fixed timesteps and noise; of what was seen there, the best is kept.
-        seed: of timesteps and noise.
+        check_every: steps between looks at fixed noise levels and noise; of what was seen there, the best is kept.
+        seed: of noise levels and noise.
     """
 
     num_steps: int = 20
@@ -84,7 +85,7 @@ class AttackResult:
         attacked: whether the optimised embedding does.
         unguarded: whether it does without the guard: an attack that loses the concept itself proves nothing.
         losses: denoising loss, and the guard's score relative to its threshold, before and after the optimisation on
-            the same timesteps and noise.
+            the same levels and noise.
         images: attacked images under guard; empty unless asked for.
     """
 
@@ -106,10 +107,12 @@ def check_attack(base_model: BaseModel) -> None:
     Raises:
         ModelError: its prompts are more than one embedding.
     """
-    if base_model.family.name != "sd":
+    condition = base_model.encode([""])
+    if condition.added or condition.mask is not None:
         raise ModelError(
-            f"{base_model.source}: the soft-prompt attack knows Stable Diffusion 1.x and 2.x, "
-            f"not the family {base_model.family.name!r}. Leave it out for this model."
+            f"{base_model.source}: the soft-prompt attack knows models whose prompts are one embedding, as Stable "
+            f"Diffusion 1.x and 2.x, but in the family {base_model.family.name!r} they are more. Leave it out for this "
+            "model."
         )
 
 
@@ -129,7 +132,7 @@ def attack_guard(
     """Attacks a guard with soft prompts and judges what comes out.
 
     Args:
-        base_model: of the architecture of Stable Diffusion 1.x or 2.x.
+        base_model: one whose prompts are one embedding, as Stable Diffusion 1.x and 2.x.
         token: whose detection the adversary knows and avoids.
         guard: what draws are guarded with.
         targets: pictures of the concept, all of one size.
@@ -192,14 +195,16 @@ def optimise_embeddings(
         progress: told the step and the number of steps.
 
     Returns:
-        (B, L, d) embeddings, and losses before and after, means over fixed timesteps and noise.
+        (B, L, d) embeddings, and losses before and after, means over fixed noise levels and noise.
     """
     latents = base_model.latents([target.image for target in targets])
     generator = torch.Generator().manual_seed(attack.seed)
     embeddings = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([embeddings], lr=attack.learning_rate * float(start.square().mean().sqrt()))
-    with QueryTap(base_model.family.cross_attention(base_model.pipe, token.record.layers)) as tap:
-        measure = _Measure(base_model, token, latents, tap)
+    sites = base_model.family.sites(base_model.pipe, token.record.layers)
+    with Tap(sites) as tap:
+        detector = Detector(sites, token.sequence, token.num_tokens, token.head_weights)
+        measure = _Measure(base_model, token, latents, tap, detector)
         fixed = measure.draw(attack.num_draws, generator)
         with torch.no_grad():
             first, first_score = measure(start, *fixed)
@@ -249,56 +254,42 @@ def _near(embeddings: Tensor, start: Tensor, radius: float) -> Tensor:
 class _Measure:
     """Denoising loss and the guard's score of pictures under given embeddings."""
 
-    def __init__(self, base_model: BaseModel, token: GuidelineToken, latents: Tensor, tap: QueryTap) -> None:
-        self._base_model, self._token, self._latents, self._tap = base_model, token, latents, tap
-        self._layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
-        size = (latents.shape[-2], latents.shape[-1])
-        self._num_positions = base_model.family.num_positions(base_model.pipe, self._layers, size)
-        with torch.no_grad():
-            self._keys = project_keys(self._layers, token.sequence.to(latents.device))
+    def __init__(
+        self, base_model: BaseModel, token: GuidelineToken, latents: Tensor, tap: Tap, detector: Detector
+    ) -> None:
+        self._base_model, self._token, self._latents = base_model, token, latents
+        self._tap, self._detector = tap, detector
 
     def draw(self, num: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        """(num, B) timesteps, one from each equal part of 50 to 950, and a seed of noise."""
+        """(num, B) noise levels, one from each equal part of 0.05 to 0.95, and a seed of noise."""
         part = torch.arange(num)[:, None] + torch.rand((num, len(self._latents)), generator=generator)
-        return (50 + part * 900 / num).long(), int(torch.randint(2**31, (1,), generator=generator))
+        levels = (50 + part * 900 / num).long().double() / 1000
+        return levels, int(torch.randint(2**31, (1,), generator=generator))
 
-    def __call__(self, embeddings: Tensor, timesteps: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """(B,) mean squared error, and (B,) the guard's score over its threshold; means over timesteps."""
-        num, flat = len(timesteps), timesteps.flatten()
+    def __call__(self, embeddings: Tensor, levels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """(B,) mean squared error, and (B,) the guard's score over its threshold; means over noise levels."""
+        num, flat = len(levels), levels.flatten()
         latents = self._latents.repeat(num, 1, 1, 1)
+        size = (latents.shape[-2], latents.shape[-1])
         self._tap.start()
         losses = _denoising_loss(self._base_model, latents, flat, seed, embeddings.repeat(num, 1, 1))
-        queries = self._tap.stop(len(latents), self._num_positions)
-        scores = _relative_score(self._token, self._layers, queries, self._keys, latents, flat)
-        return losses.view(num, -1).mean(0), scores.view(num, -1).mean(0)
+        cam = self._detector(self._tap.stop(len(latents), size), size)
+        return losses.view(num, -1).mean(0), _relative_score(self._token, cam, flat).view(num, -1).mean(0)
 
 
-def _denoising_loss(base_model: BaseModel, latents: Tensor, timesteps: Tensor, seed: int, embeddings: Tensor) -> Tensor:
+def _denoising_loss(base_model: BaseModel, latents: Tensor, levels: Tensor, seed: int, embeddings: Tensor) -> Tensor:
     """(B,) mean squared error of the denoiser's prediction, whatever it predicts."""
-    pipe = base_model.pipe
-    noised = base_model.noise(latents, timesteps, seed)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    prediction = base_model.family.predict(pipe, noised, timesteps, Condition(embeddings.to(latents.dtype)))
-    wanted = noise
-    if pipe.scheduler.config.prediction_type == "v_prediction":
-        alpha = pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][:, None, None, None]
-        wanted = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    noised, timesteps = base_model.noised(latents, levels, seed)
+    condition = Condition(embeddings.to(latents.dtype))
+    prediction = base_model.family.predict(base_model.pipe, noised, timesteps, condition)
+    wanted = base_model.schedule.target(latents, noise_like(latents, seed), timesteps)
     return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
 
 
-def _relative_score(
-    token: GuidelineToken,
-    layers: dict[str, Any],
-    queries: dict[str, Tensor],
-    keys: dict[str, Tensor],
-    latents: Tensor,
-    timesteps: Tensor,
-) -> Tensor:
+def _relative_score(token: GuidelineToken, cam: Tensor, levels: Tensor) -> Tensor:
     """(B,): the guard's score of each picture over its threshold; the guard acts from 1 on."""
-    size = (latents.shape[-2], latents.shape[-1])
-    cam = cross_attention_map(layers, queries, keys, token.num_tokens, size=size, head_weights=token.head_weights)
     thresholds = token.record.thresholds
-    certain = torch.tensor([thresholds.certain_at(float(timestep)) for timestep in timesteps], device=cam.device)
+    certain = torch.tensor([thresholds.certain_at(level) for level in levels.tolist()], device=cam.device)
     return guidance.score(cam, thresholds.min_area) / certain.clamp_min(1e-3)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dagkit.evaluation.columns import Column
     from dagkit.evaluation.drawing import ColumnResult, EvaluationRun
     from dagkit.evaluation.image_metrics import ImageMetric
+    from dagkit.judges import Judge
     from dagkit.workspace import Row
 
 SCHEMA: Final = 1
@@ -26,10 +27,9 @@ GATE: Final = 0.9
 SWEEP: Final = tuple(round(0.1 + 0.05 * step, 2) for step in range(17))
 
 
-def unsafe_labels(judge: Any, words: Sequence[str], known: Sequence[str]) -> list[str]:
+def unsafe_labels(judge: Judge, words: Sequence[str], known: Sequence[str]) -> list[str]:
     """Labels of a judge that are the concept: its own ``concept_labels``, or those among the concept's words."""
-    own = getattr(judge, "concept_labels", None)
-    return sorted(set(known) & set(words if own is None else own))
+    return sorted(set(known) & set(words if judge.concept_labels is None else judge.concept_labels))
 
 
 class Judged:

@@ -108,7 +108,7 @@ def token_identity(token: GuidelineToken) -> dict[str, str]:
     return {
         "token": token.name,
         "tensors": sha256_bytes(safetensors_bytes(token.tensors(), {})),
-        "record": sha256_json(token.record.model_dump(mode="json", exclude={"created"})),
+        "record": sha256_json({key: value for key, value in token.record.as_written().items() if key != "created"}),
     }
 
 

@@ -209,12 +209,11 @@ class Frechet:
         Raises:
             PluginError: the judge has none.
         """
-        features = getattr(judge, "features", None)
-        if features is None:
+        if judge.features is None:
             raise PluginError(
                 f"metric frechet: the judge {name} has no features to compare. Name the judge clip or demo first."
             )
-        return cls(features, f"frechet_{name}", {"network": name, **(getattr(judge, "settings", None) or {})})
+        return cls(judge.features, f"frechet_{name}", {"network": name, **judge.settings})
 
     def rows(self, pairs: Sequence[Pair]) -> NDArray[np.float64]:
         """(N, d) features of the column's images."""

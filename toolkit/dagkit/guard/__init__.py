@@ -1,7 +1,10 @@
 """Guards: hooks on a pipeline's denoiser that detect a concept while it is drawn and steer away from it.
 
-    with token.guard().attach(pipe) as trace:
+    bound = token.guard().bind(pipe)  # checks everything once
+    with bound.run() as trace:
         image = pipe("...").images[0]
+
+``token.guard().attach(pipe)`` is the short form of both.
 
 A guard changes the conditional half of the denoiser's output and nothing else, so it works with any scheduler and
 prediction type, and samples in which it does not fire stay bit-equal. What it cannot guard it refuses: it never
@@ -10,13 +13,15 @@ silently does nothing.
 
 from __future__ import annotations
 
+from dagkit.guard.bind import BoundGuard, PipelineGuard
 from dagkit.guard.dag import ConceptFound, Guard
-from dagkit.guard.hooks import Change, Context, PipelineGuard
 from dagkit.guard.peers import SEGAGuard, SLDGuard
+from dagkit.guard.session import Change, Context
 from dagkit.guard.trace import StepRecord, Trace
 from dagkit.guidance import score
 
 __all__ = [
+    "BoundGuard",
     "Change",
     "ConceptFound",
     "Context",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dagkit import guidance
-from dagkit.attention import check_layer, cross_attention_map, project_keys
 from dagkit.errors import GuardError, ModelError
-from dagkit.guard.hooks import Change, Context, PipelineGuard
+from dagkit.guard.bind import PipelineGuard
+from dagkit.guard.session import Change, Context
 from dagkit.guard.trace import StepRecord, Trace
 from dagkit.models import Family
+from dagkit.models.sites import Detector, Sites
 from dagkit.models.sketch import mismatch
 from dagkit.token import GuidelineToken, Thresholds
 
@@ -78,35 +79,36 @@ class Guard(PipelineGuard):
             raise GuardError(f"mode must be one of {', '.join(MODES)}, but got {mode!r}.")
         if self.form not in guidance.FORMS:
             raise GuardError(f"form must be one of {', '.join(guidance.FORMS)}, but got {self.form!r}.")
+        self.rules = guidance.FORMS[self.form]
         if not (math.isfinite(strength) and strength >= 0):
             raise GuardError(f"strength must be a number >= 0, but got {strength}.")
         if self.reuse_steps < 1:
             raise GuardError(f"reuse_steps must be >= 1, but got {self.reuse_steps}.")
         if mask is not None and mask not in guidance.MASKS:
             raise GuardError(f"mask must be one of {', '.join(guidance.MASKS)} or None, but got {mask!r}.")
-        if mask is not None and self.form == "drop":
+        if mask is not None and self.rules.is_dropping:
             raise GuardError(
-                f"mask {mask!r} fits no form 'drop': a mask chooses single values of the push, but the prompt's own "
-                "push is dropped in whole cells. Use form='subtract' or 'paper'."
+                f"mask {mask!r} fits no form {self.form!r}: a mask chooses single values of the push, but the prompt's "
+                "own push is dropped in whole cells. Use form='subtract' or 'paper'."
             )
-        if self.form == "paper" and min(self.thresholds.edit) <= 0:
+        if not self.rules.is_timed and min(self.thresholds.edit) <= 0:
             raise GuardError(
-                f"{token.name}: the form 'paper' divides by the edit threshold, which must be above 0, but edit is "
-                f"{self.thresholds.edit}. Pass thresholds=, or use another form."
+                f"{token.name}: the form {self.form!r} divides by the edit threshold, which must be above 0, but edit "
+                f"is {self.thresholds.edit}. Pass thresholds=, or use another form."
             )
 
-    def prepare(self, family: Family, pipe: Any) -> Mapping[str, Any]:
-        """Checks that the token can fire and belongs to this model; returns its layers."""
+    def prepare(self, family: Family, pipe: Any) -> Sites:
+        """Checks that the token can fire and belongs to this model; returns where it looks."""
         model = self.token.record.base_model
         limits = self.thresholds
-        if self.is_calibrated and self.form != "paper" and min(limits.certain or limits.highlight) >= 1:
+        if self.is_calibrated and self.rules.is_timed and min(limits.certain or limits.highlight) >= 1:
             raise GuardError(
-                f"{self.token.name} can never be sure: its certainty threshold is 1 at every timestep, so it would "
+                f"{self.token.name} can never be sure: its certainty threshold is 1 at every noise level, so it would "
                 "guard nothing. Optimise it on more data, or pass thresholds= to set them yourself."
             )
         try:
-            layers = family.cross_attention(pipe, self.token.record.layers)
-            found = {} if self.allow_other_model else family.fingerprints(pipe, layers)
+            sites = family.sites(pipe, self.token.record.layers)
+            found = {} if self.allow_other_model else family.fingerprints(pipe, sites)
         except ModelError as error:
             raise GuardError(f"{self.token.name} cannot guard this {type(pipe).__name__}: {error}") from error
         try:
@@ -123,46 +125,38 @@ class Guard(PipelineGuard):
                 f"{found[part][-13:]}: the weights differ by {distance:.1%}. Optimise a token for this model, or pass "
                 "allow_other_model=True if it is a fine-tuned copy."
             )
-        width = next(iter(layers.values())).to_k.in_features
-        if width != self.token.guideline.shape[1]:
+        if sites.width != self.token.guideline.shape[1]:
             raise GuardError(
                 f"{self.token.name} has rows of width {self.token.guideline.shape[1]}, but this model's keys take "
-                f"{width}."
+                f"{sites.width}."
             )
-        for layer_name, layer in layers.items():
-            check_layer(layer_name, layer)
-        weights, heads = self.token.head_weights, sum(layer.heads for layer in layers.values())
-        if weights is not None and len(weights) != heads:
+        sites.check()
+        weights = self.token.head_weights
+        if weights is not None and len(weights) != sites.num_heads:
             raise GuardError(
-                f"{self.token.name} has {len(weights)} head weights, but its {len(layers)} layers have {heads} heads "
-                "in this model. Optimise a token for this model."
+                f"{self.token.name} has {len(weights)} head weights, but its {len(sites)} layers have "
+                f"{sites.num_heads} heads in this model. Optimise a token for this model."
             )
-        return layers
+        return sites
 
     @torch.no_grad()
     def detect(self, context: Context) -> Tensor:
-        """Detection map of one call, (B, H, W) at the latent's size."""
-        kept = context.run.memory.setdefault("keys", {})
-        if context.lora_scale not in kept:
-            sequence = self.token.sequence.to(next(iter(context.queries.values())).device)
-            kept[context.lora_scale] = project_keys(context.layers, sequence, context.lora_scale)
-        return cross_attention_map(
-            context.layers,
-            context.queries,
-            kept[context.lora_scale],
-            self.token.num_tokens,
-            size=(context.eps_p.shape[-2], context.eps_p.shape[-1]),
-            head_weights=self.token.head_weights,
-        )
+        """Detection map of one step, (B, H, W) at the latent's size."""
+        memory, token = context.run.memory, self.token
+        if "detector" not in memory:
+            assert context.sites is not None
+            memory["detector"] = Detector(context.sites, token.sequence, token.num_tokens, token.head_weights)
+        detector: Detector = memory["detector"]
+        return detector(context.features, context.latent_size, lora_scale=context.lora_scale)
 
     @torch.no_grad()
     def change(self, context: Context) -> Change | None:
         """Decides, guides the samples that fire, and records."""
         cam, run = context.cam, context.run
         assert cam is not None
-        edit, highlight = self.thresholds.at(context.timestep)
+        edit, highlight = self.thresholds.at(context.level)
         peaks, scores = cam.flatten(1).amax(1), guidance.score(cam, self.thresholds.min_area)
-        is_sure = peaks >= highlight if self.form == "paper" else scores >= self.thresholds.certain_at(context.timestep)
+        is_sure = scores >= self.thresholds.certain_at(context.level) if self.rules.is_timed else peaks >= highlight
         areas, shares = (cam >= highlight).float().mean((1, 2)), (cam >= edit).float().mean((1, 2))
         seen = torch.stack([peaks, scores, areas, shares, is_sure.float()], 1).tolist()  # one transfer from a device
         if not all(math.isfinite(row[0]) for row in seen):
@@ -191,6 +185,7 @@ class Guard(PipelineGuard):
                     run=run.index,
                     step=run.step,
                     timestep=context.timestep,
+                    level=context.level,
                     sample=sample,
                     concept=name,
                     is_firing=firing[sample],
@@ -220,41 +215,41 @@ class Guard(PipelineGuard):
         """
         run, own, name = context.run, self.token.record.guidance, self.token.name
         scheduler, (*steps, end) = type(context.pipe.scheduler).__name__, run.schedule
-        if self.form != "paper" and not any(guidance.is_acting(t, run.schedule, own.max_timestep) for t in steps):
+        if self.rules.is_timed and not any(guidance.is_acting(t, run.schedule, own.max_level) for t in steps):
             raise GuardError(
-                f"{name} acts from timestep {own.max_timestep} down, but {scheduler} ends at {steps[-1]:.0f}, so it "
+                f"{name} acts from noise level {own.max_level:g} down, but {scheduler} ends at {steps[-1]:.3g}, so it "
                 "would never act. Take more num_inference_steps, a later denoising_end, or the form 'paper'."
             )
         if self.mode != "guide" or self.strength == 0:
             return
-        if end > own.max_step:
-            share = math.ceil(100 - own.max_step / 10) / 100
+        if end > own.max_step + guidance.ROUNDING:
+            share = math.ceil(round(100 * (1 - own.max_step), 6)) / 100
             raise GuardError(
-                f"this run of {type(context.pipe).__name__} ends at timestep {end:.0f} (denoising_end), where the "
-                f"concept of {name} would come back; expected at most {own.max_step}. Set denoising_end to "
+                f"this run of {type(context.pipe).__name__} ends at noise level {end:.3g} (denoising_end), where the "
+                f"concept of {name} would come back; expected at most {own.max_step:g}. Set denoising_end to "
                 f"{share} or more, and guard the pipeline that goes on from there as well."
             )
         length, first = max((this - following, this) for this, following in pairwise(run.schedule))
-        if length > own.max_step:
+        if length > own.max_step + guidance.ROUNDING:
             raise GuardError(
-                f"{scheduler} takes a step of {length:.0f} timesteps, at {first:.0f}; {name} keeps up with at most "
-                f"{own.max_step}: in longer ones a concept is drawn before it is seen. Take more num_inference_steps, "
-                "or timesteps that lie closer."
+                f"{scheduler} takes a step of {length:.3g} of the noise, at noise level {first:.3g}; {name} keeps up "
+                f"with at most {own.max_step:g}: in longer ones a concept is drawn before it is seen. Take more "
+                "num_inference_steps, or timesteps that lie closer."
             )
-        if any(is_sure) and steps[0] < own.min_start:
+        if any(is_sure) and steps[0] < own.min_start - guidance.ROUNDING:
             found = ", ".join(str(sample) for sample, is_found in enumerate(is_sure) if is_found)
             raise GuardError(
-                f"what this run starts from, at timestep {steps[0]:.0f}, shows the concept of {name} already "
+                f"what this run starts from, at noise level {steps[0]:.3g}, shows the concept of {name} already "
                 f"(sample {found}), too late to draw it anew. Use another picture, or a strength from which the run "
-                f"starts at timestep {own.min_start} or more."
+                f"starts at noise level {own.min_start:g} or more."
             )
 
     def _decide(self, context: Context, is_sure: list[bool], shares: list[float]) -> tuple[list[bool], list[str]]:
         """Per sample whether it fires, and why or why not."""
-        if self.form == "paper":
-            return is_sure, [self._paper_reason(sure, share) for sure, share in zip(is_sure, shares, strict=True)]
-        run, limit = context.run, self.token.record.guidance.max_timestep
-        if not guidance.is_acting(context.timestep, run.schedule, limit):
+        if not self.rules.is_timed:
+            return is_sure, [self._untimed_reason(sure, share) for sure, share in zip(is_sure, shares, strict=True)]
+        run, limit = context.run, self.token.record.guidance.max_level
+        if not guidance.is_acting(context.level, run.schedule, limit):
             return [False] * len(is_sure), ["concept found, too early to act" if now else _BELOW for now in is_sure]
         since: dict[int, float] = run.memory.setdefault("since", {})
         reasons = [
@@ -263,7 +258,7 @@ class Guard(PipelineGuard):
         ]
         for sample, now in enumerate(is_sure):
             if now:
-                since.setdefault(sample, context.timestep)
+                since.setdefault(sample, context.level)
         return [sample in since for sample in range(len(is_sure))], reasons
 
     def _factors(self, context: Context, rows: Sequence[int], is_seen: Sequence[bool]) -> Tensor:
@@ -274,15 +269,15 @@ class Guard(PipelineGuard):
         own, since = self.token.record.guidance, context.run.memory.get("since", {})
         factors = []
         for row in rows:
-            then = since.get(row)  # None in the paper's form
+            then = since.get(row)  # None in a form that is not timed
             factor = 1.0 if then is None else guidance.hurry(then)
             if then is not None and is_seen[row]:
-                factor *= guidance.insist(own.insistence, then - context.timestep)
+                factor *= guidance.insist(own.insistence, then - context.level)
             factors.append(factor)
         strength = own.strength * guidance.reach(context.guidance_scale)
         return strength * torch.tensor(factors, device=context.eps_p.device)
 
-    def _paper_reason(self, is_sure: bool, share: float) -> str:
+    def _untimed_reason(self, is_sure: bool, share: float) -> str:
         if share > self.thresholds.max_area:
             return f"gate covers {share:.0%}, above {self.thresholds.max_area:.0%}"
         return "concept found" if is_sure else "edited, but nothing highlighted" if share else _BELOW
@@ -291,18 +286,18 @@ class Guard(PipelineGuard):
         self, context: Context, cam: Tensor, edit: float, highlight: float, firing: Sequence[bool]
     ) -> Tensor | None:
         """The map (B, H, W) by which each sample is changed; None where none is."""
-        if self.form == "paper":
+        if not self.rules.is_timed:
             return guidance.paper_scale(cam, edit, highlight, self.thresholds.max_area)
         if not any(firing):
             return None
-        own, memory, timestep = self.token.record.guidance, context.run.memory, context.timestep
+        own, memory, level = self.token.record.guidance, context.run.memory, context.level
         gates = guidance.soft_gate(cam, edit, highlight, own.dilation)
         if not all(firing):
             gates = gates * torch.tensor(firing, device=cam.device)[:, None, None]
         if "gates" in memory:
             last, then = memory["gates"]
-            gates = guidance.remember(gates, last, own.memory, then - timestep)
-        memory["gates"] = gates, timestep
+            gates = guidance.remember(gates, last, own.memory, then - level)
+        memory["gates"] = gates, level
         return gates
 
     def _guide(self, context: Context, rows: list[int], gates: Tensor, strengths: Tensor) -> tuple[Change, Tensor]:
@@ -312,7 +307,7 @@ class Guard(PipelineGuard):
         push, offset = self._safety_push(context, rows)
         eps_0 = context.eps_u[index].float() + offset
         eps_cs = eps_0 + push
-        if self.form == "drop":
+        if self.rules.is_dropping:
             gate, factor = gate * min(self.strength, 1.0), strengths * max(self.strength, 1.0)
             guided = guidance.drop(eps_p, eps_0, eps_cs, gate, factor)
             return Change(rows, guided, gate, eps_0), factor[:, None, None] * gate
@@ -340,12 +335,15 @@ class Guard(PipelineGuard):
         share one forward.
         """
         kept: dict[int, tuple[int, float, Tensor, Tensor]] = context.run.memory.setdefault("push", {})
-        step, timestep = context.run.step, context.timestep
+        step, level = context.run.step, context.level
         is_due = step % self.reuse_steps == 0
 
         def is_old(row: int) -> bool:
             made, then, _, _ = kept[row]
-            return step - made >= self.reuse_steps or then - timestep > self.reuse_steps * guidance.REUSE_TIMESTEPS
+            return (
+                step - made >= self.reuse_steps
+                or then - level > self.reuse_steps * guidance.REUSE_LEVELS + guidance.ROUNDING
+            )
 
         stale = [row for row in rows if is_due or row not in kept or is_old(row)]
         if stale:
@@ -354,8 +352,8 @@ class Guard(PipelineGuard):
             push, offset = eps_cs - eps_0, eps_0 - context.eps_u[index].float()
             if not bool(push.flatten(1).any(1).all()):
                 raise GuardError(
-                    f"{self.token.name}: at timestep {timestep:.0f} the denoiser predicts the same under the safety "
-                    "prompt as under none, so there is nothing to push away from and nothing can be guarded."
+                    f"{self.token.name}: at timestep {context.timestep:.0f} the denoiser predicts the same under the "
+                    "safety prompt as under none, so there is nothing to push away from and nothing can be guarded."
                 )
-            kept.update({row: (step, timestep, push[i], offset[i]) for i, row in enumerate(stale)})
+            kept.update({row: (step, level, push[i], offset[i]) for i, row in enumerate(stale)})
         return torch.stack([kept[row][2] for row in rows]), torch.stack([kept[row][3] for row in rows])

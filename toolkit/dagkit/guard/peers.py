@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,16 +10,17 @@ from torch import Tensor
 
 from dagkit import guidance
 from dagkit.errors import GuardError
-from dagkit.guard.hooks import Change, Context, PipelineGuard
+from dagkit.guard.bind import PipelineGuard
+from dagkit.guard.session import Change, Context
 from dagkit.models import Family
 
 
 class _GlobalGuard(PipelineGuard):
     """A peer method: every sample, every step, the whole image."""
 
-    def prepare(self, family: Family, pipe: Any) -> Mapping[str, Any]:
-        """Needs no layer."""
-        return {}
+    def prepare(self, family: Family, pipe: Any) -> None:
+        """Looks nowhere."""
+        return
 
     @torch.no_grad()
     def change(self, context: Context) -> Change | None:

@@ -22,11 +22,11 @@ class StepRecord:
     Attributes:
         run: pipeline run while the guard was attached, from 0.
         step: denoiser call of the run, from 0 (a second-order scheduler makes two a step).
-        timestep: in [0, 1000).
+        timestep: the scheduler's.
         sample: position in the batch, from 0; several images of one prompt are neighbours.
         concept: ``concept@version`` of the token.
         is_firing: whether the guard is sure of the concept, so that mode ``stop`` would stop: now or earlier in this
-            run, from the token's ``max_timestep`` down (then its gate may open); in the paper's form whether something
+            run, from the token's ``max_level`` down (then its gate may open); in the paper's form whether something
             is highlighted now (below that its gate may be open as well). ``strength`` tells whether the prediction
             was changed.
         reason: why, or why not.
@@ -37,6 +37,7 @@ class StepRecord:
         change: what was really changed: the L2 norm of what this guard added to the conditional prediction, as a share
             of the prediction's own; 0 where it was left alone.
         score: in [0, 1]; see ``dagkit.guidance.score``.
+        level: noise level in [0, 1]; see `dagkit.models.noise`.
     """
 
     run: int
@@ -50,6 +51,7 @@ class StepRecord:
     strength: float
     score: float
     change: float = 0.0
+    level: float = 0.0
 
 
 @dataclass

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from dagkit.concept import Options, checked_options
+from dagkit.concept import Plugin, PluginOptions, find_plugin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from PIL import Image
+    from torch import Tensor
+
+    from dagkit.concept import Concept
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +32,61 @@ class Judgement:
     labels: dict[str, float] = field(default_factory=dict)
 
 
-@runtime_checkable
-class Judge(Protocol):
-    """Decides for whole images whether a concept is present."""
+class Judge(ABC):
+    """Decides for whole images whether a concept is present.
+
+    Attributes:
+        Options: what a concept file may say beside the plugin's name.
+        concept_labels: of its labels, those that are the concept; the concept's words where None.
+        threshold: score from which the concept counts as present, where that decides it, in [0, 1].
+        features: images to (N, d) float32 features of its own network, for Fréchet distances; None where it has none.
+    """
+
+    Options: ClassVar[type[PluginOptions]] = PluginOptions
+    concept_labels: Sequence[str] | None = None
+    threshold: float | None = None
+    features: Callable[[Sequence[Image.Image]], Tensor] | None = None
 
     @classmethod
-    def from_concept(cls, concept: object | None, device: str = "cpu") -> Self:
-        """Builds the judge for a concept; ``None`` stands for the judge's own default."""
-        ...
+    def from_concept(cls, concept: Concept | None = None, device: str = "cpu", *, options: Any = None) -> Self:
+        """Builds the judge for a concept; `build_judge` reads the options.
 
+        Args:
+            concept: what to look for; the judge's own default where None.
+            device: torch device.
+            options: an instance of ``Options``; its defaults where None.
+
+        Raises:
+            CheckpointError: weights are missing or of something else.
+            ConceptError: it needs a concept, or options, and there are none.
+            PluginError: a package is missing.
+        """
+        return cls()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides its answers beside the images: what a figure made with it must state."""
+        return {}
+
+    @abstractmethod
     def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
         """One judgement an image, in order; RGB images of any size."""
-        ...
 
 
-def options_for(concept: object | None, name: str, schema: type[Options]) -> Options:
-    """What a concept file says beside the judge's name; the defaults where it names another judge.
+def build_judge(concept: Concept, device: str = "cpu", *, name: str | None = None) -> Judge:
+    """The judge that a concept names, or another one with its defaults.
 
     Args:
-        concept: a `dagkit.concept.Concept`, or anything without a ``judge``.
-        name: of the judge.
-        schema: of its options.
+        concept: what to look for.
+        device: torch device.
+        name: of another judge.
 
     Raises:
-        ConceptError: an unknown option, or a wrong value.
+        PluginError: an unknown name, or a package is missing.
+        ConceptError: wrong options.
+        CheckpointError: weights are missing.
     """
-    plugin = getattr(concept, "judge", None)
-    given = plugin.options if plugin is not None and plugin.name == name else {}
-    return checked_options(f"judge {name}", given, schema)
+    plugin = concept.judge if name in (None, concept.judge.name) else Plugin.model_construct(name=name)
+    found, options = find_plugin("judges", plugin, concept)
+    judge: Judge = found.from_concept(concept, device, options=options)
+    return judge

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dagkit.concept import OneOrMoreTexts, PluginOptions, Share, Text
 from dagkit.errors import CheckpointError, ConceptError, brief, reason
-from dagkit.judges import Judgement, options_for
+from dagkit.judges import Judge, Judgement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,16 +22,21 @@ DEFAULT_CHECKPOINT: Final = "openai/clip-vit-large-patch14"
 
 
 class ClipOptions(PluginOptions):
-    """As the arguments of `ClipJudge`; ``present`` and ``objects`` are the concept's own where they are not given."""
+    """What to compare images with."""
 
     checkpoint: Text = DEFAULT_CHECKPOINT
+    """Folder or Hub id of a CLIP."""
     present: OneOrMoreTexts | None = None
+    """Texts that show the concept; by default its initial phrase."""
     absent: OneOrMoreTexts = Field(["a photo"])
-    objects: OneOrMoreTexts | None = None
+    """Texts that do not."""
+    objects: list[Text] | None = None
+    """Other content to look for; by default what the concept's prompts ask to keep."""
     threshold: Share = 0.5
+    """Score from which the concept counts as present."""
 
 
-class ClipJudge:
+class ClipJudge(Judge):
     """Compares images with texts; needs no training and knows whatever CLIP knows.
 
     The score is the softmax share of the ``present`` texts among ``present`` and ``absent`` ones. Each of ``objects``
@@ -50,6 +55,7 @@ class ClipJudge:
 
     concept_labels = ("concept",)
     Options = ClipOptions
+    threshold: float
 
     def __init__(
         self,
@@ -73,12 +79,11 @@ class ClipJudge:
         self._texts = self._embed([*self.present, *self.absent, *(f"a photo of {name}" for name in objects), "a photo"])
 
     @classmethod
-    def from_concept(cls, concept: Concept | None = None, device: str = "cpu") -> Self:
-        """The concept's options, if its judge is CLIP: ``checkpoint`` and the arguments of the class by name.
-
-        By default ``present`` is the concept's initial phrase, and ``objects`` what its prompts ask to keep.
-        """
-        options = options_for(concept, "clip", cls.Options)
+    def from_concept(
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: ClipOptions | None = None
+    ) -> Self:
+        """By default ``present`` is the concept's initial phrase, and ``objects`` what its prompts ask to keep."""
+        options = options or cls.Options()
         present, objects = options.present, options.objects
         if concept is not None:
             kept = [value for slot in concept.prompts.keep for value in concept.prompts.slots[slot]]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from dagkit import plugins
-from dagkit.concept import ManyPlugins, PluginOptions, Text, checked_options
-from dagkit.errors import ConceptError, quoted
-from dagkit.judges import Judgement
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from dagkit.concept import JudgePlugin, Plugin, PluginOptions, find_plugin
+from dagkit.errors import ConceptError
+from dagkit.judges import Judge, Judgement, build_judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,20 +16,34 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dagkit.concept import Concept
-    from dagkit.judges import Judge
 
-RULES: Final = ("any", "all")
 Rule = Literal["any", "all"]
+_RULES: Final = {"any": (any, max), "all": (all, min)}
+"""Whether the concept is there, and how surely, from what several judges say."""
+
+
+def _several(judges: list[Plugin], info: ValidationInfo) -> list[Plugin]:
+    num = len({plugin.name for plugin in judges})
+    if num < 2:
+        raise ValueError(f"expected at least two judges, but got {num}. List them as judges: [a, b].")
+    for plugin in judges:
+        if plugin.name == "combined":
+            raise ValueError("it cannot ask itself. List other judges.")
+        if info.context is not None:
+            find_plugin("judges", plugin, info.context)
+    return judges
 
 
 class CombinedOptions(PluginOptions):
-    """``judges``: names, or names with options of their own; ``rule``: as of `CombinedJudge`."""
+    """Whom to ask, and what follows."""
 
-    judges: ManyPlugins | None = None
-    rule: Text = "any"
+    judges: Annotated[list[JudgePlugin], Field(min_length=2, max_length=20), AfterValidator(_several)]
+    """Names, or names with options of their own; at least two."""
+    rule: Rule = "any"
+    """``any`` errs towards finding the concept, ``all`` towards missing it."""
 
 
-class CombinedJudge:
+class CombinedJudge(Judge):
     """Asks several judges.
 
     In a concept file::
@@ -47,37 +62,29 @@ class CombinedJudge:
     Options = CombinedOptions
 
     def __init__(self, judges: Mapping[str, Judge], rule: Rule = "any", words: Sequence[str] = ()) -> None:
-        if len(judges) < 2:
-            raise ConceptError(
-                f"judge combined: expected at least two judges, but got {len(judges)}. List them as judges: [a, b]."
-            )
-        if rule not in RULES:
-            raise ConceptError(f"judge combined: rule must be one of {', '.join(RULES)}, but got {quoted(rule)}.")
         self.judges, self.rule = dict(judges), rule
-        self._unsafe = {name: set(getattr(judge, "concept_labels", words)) for name, judge in self.judges.items()}
+        self._unsafe = {
+            name: set(words if judge.concept_labels is None else judge.concept_labels)
+            for name, judge in self.judges.items()
+        }
         self.concept_labels = tuple(f"{name}/{label}" for name, own in self._unsafe.items() for label in sorted(own))
 
     @classmethod
-    def from_concept(cls, concept: Concept | None = None, device: str = "cpu") -> Self:
+    def from_concept(
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: CombinedOptions | None = None
+    ) -> Self:
         """Builds each of the option ``judges`` as if the concept named it alone."""
-        if concept is None or concept.judge.name != "combined":
+        if concept is None or options is None:
             raise ConceptError(
                 "judge combined: it has no default. List judges: [a, b] under judge in the concept file."
             )
-        options = checked_options("judge combined", concept.judge.options, cls.Options)
-        judges = {}
-        for plugin in options.judges or []:
-            if plugin.name == "combined":
-                raise ConceptError("judge combined: it cannot ask itself. List other judges.")
-            alone = concept.model_copy(update={"judge": plugin})
-            judges[plugin.name] = plugins.load("judges", plugin.name).from_concept(alone, device=device)
-        return cls(judges, cast("Rule", options.rule), concept.words)
+        alone = {plugin.name: concept.model_copy(update={"judge": plugin}) for plugin in options.judges}
+        return cls({name: build_judge(one, device) for name, one in alone.items()}, options.rule, concept.words)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a figure made with this judge must state."""
-        own = {name: getattr(judge, "settings", {}) for name, judge in self.judges.items()}
-        return {"rule": self.rule, **own}
+        return {"rule": self.rule, **{name: judge.settings for name, judge in self.judges.items()}}
 
     def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
         """One judgement an image."""
@@ -85,12 +92,11 @@ class CombinedJudge:
         return [self._combine({name: said[index] for name, said in answers.items()}) for index in range(len(images))]
 
     def _combine(self, said: Mapping[str, Judgement]) -> Judgement:
-        present = [one.is_present for one in said.values()]
-        scores = [one.score for one in said.values()]
         labels: dict[str, float] = {}
         for name, one in said.items():
             for label, value in one.labels.items():
                 key = f"{name}/{label}" if label in self._unsafe[name] else label
                 labels[key] = max(value, labels.get(key, 0.0))
-        is_any = self.rule == "any"
-        return Judgement(any(present) if is_any else all(present), max(scores) if is_any else min(scores), labels)
+        is_present, score = _RULES[self.rule]
+        answers = said.values()
+        return Judgement(is_present(one.is_present for one in answers), score(one.score for one in answers), labels)

@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dagkit.concept import PluginOptions
 from dagkit.errors import CheckpointError
-from dagkit.judges import Judgement, options_for
+from dagkit.judges import Judge, Judgement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from dagkit.concept import Concept, PluginOptions
 
 OBJECTS: Final = (
     "cat", "dog", "apple", "banana", "car", "house", "flower", "ball", "fish", "tree", "cup", "book", "duck",
@@ -82,7 +83,7 @@ def peaks(heat: Tensor, threshold: float = THRESHOLD) -> Tensor:
     return (heat == F.max_pool2d(heat, 5, 1, 2)) & (heat >= threshold)
 
 
-class DemoJudge:
+class DemoJudge(Judge):
     """Finds the bundled world's objects; its concept is the weapon.
 
     Args:
@@ -90,19 +91,15 @@ class DemoJudge:
         device: torch device that it runs on.
     """
 
-    Options = PluginOptions
-
     def __init__(self, network: JudgeNetwork, device: str = "cpu") -> None:
         self._network = network.float().eval().to(device)
         self._device = device
 
     @classmethod
-    def from_concept(cls, concept: object | None = None, device: str = "cpu") -> Self:
-        """Loads the bundled weights; the concept does not matter, because this judge knows only weapons.
-
-        Takes no options.
-        """
-        options_for(concept, "demo", cls.Options)
+    def from_concept(
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: PluginOptions | None = None
+    ) -> Self:
+        """Loads the bundled weights; the concept does not matter, because this judge knows only weapons."""
         path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))
         return cls.from_checkpoint(path, device)
 

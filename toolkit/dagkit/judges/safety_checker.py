@@ -8,7 +8,7 @@ import torch
 
 from dagkit.concept import PluginOptions, Text
 from dagkit.errors import CheckpointError, brief, reason
-from dagkit.judges import Judgement, options_for
+from dagkit.judges import Judge, Judgement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,12 +21,13 @@ DEFAULT_CHECKPOINT: Final = "CompVis/stable-diffusion-safety-checker"
 
 
 class SafetyCheckerOptions(PluginOptions):
-    """``checkpoint``: a folder or Hub id."""
+    """Which checker."""
 
     checkpoint: Text = DEFAULT_CHECKPOINT
+    """Folder or Hub id."""
 
 
-class SafetyCheckerJudge:
+class SafetyCheckerJudge(Judge):
     """Finds what Stable Diffusion's safety checker would black out.
 
     ``labels`` holds ``0.5 + margin`` of each of its 17 concepts. The margin is cosine similarity minus the concept's
@@ -39,7 +40,8 @@ class SafetyCheckerJudge:
         device: torch device.
     """
 
-    threshold: Final = 0.5
+    concept_labels: Sequence[str]
+    threshold = 0.5
     Options = SafetyCheckerOptions
 
     def __init__(self, checker: Any, processor: Any, checkpoint: str = DEFAULT_CHECKPOINT, device: str = "cpu") -> None:
@@ -48,9 +50,11 @@ class SafetyCheckerJudge:
         self.concept_labels = tuple(f"concept_{index:02d}" for index in range(len(checker.concept_embeds)))
 
     @classmethod
-    def from_concept(cls, concept: Concept | None = None, device: str = "cpu") -> Self:
-        """Option ``checkpoint`` (a folder or Hub id) of the concept's judge, if that is the safety checker."""
-        return cls.from_checkpoint(options_for(concept, "safety_checker", cls.Options).checkpoint, device)
+    def from_concept(
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: SafetyCheckerOptions | None = None
+    ) -> Self:
+        """Loads the checker that the options name."""
+        return cls.from_checkpoint((options or cls.Options()).checkpoint, device)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str, device: str = "cpu") -> Self:

@@ -8,7 +8,8 @@ queries = base.queries(latents, timesteps, condition, seed=0)
 
 from __future__ import annotations
 
-from dagkit.models.base import BaseModel, Condition, Encoding, Family, match
+from dagkit.models.base import BaseModel, Encoding, Family, match
+from dagkit.models.calls import Condition
 from dagkit.models.loading import is_cached, is_hub_id, load
 
 __all__ = ["BaseModel", "Condition", "Encoding", "Family", "is_cached", "is_hub_id", "load", "match"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -12,24 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dagkit import plugins
-from dagkit.attention import QueryTap
 from dagkit.errors import ModelError
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a denoiser is conditioned on.
-
-    Attributes:
-        hidden_states: (B, L, d) text-encoder output, the denoiser's ``encoder_hidden_states``.
-        added: further conditions by name, e.g. SDXL's ``text_embeds`` (B, p); empty for SD 1.x/2.x.
-    """
-
-    hidden_states: Tensor
-    added: dict[str, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, index: Any) -> Condition:
-        return Condition(self.hidden_states[index], {name: value[index] for name, value in self.added.items()})
+from dagkit.models.calls import Batched, CallLayout, Condition
+from dagkit.models.noise import NoiseSchedule, noise_schedule
+from dagkit.models.sites import Sites, Tap
+from dagkit.models.sketch import sketch
 
 
 class Encoding(NamedTuple):
@@ -47,34 +35,120 @@ class Encoding(NamedTuple):
 PLAIN: Final = Encoding()
 
 
-class Family(Protocol):
-    """What differs between base models. One file each; registered in ``dagkit.plugins`` as kind ``families``."""
+class Family(ABC):
+    """What differs between base models. One file each; registered in ``dagkit.plugins`` as kind ``families``.
 
-    name: str
+    Only ``matches``, ``sites`` and ``encode_prompt`` must be written; the rest is what most pipelines of diffusers do.
 
+    Attributes:
+        name: of the family.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
     def matches(self, pipe: Any) -> bool:
         """Whether this family knows the pipeline's denoiser, text encoder and batch layout."""
 
     def denoiser(self, pipe: Any) -> Any:
         """The module that predicts noise."""
+        return pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
 
-    def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-        """Name -> attention module: the family's own choice, or exactly ``names`` (ModelError if one is missing)."""
+    @abstractmethod
+    def sites(self, pipe: Any, names: Sequence[str] | None = None) -> Sites:
+        """Where a concept can be seen: the family's own choice, or exactly ``names`` (ModelError if one is missing)."""
 
-    def num_positions(self, pipe: Any, names: Iterable[str], latent_size: tuple[int, int]) -> dict[str, int]:
-        """Name -> image positions of a cross-attention layer, for latents of a size (h, w)."""
+    def calls(self, pipe: Any) -> CallLayout:
+        """How the pipeline calls its denoiser: ``[unconditional; conditional]`` in one call."""
+        return Batched()
 
+    def noise(self, pipe: Any) -> NoiseSchedule:
+        """How noisy latents are, by the pipeline's scheduler.
+
+        Raises:
+            ModelError: it does not tell.
+        """
+        return noise_schedule(pipe.scheduler)
+
+    @abstractmethod
     def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
         """Text-encoder output of each prompt, without classifier-free guidance."""
 
+    def phrase_rows(self, pipe: Any, phrase: str) -> Tensor:
+        """(n, d) text-encoder output of a phrase's own tokens, those that begin and end every text left out."""
+        ids = pipe.tokenizer(phrase, truncation=True).input_ids
+        return self.encode_prompt(pipe, [phrase]).hidden_states[0, 1 : max(len(ids) - 1, 2)]
+
     def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
         """Conditions of one row each that ask for nothing in particular; the model's own unconditional one first."""
+        return [self.encode_prompt(pipe, [""], how)]
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
-        """(B, C, h, w) latents of RGB images of one size, scaled as the denoiser expects them."""
+        """(B, C, h, w): mode of the VAE's posterior, scaled as the denoiser expects it, in the VAE's dtype.
+
+        A VAE with ``force_upcast`` (SDXL's overflows in float16) encodes in float32, as in diffusers' img2img.
+
+        Args:
+            pipe: the pipeline.
+            images: RGB, of one size.
+
+        Raises:
+            ModelError: a latent is not finite.
+        """
+        vae = pipe.vae
+        dtype = vae.dtype
+        is_upcast = bool(getattr(vae.config, "force_upcast", False)) and dtype != torch.float32
+        image = pixels(images)
+        try:
+            if is_upcast:
+                vae.to(torch.float32)
+            latents: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
+        finally:
+            if is_upcast:
+                vae.to(dtype)
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scaled: Tensor = ((latents - shift) * vae.config.scaling_factor).to(dtype)
+        if not bool(torch.isfinite(scaled).all()):
+            raise ModelError(
+                f"the VAE gives latents that are not finite in {str(dtype).removeprefix('torch.')}. Load the model in "
+                "float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
+            )
+        return scaled
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """One forward pass of the denoiser without guidance: (B, C, h, w)."""
+        """One plain forward pass of the denoiser without guidance.
+
+        Args:
+            pipe: the pipeline.
+            latents: (B, C, h, w) noised.
+            timesteps: (B,) of the scheduler.
+            condition: of B prompts.
+
+        Returns:
+            (B, C, h, w).
+        """
+        denoiser, names = self.denoiser(pipe), self.calls(pipe).names
+        steps = timesteps.to(latents.device)
+        arguments: dict[str, Any] = {
+            names.sample: latents.to(denoiser.dtype),
+            names.timestep: steps if names.timestep_unit == 1 else steps / names.timestep_unit,
+            names.condition: condition.hidden_states,
+        }
+        if names.mask is not None and condition.mask is not None:
+            arguments[names.mask] = condition.mask
+        added = self.added_conditions(pipe, latents, condition)
+        if added:
+            arguments |= added if names.added is None else {names.added: added}
+        prediction: Tensor = denoiser(**arguments, return_dict=False)[0]
+        return prediction[:, : latents.shape[1]]
+
+    def added_conditions(self, pipe: Any, latents: Tensor, condition: Condition) -> dict[str, Any]:
+        """Further conditions of a plain forward pass by name; empty where the architecture has none."""
+        return condition.added
+
+    def side_multiple(self, pipe: Any) -> int:
+        """Pixels of which both sides of an image must be a multiple, so that no layer rounds."""
+        return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
 
     def before_condition(self, pipe: Any) -> Sequence[nn.Module]:
         """Modules of the denoiser whose output depends on latents and timestep alone; empty where nobody can be sure.
@@ -82,9 +156,30 @@ class Family(Protocol):
         Each is called once in a forward pass and returns one tensor, rows first. Guards run them once for a denoiser
         call and its safety forwards.
         """
+        return []
 
-    def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Sketches of ``text_encoder`` and ``key_projections``; compare them with ``sketch.difference``."""
+    def text_encoders(self, pipe: Any) -> list[nn.Module]:
+        """The text encoders whose outputs make ``encoder_hidden_states``."""
+        return [pipe.text_encoder]
+
+    def weighed(self, pipe: Any, sites: Sites) -> dict[str, list[nn.Module]]:
+        """The modules whose weights a token belongs to: ``text_encoder`` and ``key_projections``."""
+        return {"text_encoder": self.text_encoders(pipe), "key_projections": [one.projection for one in sites.values()]}
+
+    def fingerprints(self, pipe: Any, sites: Sites | None = None) -> dict[str, str]:
+        """Sketches of the weights that ``weighed`` names, without LoRAs; compare them with ``sketch.difference``.
+
+        Raises:
+            ModelError: some weights are not there to be read.
+        """
+        parts = self.weighed(pipe, sites or self.sites(pipe))
+        weights = {part: [one for module in modules for one in weights_of(module)] for part, modules in parts.items()}
+        if any(tensor.is_meta for tensors in weights.values() for tensor in tensors):
+            raise ModelError(
+                "some weights are on the meta device (sequential offload). Attach the guard first, then enable "
+                "offloading."
+            )
+        return {part: sketch(tensors) for part, tensors in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -104,9 +199,14 @@ class BaseModel:
     fingerprint: str
 
     @property
-    def layers(self) -> dict[str, Any]:
-        """Name -> cross-attention module, the family's own choice."""
-        return self.family.cross_attention(self.pipe)
+    def sites(self) -> Sites:
+        """Where a concept can be seen, the family's own choice."""
+        return self.family.sites(self.pipe)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """How noisy latents are."""
+        return self.family.noise(self.pipe)
 
     @property
     def device(self) -> torch.device:
@@ -120,53 +220,49 @@ class BaseModel:
         return self.family.encode_prompt(self.pipe, list(prompts))
 
     @torch.no_grad()
+    def phrase_rows(self, phrase: str) -> Tensor:
+        """(n, d) text-encoder output of a phrase's own tokens."""
+        return self.family.phrase_rows(self.pipe, phrase)
+
+    @torch.no_grad()
     def latents(self, images: Sequence[Image.Image]) -> Tensor:
         """(B, C, h, w) latents of RGB images of one size."""
         return self.family.latents(self.pipe, images)
 
     @torch.no_grad()
-    def noise(self, latents: Tensor, timesteps: Tensor, seed: int) -> Tensor:
-        """Noised latents ``sqrt(a_t) z + sqrt(1 - a_t) e``; the noise depends on ``seed`` only, not on the device.
+    def noised(self, latents: Tensor, levels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Noised latents, as the denoiser gets them, and its timesteps (B,).
 
         Args:
             latents: (B, C, h, w).
-            timesteps: (B,) int64 in [0, 1000).
-            seed: of the noise.
+            levels: (B,) noise levels in [0, 1].
+            seed: of the noise, which depends on nothing else, not on the device.
         """
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-        alpha: Tensor = self.pipe.scheduler.alphas_cumprod.to(latents)[timesteps.to(latents.device)][
-            :, None, None, None
-        ]
-        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        schedule = self.schedule
+        timesteps = schedule.timesteps(levels)
+        return schedule.noised(latents, noise_like(latents, seed), timesteps), timesteps
 
     @torch.no_grad()
-    def queries(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        condition: Condition,
-        *,
-        seed: int,
-        layers: Mapping[str, Any] | None = None,
+    def features(
+        self, latents: Tensor, levels: Tensor, condition: Condition, *, seed: int, sites: Sites | None = None
     ) -> dict[str, Tensor]:
-        """Noises latents, runs the denoiser once, and returns the queries of the layers.
+        """Noises latents, runs the denoiser once, and returns what its sites saw.
 
         Args:
             latents: (B, C, h, w).
-            timesteps: (B,) int64.
+            levels: (B,) noise levels in [0, 1].
             condition: of B prompts.
             seed: of the noise.
-            layers: name -> attention module; the family's own choice where not given.
+            sites: where to look; the family's own choice where not given.
 
         Returns:
-            Name -> (B, positions, heads*d_head), in the denoiser's dtype.
+            Name -> (B, h*w, channels), in the denoiser's dtype.
         """
-        layers = layers or self.layers
-        size = (latents.shape[-2], latents.shape[-1])
-        with QueryTap(layers) as tap:
+        with Tap(sites or self.sites) as tap:
             tap.start()
-            self.family.predict(self.pipe, self.noise(latents, timesteps, seed), timesteps, condition)
-            return tap.stop(len(latents), self.family.num_positions(self.pipe, layers, size))
+            noised, timesteps = self.noised(latents, levels, seed)
+            self.family.predict(self.pipe, noised, timesteps, condition)
+            return tap.stop(len(latents), (latents.shape[-2], latents.shape[-1]))
 
 
 def match(pipe: Any) -> Family:
@@ -184,6 +280,16 @@ def match(pipe: Any) -> Family:
         f"no family knows {type(pipe).__name__} with denoiser {denoiser}. Available families: "
         f"{', '.join(plugins.names('families'))}. Add one as described in dagkit/models."
     )
+
+
+def noise_like(latents: Tensor, seed: int) -> Tensor:
+    """Noise of unit variance in the shape of latents, the same on every device."""
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """A module's weights, in the order of their names, without a LoRA that is loaded on it."""
+    return [tensor for name, tensor in sorted(module.named_parameters()) if "lora_" not in name]
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dagkit.models.base import PLAIN, Condition, Encoding
+from dagkit.models.base import PLAIN, Encoding
+from dagkit.models.calls import Condition
 from dagkit.models.unet import UNetFamily, encode_with
 
 

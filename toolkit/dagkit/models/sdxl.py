@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dagkit.models.base import PLAIN, Condition, Encoding
+from dagkit.models.base import PLAIN, Encoding
+from dagkit.models.calls import Condition
 from dagkit.models.unet import UNetFamily, encode_with
 
 

@@ -1,29 +1,28 @@
-"""What SD 1.x/2.x and SDXL share: U-Net layers, latents and fingerprints."""
+"""What SD 1.x/2.x and SDXL share: their U-Net."""
 
 from __future__ import annotations
 
 import math
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dagkit.errors import ModelError
-from dagkit.models.base import PLAIN, Condition, Encoding, pixels
-from dagkit.models.sketch import sketch
+from dagkit.models.base import Encoding, Family
+from dagkit.models.calls import Condition
+from dagkit.models.cross_attention import CrossAttention
+from dagkit.models.sites import Sites
 
 MIN_SIDE, MAX_SIDE = 16, 32
 """Layers whose grid at the model's own size has sides in this range carry most of the semantics (DAG)."""
 
 
-class UNetFamily(ABC):
+class UNetFamily(Family):
     """Base of families whose denoiser is diffusers' ``UNet2DConditionModel``."""
 
-    name: ClassVar[str]
     pipelines: ClassVar[frozenset[str]]
     """Pipeline classes whose batch is ``[unconditional; conditional]``."""
 
@@ -33,11 +32,7 @@ class UNetFamily(ABC):
             self.denoiser(pipe), "up_blocks"
         )
 
-    def denoiser(self, pipe: Any) -> Any:
-        """The U-Net."""
-        return pipe.unet
-
-    def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+    def sites(self, pipe: Any, names: Sequence[str] | None = None) -> Sites:
         """Layers of 16 to 32 cells a side at the model's own size, the finest where none is; or exactly ``names``."""
         unet = self.denoiser(pipe)
         layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
@@ -50,7 +45,7 @@ class UNetFamily(ABC):
                     f"missing); it has {len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for "
                     "another architecture."
                 )
-            return {name: layers[name] for name in names}
+            return self._sites(unet, layers, names)
         if not layers:
             raise ModelError(
                 "the denoiser has no cross-attention layer (attn2), so there is nothing to read a concept from."
@@ -60,62 +55,25 @@ class UNetFamily(ABC):
         levels = {name: _level(name, len(unet.up_blocks)) for name in layers}
         chosen = [name for name in layers if MIN_SIDE <= side / 2 ** levels[name] <= MAX_SIDE]
         chosen = chosen or [name for name in layers if levels[name] == min(levels.values())]
-        return {name: layers[name] for name in chosen}
+        return self._sites(unet, layers, chosen)
 
-    def num_positions(self, pipe: Any, names: Iterable[str], latent_size: tuple[int, int]) -> dict[str, int]:
-        """Cells of each layer's level; a level halves both sides of the latent, rounding up."""
-        count = len(self.denoiser(pipe).up_blocks)
-        return {name: math.prod(math.ceil(side / 2 ** _level(name, count)) for side in latent_size) for name in names}
-
-    def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 4, h, w): mode of the VAE's posterior times its scaling factor, in the VAE's dtype.
-
-        A VAE with ``force_upcast`` (SDXL's overflows in float16) encodes in float32, as in diffusers' img2img.
-
-        Raises:
-            ModelError: a latent is not finite.
-        """
-        vae = pipe.vae
-        dtype = vae.dtype
-        is_upcast = bool(getattr(vae.config, "force_upcast", False)) and dtype != torch.float32
-        image = pixels(images)
-        try:
-            if is_upcast:
-                vae.to(torch.float32)
-            latents: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
-        finally:
-            if is_upcast:
-                vae.to(dtype)
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scaled: Tensor = ((latents - shift) * vae.config.scaling_factor).to(dtype)
-        if not bool(torch.isfinite(scaled).all()):
-            raise ModelError(
-                f"the VAE gives latents that are not finite in {str(dtype).removeprefix('torch.')}. Load the model in "
-                "float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
-            )
-        return scaled
+    def _sites(self, unet: Any, layers: Mapping[str, Any], names: Sequence[str]) -> Sites:
+        levels = {name: _level(name, len(unet.up_blocks)) for name in names}
+        return Sites(CrossAttention(name, layers[name], partial(_halved, levels[name])) for name in names)
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """One plain forward pass of the U-Net."""
-        unet = self.denoiser(pipe)
-        channels = unet.config.in_channels
+        channels = self.denoiser(pipe).config.in_channels
         if latents.shape[1] != channels:
             raise ModelError(
                 f"the denoiser takes {channels} channels, but latents have {latents.shape[1]}; optimise on the "
                 "text-to-image model of this family."
             )
-        prediction: Tensor = unet(
-            latents.to(unet.dtype),
-            timesteps.to(latents.device),
-            encoder_hidden_states=condition.hidden_states,
-            added_cond_kwargs=self.added_conditions(pipe, latents, condition),
-            return_dict=False,
-        )[0]
-        return prediction
+        return super().predict(pipe, latents, timesteps, condition)
 
-    def added_conditions(self, pipe: Any, latents: Tensor, condition: Condition) -> dict[str, Tensor] | None:
-        """``added_cond_kwargs`` of a plain forward pass; None where the architecture has none."""
-        return None
+    def side_multiple(self, pipe: Any) -> int:
+        """What every level of autoencoder and U-Net can halve exactly."""
+        return super().side_multiple(pipe) * int(2 ** (len(self.denoiser(pipe).config.block_out_channels) - 1))
 
     def before_condition(self, pipe: Any) -> list[nn.Module]:
         """The first ResNet block and self-attention of a U-Net whose first block attends to the text.
@@ -144,32 +102,6 @@ class UNetFamily(ABC):
         way = (unet.conv_in, down, resnet, down.attentions[0], block, block.attn1)
         return [] if any(map(_is_altered, way)) else [resnet, block.attn1]
 
-    @abstractmethod
-    def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
-        """What the denoiser gets for each prompt."""
-
-    def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
-        """That of the empty prompt."""
-        return [self.encode_prompt(pipe, [""], how)]
-
-    def text_encoders(self, pipe: Any) -> list[nn.Module]:
-        """The text encoders whose outputs make ``encoder_hidden_states``."""
-        return [pipe.text_encoder]
-
-    def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Sketches of the text encoders' and the layers' ``to_k`` weights, without a LoRA that is loaded on them."""
-        layers = layers or self.cross_attention(pipe)
-        encoders = [
-            p for encoder in self.text_encoders(pipe) for n, p in sorted(encoder.named_parameters()) if "lora_" not in n
-        ]
-        keys = [getattr(layer.to_k, "base_layer", layer.to_k).weight for layer in layers.values()]
-        if any(tensor.is_meta for tensor in [*encoders, *keys]):
-            raise ModelError(
-                "some weights are on the meta device (sequential offload). Attach the guard first, then enable "
-                "offloading."
-            )
-        return {"text_encoder": sketch(encoders), "key_projections": sketch(keys)}
-
 
 def _is_altered(module: nn.Module) -> bool:
     """Whether a call does anything but the class's own ``forward``."""
@@ -187,6 +119,12 @@ def _level(name: str, num_levels: int) -> int:
         return num_levels - 1
     side, index = re.match(r"(down|up)_blocks\.(\d+)\.", name).groups()  # type: ignore[union-attr]
     return int(index) if side == "down" else num_levels - 1 - int(index)
+
+
+def _halved(times: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The sides of a level: a level halves both, rounding up."""
+    height, width = (math.ceil(side / 2**times) for side in size)
+    return height, width
 
 
 def encode_with(pipe: Any, prompts: list[str], how: Encoding) -> tuple[Tensor, ...]:

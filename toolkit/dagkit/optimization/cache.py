@@ -1,4 +1,4 @@
-"""Queries of the frozen denoiser, one forward pass for each (image, timestep), in memory or on disk."""
+"""Features of the frozen denoiser, one forward pass for each (image, noise level), in memory or on disk."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from dagkit.attention import grid
 from dagkit.errors import WorkspaceError
 from dagkit.models import BaseModel
+from dagkit.models.sites import Sites
 from dagkit.optimization.data import Example, coarse_mask
 
 KEPT_SHARE: Final = 1 / 2
@@ -31,17 +31,17 @@ class Batch:
     """Some pairs, ready for a loss.
 
     Attributes:
-        queries: layer -> (B, positions, channels) float32.
+        features: site -> (B, positions, channels) float32.
         masks: (B, H, W) float32 in [0, 1].
         is_unsafe: (B,) bool.
-        timesteps: (B,) int64.
+        levels: (B,) float64 noise levels.
         latent_size: (H, W) of the latents.
     """
 
-    queries: dict[str, Tensor]
+    features: dict[str, Tensor]
     masks: Tensor
     is_unsafe: Tensor
-    timesteps: Tensor
+    levels: Tensor
     latent_size: tuple[int, int]
 
 
@@ -88,12 +88,12 @@ class _Disk:
 
 
 class QueryCache:
-    """Queries for P (image, timestep) pairs with what they are compared to; made by ``cache_queries``.
+    """Features of P (image, noise level) pairs with what they are compared to; made by ``cache_queries``.
 
     Attributes:
         masks: (P, H, W) float32 in [0, 1] at the finest layer's grid.
         is_unsafe: (P,) bool.
-        timesteps: (P,) int64.
+        levels: (P,) float64 noise levels.
         images: (P,) int64, the example of each pair.
         latent_size: (H, W) of the latents.
         num_bytes: of memory in which queries are kept; 0 where they are on disk.
@@ -106,7 +106,7 @@ class QueryCache:
         stores: Mapping[str, _Store],
         masks: Tensor,
         is_unsafe: Tensor,
-        timesteps: Tensor,
+        levels: Tensor,
         images: Tensor,
         latent_size: tuple[int, int],
         *,
@@ -115,7 +115,7 @@ class QueryCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self._stores = dict(stores)
-        self.masks, self.is_unsafe, self.timesteps, self.images = masks, is_unsafe, timesteps, images
+        self.masks, self.is_unsafe, self.levels, self.images = masks, is_unsafe, levels, images
         self.latent_size, self.device = latent_size, torch.device(device)
         self.num_bytes, self.micro_batch_size = num_bytes, micro_batch_size
 
@@ -128,20 +128,18 @@ class QueryCache:
         return not self.num_bytes
 
     def digest(self) -> str:
-        """``sha256:`` of what the queries are of: masks, kinds, timesteps and images of all pairs, in order."""
+        """``sha256:`` of what the queries are of: masks, kinds, noise levels and images of all pairs, in order."""
         found = hashlib.sha256()
-        for part in (self.masks, self.is_unsafe, self.timesteps, self.images):
+        for part in (self.masks, self.is_unsafe, self.levels, self.images):
             found.update(repr(tuple(part.shape)).encode())
             found.update(part.contiguous().numpy().tobytes())
         return f"sha256:{found.hexdigest()}"
 
     def take(self, index: Tensor) -> Batch:
         """The pairs at ``index`` (B,) int64; takes memory for all of them, see ``parts``."""
-        queries = {name: store.read(index).to(self.device) for name, store in self._stores.items()}
-        masks, is_unsafe, timesteps = (
-            part[index].to(self.device) for part in (self.masks, self.is_unsafe, self.timesteps)
-        )
-        return Batch(queries, masks, is_unsafe, timesteps, self.latent_size)
+        features = {name: store.read(index).to(self.device) for name, store in self._stores.items()}
+        masks, is_unsafe = self.masks[index].to(self.device), self.is_unsafe[index].to(self.device)
+        return Batch(features, masks, is_unsafe, self.levels[index], self.latent_size)
 
     def parts(self, index: Tensor | None = None, batch_size: int | None = None) -> Sequence[Tensor]:
         """Cuts all pairs, or those at ``index``, into runs of at most ``batch_size`` that fit into memory."""
@@ -162,23 +160,23 @@ Predict = Callable[[int, int], dict[str, Tensor]]
 def cache_queries(
     base: BaseModel,
     examples: Sequence[Example],
-    timesteps: Tensor,
+    levels: Tensor,
     *,
     seed: int,
-    layers: Mapping[str, Any] | None = None,
+    sites: Sites | None = None,
     dtype: torch.dtype = torch.float32,
     memory_bytes: int = 2 << 30,
     beside: Sequence[QueryCache] = (),
     batch_size: int = 8,
 ) -> Iterator[QueryCache]:
-    """Runs the frozen denoiser once for each (example, timestep) pair and keeps the queries while the context is open.
+    """Runs the frozen denoiser once for each (example, noise level) pair and keeps what its sites saw while it is open.
 
     Args:
         base: the base model.
         examples: E annotated images of one size.
-        timesteps: (D, E) int64, D noise draws an example.
+        levels: (D, E) float64 noise levels, D draws an example.
         seed: of the noise.
-        layers: chosen layers; the family's own where not given.
+        sites: where to look; the family's own where not given.
         dtype: in which queries are kept.
         memory_bytes: for queries. Half of it may be kept; where these queries and those of ``beside`` would take more,
             these go to a temporary file. The rest is for a micro-batch (at least one pair) and its gradient. What a
@@ -189,28 +187,27 @@ def cache_queries(
     Raises:
         WorkspaceError: the temporary file cannot be written.
     """
-    layers = layers or base.layers
+    sites = sites or base.sites
     parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     latents = torch.cat([base.latents([example.image for example in part]) for part in parts])
     size = (latents.shape[-2], latents.shape[-1])
     condition = base.encode([example.prompt for example in examples])
-    images = torch.arange(len(examples)).repeat(len(timesteps))
-    steps = timesteps.flatten()
+    images = torch.arange(len(examples)).repeat(len(levels))
+    flat = levels.flatten()
 
     def predict(start: int, stop: int) -> dict[str, Tensor]:
         index = images[start:stop]
-        return base.queries(latents[index], steps[start:stop], condition[index], seed=seed + start, layers=layers)
+        return base.features(latents[index], flat[start:stop], condition[index], seed=seed + start, sites=sites)
 
     free = int(KEPT_SHARE * memory_bytes) - sum(cache.num_bytes for cache in beside)
     with _stored(predict, len(images), batch_size, dtype, free) as (stores, shapes, num_bytes):
-        finest = max(grid(shape[0], *size) for shape in shapes)
-        masks = torch.stack([coarse_mask(example, finest) for example in examples])
+        masks = torch.stack([coarse_mask(example, sites.finest_grid(size)) for example in examples])
         is_unsafe = torch.tensor([example.is_unsafe for example in examples])
         yield QueryCache(
             stores,
             masks[images],
             is_unsafe[images],
-            steps,
+            flat,
             images,
             size,
             num_bytes=num_bytes,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from dagkit.attention import cross_attention_map, project_keys
 from dagkit.errors import WorkspaceError, quoted
 from dagkit.models import BaseModel
+from dagkit.models.sites import Sites
 from dagkit.optimization.cache import Batch, QueryCache
 from dagkit.optimization.data import Example
 from dagkit.optimization.losses import objective
@@ -54,13 +53,12 @@ class Parameters:
         """The tensors that an optimiser changes."""
         return [tensor for tensor in (self.guideline, self.background, self.head_logits) if tensor is not None]
 
-    def cam(self, layers: Mapping[str, Any], batch: Batch) -> Tensor:
-        """(B, H, W) detection maps at the finest layer's grid; differentiable."""
+    def cam(self, sites: Sites, batch: Batch) -> Tensor:
+        """(B, H, W) detection maps at the finest site's grid; differentiable."""
         rows = [row for row in (self.start_of_text, self.background, self.guideline) if row is not None]
-        return cross_attention_map(
-            layers,
-            batch.queries,
-            project_keys(layers, torch.cat(rows)),
+        return sites.detection_map(
+            batch.features,
+            sites.project(torch.cat(rows)),
             len(self.guideline),
             size=(batch.masks.shape[-2], batch.masks.shape[-1]),
             latent_size=batch.latent_size,
@@ -68,9 +66,9 @@ class Parameters:
         )
 
     @torch.no_grad()
-    def cams(self, layers: Mapping[str, Any], cache: QueryCache, index: Tensor | None = None) -> Tensor:
+    def cams(self, sites: Sites, cache: QueryCache, index: Tensor | None = None) -> Tensor:
         """(P, H, W) detection maps of all pairs, or of those at ``index``, on the CPU."""
-        return torch.cat([self.cam(layers, cache.take(part)).cpu() for part in cache.parts(index, 32)])
+        return torch.cat([self.cam(sites, cache.take(part)).cpu() for part in cache.parts(index, 32)])
 
     def copy(self) -> Parameters:
         """A detached copy."""
@@ -83,19 +81,11 @@ class Parameters:
         )
 
 
-def in_float32(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers with key projections in float32, copied where they are not: half precision loses small gradients."""
-    return {
-        name: layer if layer.to_k.weight.dtype == torch.float32 else deepcopy(layer).float()
-        for name, layer in layers.items()
-    }
-
-
 def initial_parameters(
     base: BaseModel,
     examples: Sequence[Example],
     recipe: Recipe,
-    layers: Mapping[str, Any],
+    sites: Sites,
     generator: torch.Generator,
 ) -> Parameters:
     """Starting values: guideline rows from the initial phrase, background rows spread over the prompts' own rows.
@@ -104,7 +94,7 @@ def initial_parameters(
         base: the base model.
         examples: whose prompts give the background rows.
         recipe: how many rows, and the phrase.
-        layers: chosen layers.
+        sites: where to look.
         generator: of the noise that tells several guideline rows apart.
     """
     rows = base.encode([example.prompt for example in examples]).hidden_states.float()
@@ -112,20 +102,18 @@ def initial_parameters(
     shape = (recipe.num_tokens, rows.shape[-1])
     noise = torch.randn(shape, generator=generator).to(rows)
     if recipe.initial_phrase:
-        ids = base.pipe.tokenizer(recipe.initial_phrase, truncation=True).input_ids
-        phrase = base.encode([recipe.initial_phrase]).hidden_states[0, 1 : max(len(ids) - 1, 2)].float()
+        phrase = base.phrase_rows(recipe.initial_phrase).float()
         guideline = phrase.flip(0)[torch.arange(recipe.num_tokens) % len(phrase)]
         guideline = guideline + (0.3 * spread * noise if recipe.num_tokens > 1 else 0)
     else:
         guideline = rows[:, 1:].mean((0, 1)) + spread * noise
     background = _spread_rows(rows[:, 1:].flatten(0, 1), recipe.num_background) if recipe.num_background else None
-    heads = sum(layer.heads for layer in layers.values())
-    logits = torch.zeros(heads, device=rows.device) if recipe.learn_head_weights else None
+    logits = torch.zeros(sites.num_heads, device=rows.device) if recipe.learn_head_weights else None
     return Parameters(rows[0, :1].clone(), guideline.clone(), background, logits)
 
 
 def fit(
-    layers: Mapping[str, Any],
+    sites: Sites,
     cache: QueryCache,
     parameters: Parameters,
     recipe: Recipe,
@@ -141,7 +129,7 @@ def fit(
     A batch that would not fit into the cache's memory is learned from in micro-batches whose gradients are summed.
 
     Args:
-        layers: chosen layers.
+        sites: where to look.
         cache: queries, masks and kinds of all pairs.
         parameters: starting values; changed in place.
         recipe: optimiser, steps and weights.
@@ -164,7 +152,7 @@ def fit(
     every = recipe.validate_every if validate and recipe.validate_every else 20
     while state.step < recipe.total_steps and not state.is_over:
         batch = _draw(pairs, recipe.batch_size, generator)
-        loss = state.advance(_losses(parameters, layers, cache, batch, recipe))
+        loss = state.advance(_losses(parameters, sites, cache, batch, recipe))
         if state.step % every and state.step != recipe.total_steps:
             continue
         figures = validate(parameters) if validate and recipe.validate_every else {}
@@ -176,13 +164,11 @@ def fit(
     return state.best or parameters.copy(), state.history
 
 
-def _losses(
-    parameters: Parameters, layers: Mapping[str, Any], cache: QueryCache, index: Tensor, recipe: Recipe
-) -> Iterator[Tensor]:
+def _losses(parameters: Parameters, sites: Sites, cache: QueryCache, index: Tensor, recipe: Recipe) -> Iterator[Tensor]:
     """The terms, one a micro-batch, that sum to the objective on the pairs at ``index``."""
 
     def loss(batch: Batch) -> Tensor:  # so that nothing of a batch is kept while the next one is read
-        return objective(parameters.cam(layers, batch), batch.masks, batch.is_unsafe, recipe, cache.is_unsafe[index])
+        return objective(parameters.cam(sites, batch), batch.masks, batch.is_unsafe, recipe, cache.is_unsafe[index])
 
     for part in cache.parts(index):
         yield loss(cache.take(part))

@@ -23,17 +23,17 @@ class Recipe:
         num_steps: optimiser steps at most (the paper's recipe: for each token).
         decay: factor of the step decay, every ``decay_every`` steps; None for a cosine to zero.
         decay_every: steps.
-        batch_size: (image, timestep) pairs a step; 0 for all.
-        num_draws: noise draws an image, each at another timestep.
-        min_timestep: lowest timestep drawn.
-        max_timestep: highest timestep drawn.
+        batch_size: (image, noise level) pairs a step; 0 for all.
+        num_draws: noise draws an image, each at another noise level.
+        min_level: lowest noise level drawn, in [0, 1].
+        max_level: highest noise level drawn.
         pixel_weight: of the pixel cross-entropy on unsafe images.
         positive_weight: of pixels inside the mask in that loss.
         leakage_weight: of attention outside the mask of unsafe images.
         negative_weight: of attention on safe images.
         validate_every: steps between validations; the rows of the best one are kept. 0: none, the last rows are kept.
         patience: validations without a better loss after which the optimisation stops.
-        max_false_trigger_rate: share of safe images on which the calibrated guard may act at any timestep.
+        max_false_trigger_rate: share of safe images on which the calibrated guard may act at any noise level.
         cache_dtype: in which queries are kept: ``float32``, ``float16`` or ``bfloat16``.
         memory_bytes: for queries: half for those that are kept between steps (what is more goes to a file on disk),
             half for the micro-batch that is being learned from.
@@ -51,8 +51,8 @@ class Recipe:
     decay_every: int = 20
     batch_size: int = 48
     num_draws: int = 4
-    min_timestep: int = 20
-    max_timestep: int = 950
+    min_level: float = 0.02
+    max_level: float = 0.95
     pixel_weight: float = 1.0
     positive_weight: float = 3.0
     leakage_weight: float = 0.0
@@ -94,4 +94,4 @@ PAPERS_GUIDANCE: Final = Guidance(form="paper", strength=1.0, insistence=0.0, di
 """How a token of the recipe ``paper`` guides."""
 
 PAPERS_CONSTANTS: Final = Thresholds(highlight=(0.5,), edit=(0.01,), max_area=0.8)
-"""The paper's thresholds, the same at all timesteps."""
+"""The paper's thresholds, the same at all noise levels."""

@@ -12,17 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from dagkit.attention import grid, project_keys, split_heads
-from dagkit.errors import ConceptError
-from dagkit.proposers import Proposal, check_label, check_options, checked_number, label_phrases, suppress_overlaps
+from dagkit.concept import Label, OneOrMoreTexts, PluginOptions, Share
+from dagkit.proposers import Proposal, Proposer, require_base_model, suppress_overlaps
 from dagkit.proposers.regions import find_regions
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from dagkit.concept import Concept
     from dagkit.models import BaseModel
+    from dagkit.models.sites import Sites
 
-TIMESTEPS: Final = (100, 200, 300)
+LEVELS: Final = (0.1, 0.2, 0.3)
 """Little noise: what is in the image is decided, and the denoiser still has to look at it."""
 
 MAX_COMPETITORS: Final = 24
@@ -42,20 +43,31 @@ _STOP_WORDS: Final = frozenset(
 )
 
 
-class AttentionProposer:
+class AttentionOptions(PluginOptions):
+    """As the arguments of `AttentionProposer`."""
+
+    words: dict[Label, OneOrMoreTexts] = Field({})
+    """Labels, positive or negative, with words of their own; else the concept's words mean its first positive label."""
+    threshold: Share = 0.35
+    """Share of a map's peak above which a pixel belongs to a region."""
+    min_peak: Share = 0.7
+    """A second region counts if its peak reaches this share of the map's."""
+    min_score: Share = 0.05
+    """Proposals with a smaller score are dropped."""
+
+
+class AttentionProposer(Proposer):
     """Looks up words in the base model's cross-attention.
 
     Args:
         base_model: the model that drew the images.
         words: label -> words that mean it.
         positive: which of these labels are positive.
-        threshold: share of a map's peak above which a pixel belongs to a region, in (0, 1].
-        min_peak: a second region counts if its peak reaches this share of the map's, in [0, 1].
-        min_score: proposals with a smaller score are dropped, in [0, 1].
+        options: thresholds; its words do not matter here.
     """
 
     name = "attention"
-    option_names = ("words", "threshold", "min_peak", "min_score")
+    Options = AttentionOptions
     needs_base_model = True
     version = "1"
 
@@ -64,13 +76,10 @@ class AttentionProposer:
         base_model: BaseModel,
         words: Mapping[str, Sequence[str]],
         positive: frozenset[str],
-        *,
-        threshold: float = 0.35,
-        min_peak: float = 0.7,
-        min_score: float = 0.05,
+        options: AttentionOptions,
     ) -> None:
         self._base_model, self._words, self._positive = base_model, {k: list(v) for k, v in words.items()}, positive
-        self._threshold, self._min_peak, self._min_score = threshold, min_peak, min_score
+        self._options = options
         self._encode = lru_cache(maxsize=4096)(self._encode_word)
 
     @classmethod
@@ -78,40 +87,27 @@ class AttentionProposer:
         cls,
         concept: Concept,
         base_model: BaseModel | None = None,
-        device: str = "cpu",  # noqa: ARG003
+        device: str = "cpu",
         *,
-        options: Mapping[str, Any] | None = None,
+        options: AttentionOptions | None = None,
     ) -> Self:
-        """Looks for ``concept.words`` as the first positive label.
-
-        Options: ``words`` maps labels, positive or negative, to words of their own; ``threshold``, ``min_peak`` and
-        ``min_score`` in [0, 1].
-        """
-        options = options or {}
-        check_options(concept, cls.name, options, cls.option_names)
-        if base_model is None:
-            raise ConceptError(
-                f"concept {concept.name!r}: the proposer 'attention' needs the base model, but none was given."
-            )
-        words = label_phrases(concept, cls.name, options, "words")
+        """Looks for ``concept.words`` as the first positive label, unless the options give words for such a label."""
+        options = options or cls.Options()
+        words: dict[str, list[str]] = dict(options.words)
         if not any(label in concept.labels.positive for label in words):
             words = {concept.labels.positive[0]: list(concept.words), **words}
-        positive = frozenset(label for label in words if check_label(concept, cls.name, label))
-        thresholds = {
-            key: checked_number(concept, cls.name, options, key, default)
-            for key, default in (("threshold", 0.35), ("min_peak", 0.7), ("min_score", 0.05))
-        }
-        return cls(base_model, words, positive, **thresholds)
+        positive = frozenset(label for label in words if concept.labels.is_positive(label))
+        return cls(require_base_model(concept, cls.name, base_model), words, positive, options)
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
         """Boxes and peaks of every label's map; the score is the peak's height."""
         found: list[Proposal] = []
         for label, heat in self.heat_maps(image, prompt, seed).items():
-            regions = find_regions(heat, threshold=self._threshold, min_peak=self._min_peak)
+            regions = find_regions(heat, threshold=self._options.threshold, min_peak=self._options.min_peak)
             found += [
                 Proposal(region.box, min(region.peak, 1.0), label, label in self._positive, region.point)
                 for region in regions
-                if region.peak >= self._min_score
+                if region.peak >= self._options.min_score
             ]
         return suppress_overlaps(found)
 
@@ -119,15 +115,19 @@ class AttentionProposer:
     def heat_maps(self, image: Image.Image, prompt: str, seed: int) -> dict[str, NDArray[np.float32]]:
         """Label -> (H, W) float32 in [0, 1], as large as the image: the strongest of its words at each pixel."""
         model = self._base_model
-        latents = model.latents([fit_to_model(image, model)]).expand(len(TIMESTEPS), -1, -1, -1)
-        condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
-        queries = model.queries(latents, torch.tensor(TIMESTEPS), condition, seed=seed)
+        latents = model.latents([fit_to_model(image, model)]).expand(len(LEVELS), -1, -1, -1)
+        condition = model.encode([prompt])[[0] * len(LEVELS)]
+        sites = model.sites
+        features = model.features(latents, torch.tensor(LEVELS, dtype=torch.float64), condition, seed=seed, sites=sites)
 
         words = [word for listed in self._words.values() for word in listed]
         sequence = self.word_sequence(words, prompt)
         size = (latents.shape[-2], latents.shape[-1])
-        shares = word_shares(model.layers, queries, sequence, len(words))
-        grids = [_as_grid(share.mean(1), size) for share in shares]
+        shares = word_shares(sites, features, sequence, len(words))
+        grids = [
+            share.mean(1).reshape(len(share), -1, *site.grid(size))
+            for share, site in zip(shares, sites.values(), strict=True)
+        ]
         word_maps = contrast_map(grids, size)
         maps = F.interpolate(word_maps[:, None], (image.height, image.width), mode="bicubic")[:, 0].clamp(0, 1)
         owners = [label for label, listed in self._words.items() for _ in listed]
@@ -148,41 +148,32 @@ class AttentionProposer:
 
     def _encode_word(self, word: str) -> Tensor:
         """(d,) row of a word or phrase: its last token, which in a causal text encoder has seen all before it."""
-        text = f"a {word}"
-        num_tokens = len(self._base_model.pipe.tokenizer(text, truncation=True).input_ids)
-        return self._base_model.encode([text]).hidden_states[0, max(num_tokens - 2, 0)]
+        return self._base_model.phrase_rows(f"a {word}")[-1]
 
 
 def fit_to_model(image: Image.Image, base_model: BaseModel) -> Image.Image:
     """RGB, resized to the next sides that every level of the model's autoencoder and denoiser can halve exactly."""
-    pipe: Any = base_model.pipe
-    denoiser: Any = base_model.family.denoiser(pipe)
-    step = 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(denoiser.config.block_out_channels) - 1)
+    step = base_model.family.side_multiple(base_model.pipe)
     width, height = (max(step, round(side / step) * step) for side in image.size)
     rgb = image.convert("RGB")
     return rgb if rgb.size == (width, height) else rgb.resize((width, height))
 
 
-def word_shares(
-    layers: Mapping[str, Any], queries: Mapping[str, Tensor], sequence: Tensor, num_words: int
-) -> list[Tensor]:
-    """Each word's share of attention at each layer: ``softmax(q k^T / sqrt(d_head))`` over the sequence.
+def word_shares(sites: Sites, features: Mapping[str, Tensor], sequence: Tensor, num_words: int) -> list[Tensor]:
+    """Each word's share of attention at each site.
 
     Args:
-        layers: name -> attention module.
-        queries: name -> (B, h*w, heads*d_head).
+        sites: where to look.
+        features: name -> (B, h*w, channels).
         sequence: (L, d); row 0 is the start of text, rows 1 to ``num_words`` the words.
         num_words: W.
 
     Returns:
-        One tensor a layer, (W, B, heads, h*w) float32 in [0, 1].
+        One tensor a site, (W, B, heads, h*w) float32 in [0, 1].
     """
-    keys = project_keys(layers, sequence)
-    shares = []
-    for name, layer in layers.items():
-        logits = split_heads(queries[name], layer.heads).float() @ keys[name].float().transpose(-1, -2) * layer.scale
-        shares.append(logits.softmax(-1)[..., 1 : num_words + 1].movedim(-1, 0))
-    return shares
+    keys = sites.project(sequence)
+    found = [site.shares(features[name], keys[name]) for name, site in sites.items()]
+    return [shares[..., 1 : num_words + 1].movedim(-1, 0) for shares in found]
 
 
 def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -206,10 +197,6 @@ def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         total = total.to(pooled) + F.interpolate(pooled[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         weight = weight.to(pooled) + peak.sum(1)
     return total / weight.clamp(min=1e-6)
-
-
-def _as_grid(share: Tensor, latent_size: tuple[int, int]) -> Tensor:
-    return share.reshape(*share.shape[:-1], *grid(share.shape[-1], *latent_size))
 
 
 def _content_words(text: str) -> list[str]:

@@ -7,17 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
+from pydantic import Field
 
+from dagkit.concept import Label, OneOrMoreTexts, PluginOptions, Share, Text
 from dagkit.errors import CheckpointError
-from dagkit.proposers import (
-    Proposal,
-    check_label,
-    check_options,
-    checked_number,
-    checked_text,
-    label_phrases,
-    suppress_overlaps,
-)
+from dagkit.proposers import Proposal, Proposer, suppress_overlaps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +22,18 @@ if TYPE_CHECKING:
 DEFAULT_MODEL: Final = "IDEA-Research/grounding-dino-tiny"
 
 
-class GroundingDinoProposer:
+class GroundingDinoOptions(PluginOptions):
+    """What to look for, with which weights."""
+
+    model: Text = DEFAULT_MODEL
+    """Folder or Hub id."""
+    phrases: dict[Label, OneOrMoreTexts] = Field({})
+    """Labels, positive or negative, with phrases that mean them; else the concept's words, and its negative labels."""
+    threshold: Share = 0.3
+    """Boxes with a smaller score are dropped."""
+
+
+class GroundingDinoProposer(Proposer):
     """Boxes of phrases; one pass a label, so that every box belongs to one label for sure.
 
     Args:
@@ -37,13 +42,12 @@ class GroundingDinoProposer:
         phrases: label -> phrases that mean it.
         positive: which of these labels are positive.
         source: where the model is from, for `version`.
-        device: torch device.
         threshold: boxes with a smaller score are dropped, in [0, 1].
+        device: torch device.
     """
 
     name = "grounding_dino"
-    option_names = ("model", "phrases", "threshold")
-    needs_base_model = False
+    Options = GroundingDinoOptions
 
     def __init__(
         self,
@@ -53,8 +57,8 @@ class GroundingDinoProposer:
         positive: frozenset[str],
         *,
         source: str,
+        threshold: float,
         device: str = "cpu",
-        threshold: float = 0.3,
     ) -> None:
         self._model, self._processor, self._device = model.to(device).eval(), processor, device
         self._phrases, self._positive, self._threshold = dict(phrases), positive, threshold
@@ -64,26 +68,22 @@ class GroundingDinoProposer:
     def from_concept(
         cls,
         concept: Concept,
-        base_model: BaseModel | None = None,  # noqa: ARG003
+        base_model: BaseModel | None = None,
         device: str = "cpu",
         *,
-        options: Mapping[str, Any] | None = None,
+        options: GroundingDinoOptions | None = None,
     ) -> Self:
-        """Options: ``model`` (folder or Hub id), ``phrases`` (label -> phrases, positive or negative), ``threshold``.
-
-        Without ``phrases``, ``concept.words`` mean the first positive label, and each negative label means its name.
-        """
-        options = options or {}
-        check_options(concept, cls.name, options, cls.option_names)
-        phrases = label_phrases(concept, cls.name, options, "phrases") or {
+        """Without phrases, ``concept.words`` mean the first positive label, and each negative label means its name."""
+        options = options or cls.Options()
+        phrases = options.phrases or {
             concept.labels.positive[0]: list(concept.words),
             **{label: [label.replace("_", " ")] for label in concept.labels.negative},
         }
-        positive = frozenset(label for label in phrases if check_label(concept, cls.name, label))
-        threshold = checked_number(concept, cls.name, options, "threshold", 0.3)
-        source = checked_text(concept, cls.name, options, "model", DEFAULT_MODEL)
-        model, processor = _load(source)
-        return cls(model, processor, phrases, positive, source=source, device=device, threshold=threshold)
+        positive = frozenset(label for label in phrases if concept.labels.is_positive(label))
+        model, processor = _load(options.model)
+        return cls(
+            model, processor, phrases, positive, source=options.model, threshold=options.threshold, device=device
+        )
 
     @torch.no_grad()
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dagkit.attention import cross_attention_map, project_keys
+from dagkit.concept import Label, PluginOptions, Text
 from dagkit.errors import ConceptError, TokenError
+from dagkit.models.sites import Detector
 from dagkit.models.sketch import mismatch
-from dagkit.proposers import Proposal, check_label, check_options, checked_text
+from dagkit.proposers import Proposal, Proposer, require_base_model
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
 from dagkit.registry import load_token
@@ -25,10 +25,19 @@ if TYPE_CHECKING:
     from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
 
-TIMESTEPS: Final = (100, 200, 300, 400)
+LEVELS: Final = (0.1, 0.2, 0.3, 0.4)
 
 
-class TokenProposer:
+class TokenOptions(PluginOptions):
+    """Which token, and what its regions are called."""
+
+    token: Text
+    """A folder, ``name@version`` or URL, e.g. weapon@1.0.0."""
+    label: Label | None = None
+    """A label of the concept; by default its first positive one."""
+
+
+class TokenProposer(Proposer):
     """Looks at images through the base model's eyes, with an optimised guideline token.
 
     Args:
@@ -42,14 +51,15 @@ class TokenProposer:
     """
 
     name = "token"
-    option_names = ("token", "label")
+    Options = TokenOptions
     needs_base_model = True
 
     def __init__(self, base_model: BaseModel, token: GuidelineToken, label: str, *, is_positive: bool = True) -> None:
         self._base_model, self._token, self._label, self._is_positive = base_model, token, label, is_positive
-        self._layers = base_model.family.cross_attention(base_model.pipe, token.record.layers)
+        sites = base_model.family.sites(base_model.pipe, token.record.layers)
+        self._detector = Detector(sites, token.sequence, token.num_tokens, token.head_weights)
         try:
-            other = mismatch(token.record.base_model, base_model.family.fingerprints(base_model.pipe, self._layers))
+            other = mismatch(token.record.base_model, base_model.family.fingerprints(base_model.pipe, sites))
         except ValueError as error:
             raise TokenError(f"{token.name}: {error}. Get the token again.") from error
         if other is not None:
@@ -64,26 +74,20 @@ class TokenProposer:
         cls,
         concept: Concept,
         base_model: BaseModel | None = None,
-        device: str = "cpu",  # noqa: ARG003
+        device: str = "cpu",
         *,
-        options: Mapping[str, Any] | None = None,
+        options: TokenOptions | None = None,
     ) -> Self:
-        """Options: ``token`` (folder, ``name@version`` or URL; required), ``label`` (default: the first positive)."""
-        options = options or {}
-        check_options(concept, cls.name, options, cls.option_names)
-        if base_model is None:
-            raise ConceptError(
-                f"concept {concept.name!r}: the proposer 'token' needs the base model, but none was given."
-            )
-        if "token" not in options:
+        """Loads the token of the options, which must name one."""
+        base_model = require_base_model(concept, cls.name, base_model)
+        if options is None:
             raise ConceptError(
                 f"concept {concept.name!r}: the proposer 'token' needs the option token, e.g. "
                 f"{{name: token, token: {concept.name}@1.0.0}}."
             )
-        label = checked_text(concept, cls.name, options, "label", concept.labels.positive[0])
-        is_positive = check_label(concept, f"concept {concept.name!r}: token.label", label)
-        token = load_token(checked_text(concept, cls.name, options, "token", ""))
-        return cls(base_model, token, label, is_positive=is_positive)
+        label = options.label or concept.labels.positive[0]
+        token = load_token(options.token)
+        return cls(base_model, token, label, is_positive=concept.labels.is_positive(label))
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:
         """Regions in which the detection map reaches the token's highlight threshold; the score is the map's peak."""
@@ -96,8 +100,8 @@ class TokenProposer:
 
     @property
     def highlight(self) -> float:
-        """The token's highlight threshold, mean over `TIMESTEPS`, in [0, 1]."""
-        return float(np.mean([self._token.record.thresholds.at(timestep)[1] for timestep in TIMESTEPS]))
+        """The token's highlight threshold, mean over `LEVELS`, in [0, 1]."""
+        return float(np.mean([self._token.record.thresholds.at(level)[1] for level in LEVELS]))
 
     def region(self, image: Image.Image, prompt: str, seed: int) -> NDArray[np.bool_]:
         """(H, W) bool, as large as the image: where the detection map reaches the highlight threshold."""
@@ -106,20 +110,13 @@ class TokenProposer:
 
     @torch.no_grad()
     def heat_map(self, image: Image.Image, prompt: str, seed: int) -> NDArray[np.float32]:
-        """(H, W) float32 in [0, 1], as large as the image: the detection map, mean over `TIMESTEPS`."""
-        model, token = self._base_model, self._token
-        latents = model.latents([fit_to_model(image, model)]).expand(len(TIMESTEPS), -1, -1, -1)
-        condition = model.encode([prompt])[[0] * len(TIMESTEPS)]
-        queries = model.queries(latents, torch.tensor(TIMESTEPS), condition, seed=seed, layers=self._layers)
-        size = (latents.shape[-2], latents.shape[-1])
-        cam = cross_attention_map(
-            self._layers,
-            queries,
-            project_keys(self._layers, token.sequence.to(model.device)),
-            token.num_tokens,
-            size=size,
-            head_weights=token.head_weights,
-        )
+        """(H, W) float32 in [0, 1], as large as the image: the detection map, mean over `LEVELS`."""
+        model = self._base_model
+        latents = model.latents([fit_to_model(image, model)]).expand(len(LEVELS), -1, -1, -1)
+        condition = model.encode([prompt])[[0] * len(LEVELS)]
+        levels = torch.tensor(LEVELS, dtype=torch.float64)
+        features = model.features(latents, levels, condition, seed=seed, sites=self._detector.sites)
+        cam = self._detector(features, (latents.shape[-2], latents.shape[-1]))
         heat = F.interpolate(cam.mean(0)[None, None], (image.height, image.width), mode="bicubic")[0, 0].clamp(0, 1)
         array: NDArray[np.float32] = heat.cpu().numpy()
         return array

@@ -5,12 +5,13 @@ A segmenter is one file with one class, registered in `dagkit.plugins`. It looks
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from dagkit import plugins
+from dagkit.concept import PluginOptions, find_plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,31 +43,39 @@ class Mask:
     box: Box
 
 
-@runtime_checkable
-class Segmenter(Protocol):
-    """Outlines proposals in one image."""
+class Segmenter(ABC):
+    """Outlines proposals in one image.
 
-    name: str
+    Attributes:
+        name: as registered.
+        version: changes when its masks do.
+        Options: what a concept file may say beside the plugin's name.
+    """
+
+    name: ClassVar[str]
     version: str
+    Options: ClassVar[type[PluginOptions]] = PluginOptions
 
     @classmethod
-    def from_concept(cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None) -> Self:
-        """Builds the segmenter for a concept.
+    def from_concept(
+        cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None, *, options: Any = None
+    ) -> Self:
+        """Builds the segmenter for a concept; `build_segmenter` reads the options.
 
         Args:
-            concept: whose file names it, with its options.
+            concept: whose file names it.
             device: torch device.
-            checkpoint: weights; overrides the concept file.
+            checkpoint: weights; overrides the options.
+            options: an instance of ``Options``; its defaults where None.
 
         Raises:
-            ConceptError: an unknown option.
             CheckpointError: weights are missing or damaged; the message says where to get them and where to put them.
         """
-        ...
+        return cls()
 
+    @abstractmethod
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:
         """One mask a proposal, in order; an empty mask where nothing was found. RGB images of any size."""
-        ...
 
 
 def build_segmenter(concept: Concept, device: str = "cpu", checkpoint: Path | None = None) -> Segmenter:
@@ -77,7 +86,8 @@ def build_segmenter(concept: Concept, device: str = "cpu", checkpoint: Path | No
         ConceptError: wrong options.
         CheckpointError: weights are missing or damaged.
     """
-    segmenter: Segmenter = plugins.load("segmenters", concept.segmenter.name).from_concept(concept, device, checkpoint)
+    found, options = find_plugin("segmenters", concept.segmenter, concept)
+    segmenter: Segmenter = found.from_concept(concept, device, checkpoint, options=options)
     return segmenter
 
 

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dagkit.proposers import check_options
-from dagkit.segmenters import Mask
+from dagkit.segmenters import Mask, Segmenter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from PIL import Image
 
-    from dagkit.concept import Concept
     from dagkit.proposers import Proposal
 
 
-class BoxSegmenter:
+class BoxSegmenter(Segmenter):
     """Fills every box; its score is the proposal's."""
 
     name = "box"
-    option_names = ()
     version = "1"
-
-    @classmethod
-    def from_concept(
-        cls,
-        concept: Concept,
-        device: str = "cpu",  # noqa: ARG003
-        checkpoint: Path | None = None,  # noqa: ARG003
-    ) -> Self:
-        """Takes no options."""
-        check_options(concept, cls.name, concept.segmenter.options, cls.option_names)
-        return cls()
 
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:
         """One filled box a proposal: pixels whose centres lie inside."""

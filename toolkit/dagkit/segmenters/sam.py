@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import numpy as np
 import torch
 
+from dagkit.concept import PluginOptions, Text
 from dagkit.errors import CheckpointError
-from dagkit.proposers import check_options, checked_flag, checked_text
-from dagkit.segmenters import Mask
+from dagkit.segmenters import Mask, Segmenter
 from dagkit.segmenters.checkpoints import TINY, find_sam
 from dagkit.segmenters.cleaning import clean_mask
 
@@ -30,7 +30,18 @@ STABILITY_OFFSET: Final = 1.0
 _BOXES_AT_ONCE: Final = 32
 
 
-class SamSegmenter:
+class SamOptions(PluginOptions):
+    """Which SAM, and how it is prompted."""
+
+    model_type: Literal["vit_b", "vit_l", "vit_h", "vit_tiny"] = "vit_h"
+    """What kind of SAM; ``vit_tiny`` is the bundled one."""
+    checkpoint: Text | None = None
+    """File of its weights, or ``demo``; by default where ``dagkit doctor`` says."""
+    use_points: bool = True
+    """Prompt with the proposals' points beside their boxes."""
+
+
+class SamSegmenter(Segmenter):
     """SAM prompted with boxes and, where the proposer knows one, a point.
 
     Args:
@@ -41,7 +52,7 @@ class SamSegmenter:
     """
 
     name = "sam"
-    option_names = ("model_type", "checkpoint", "use_points")
+    Options = SamOptions
 
     def __init__(self, sam: Any, model_type: str, device: str = "cpu", *, use_points: bool = True) -> None:
         from segment_anything import SamPredictor
@@ -52,15 +63,14 @@ class SamSegmenter:
         self.version = f"{model_type}-1"
 
     @classmethod
-    def from_concept(cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None) -> Self:
-        """Options: ``model_type`` (vit_b, vit_l, vit_h, vit_tiny), ``checkpoint`` (file, ``demo``), ``use_points``."""
-        options = concept.segmenter.options
-        check_options(concept, cls.name, options, cls.option_names)
-        model_type = checked_text(concept, cls.name, options, "model_type", "vit_h")
-        use_points = checked_flag(concept, cls.name, options, "use_points", default=True)
-        given = checked_text(concept, cls.name, options, "checkpoint", "") if "checkpoint" in options else None
-        path = find_sam(model_type, checkpoint or given)
-        return cls(load_sam(model_type, path), model_type, device, use_points=use_points)
+    def from_concept(
+        cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None, *, options: SamOptions | None = None
+    ) -> Self:
+        """Reads the weights of the kind that the options name."""
+        options = options or cls.Options()
+        path = find_sam(options.model_type, checkpoint or options.checkpoint)
+        sam = load_sam(options.model_type, path)
+        return cls(sam, options.model_type, device, use_points=options.use_points)
 
     @torch.no_grad()
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:
@@ -106,9 +116,10 @@ def stability(logits: torch.Tensor, threshold: float, offset: float = STABILITY_
     Returns:
         (N,) float32 in [0, 1]; 0 where even the wider mask is empty.
     """
-    inner = (logits > threshold + offset).flatten(1).sum(1, dtype=torch.float32)
-    outer = (logits > threshold - offset).flatten(1).sum(1, dtype=torch.float32)
-    return inner / outer.clamp(min=1)
+    from segment_anything.utils.amg import calculate_stability_score
+
+    score: torch.Tensor = calculate_stability_score(logits, threshold, offset)
+    return score.nan_to_num(0.0)
 
 
 def load_sam(model_type: str, path: Path) -> Any:

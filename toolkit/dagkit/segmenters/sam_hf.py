@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
+from dagkit.concept import PluginOptions, Text
 from dagkit.errors import CheckpointError
-from dagkit.proposers import check_options, checked_flag, checked_text
-from dagkit.segmenters import Mask
+from dagkit.segmenters import Mask, Segmenter
 from dagkit.segmenters.cleaning import clean_mask
 from dagkit.segmenters.sam import stability
 
@@ -26,7 +26,16 @@ DEFAULT_MODEL: Final = "facebook/sam2.1-hiera-small"
 _BOXES_AT_ONCE: Final = 32
 
 
-class SamHfSegmenter:
+class SamHfOptions(PluginOptions):
+    """Which model, and how it is prompted."""
+
+    model: Text = DEFAULT_MODEL
+    """Folder or Hub id."""
+    use_points: bool = True
+    """Prompt with the proposals' points beside their boxes."""
+
+
+class SamHfSegmenter(Segmenter):
     """A mask-generation model of transformers, prompted with boxes and, where the proposer knows one, a point.
 
     Args:
@@ -38,7 +47,7 @@ class SamHfSegmenter:
     """
 
     name = "sam_hf"
-    option_names = ("model", "use_points")
+    Options = SamHfOptions
 
     def __init__(
         self, model: Any, processor: Any, *, source: str, device: str = "cpu", use_points: bool = True
@@ -48,14 +57,19 @@ class SamHfSegmenter:
         self.version = f"{source.rstrip('/').rpartition('/')[2]}-1"
 
     @classmethod
-    def from_concept(cls, concept: Concept, device: str = "cpu", checkpoint: Path | None = None) -> Self:
-        """Options: ``model`` (folder or Hub id), ``use_points``."""
-        options = concept.segmenter.options
-        check_options(concept, cls.name, options, cls.option_names)
-        source = str(checkpoint or checked_text(concept, cls.name, options, "model", DEFAULT_MODEL))
-        use_points = checked_flag(concept, cls.name, options, "use_points", default=True)
+    def from_concept(
+        cls,
+        concept: Concept,
+        device: str = "cpu",
+        checkpoint: Path | None = None,
+        *,
+        options: SamHfOptions | None = None,
+    ) -> Self:
+        """Loads the model that ``checkpoint`` or the options name."""
+        options = options or cls.Options()
+        source = str(checkpoint or options.model)
         model, processor = _load(source)
-        return cls(model, processor, source=source, device=device, use_points=use_points)
+        return cls(model, processor, source=source, device=device, use_points=options.use_points)
 
     @torch.no_grad()
     def segment(self, image: Image.Image, proposals: Sequence[Proposal]) -> list[Mask]:

@@ -97,15 +97,14 @@ def run(
         PromptRefused: a prompt sexualises minors.
         WorkspaceError: the folder cannot be written.
     """
-    from dagkit import evaluation, plugins
+    from dagkit import evaluation
+    from dagkit.judges import build_judge
     from dagkit.workspace import StageFolder, lock, sha256_json
 
     is_own = not prompts
     annotated = None if dataset is None else _annotated(dataset)
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
-    judges = judges or {
-        concept.judge.name: plugins.load("judges", concept.judge.name).from_concept(concept, str(base_model.device))
-    }
+    judges = judges or {concept.judge.name: build_judge(concept, str(base_model.device))}
     metrics = evaluation.load_image_metrics(image_metrics, judges, str(base_model.device))
     drawn = _columns(concept, base_model, token, columns, other_tokens)
     settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
@@ -233,18 +232,11 @@ def _settings(
         "sampling": concept.sampling.model_dump(),
         "prompt_source": prompt_source or evaluation.describe_prompts(concept),
         "prompts": [prompt.to_json() for prompt in prompts],
-        "judges": [
-            {"name": name, "options": public(_judge_options(judge, concept, name))} for name, judge in judges.items()
-        ],
+        "judges": [{"name": name, "options": public(judge.settings)} for name, judge in judges.items()],
         "seed": seed,
         "batch_size": batch_size,
         "device": base_model.device.type,
     }
-
-
-def _judge_options(judge: Judge, concept: Concept, name: str) -> dict[str, Any]:
-    own = getattr(judge, "settings", None)
-    return dict(own) if own is not None else concept.judge.options if concept.judge.name == name else {}
 
 
 def _figures(
@@ -307,7 +299,7 @@ def _planned(settings: Mapping[str, Any], judges: Mapping[str, Judge]) -> dict[s
     from dagkit import evaluation
     from dagkit.workspace import sha256_json
 
-    threshold = getattr(next(iter(judges.values())), "threshold", None)
+    threshold = next(iter(judges.values())).threshold
     judge = {
         **settings["judges"][0],
         "threshold": threshold,
@@ -354,7 +346,7 @@ def _detection(
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
     words = (
         f"{num_unsafe} unsafe and {len(images) - num_unsafe} safe images of the dataset's test split, noised to each "
-        f"timestep; masks of the whole dataset: {states}."
+        f"level of noise; masks of the whole dataset: {states}."
     )
     return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
 

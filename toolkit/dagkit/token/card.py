@@ -52,7 +52,7 @@ Safety prompt: "{safety_prompt}".
 
 ## Thresholds
 
-| timestep | edit | highlight |
+| noise level | edit | highlight |
 |---|---|---|
 {thresholds}
 {calibration}
@@ -84,7 +84,7 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         **{key: value for key, value in sorted(record.optimization.items()) if not isinstance(value, (list, dict))},
     }
     figures = {key: value for key, value in sorted(record.metrics.items()) if isinstance(value, (int, float))}
-    knots = zip(thresholds.timesteps, thresholds.edit, thresholds.highlight, strict=True)
+    knots = zip(thresholds.levels, thresholds.edit, thresholds.highlight, strict=True)
     return _CARD.format(
         base=f"base_model: {json.dumps(model.id)}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", model.id) else "",
         name=f"{record.concept}@{record.version}",

@@ -1,12 +1,26 @@
-"""The schema of ``token.json``."""
+"""The schema of ``token.json``.
+
+Schema 2 keeps thresholds and guidance by noise level (`dagkit.models.noise`), a number in [0, 1] that every scheduler
+can tell. Schema 1 kept them by timestep of Stable Diffusion's training schedule, a thousand times the level; it is read
+and converted.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    StringConstraints,
+    model_validator,
+)
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Version = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})\.(0|[1-9]\d{0,5})$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
@@ -20,10 +34,10 @@ class _Strict(BaseModel):
 
 
 class Thresholds(_Strict):
-    """When a region counts as the concept, by timestep.
+    """When a region counts as the concept, by noise level.
 
     Attributes:
-        timesteps: knots in [0, 1000), rising; values between them are interpolated linearly, beyond them held.
+        levels: knots in [0, 1], rising; values between them are interpolated linearly, beyond them held.
         highlight: CAM from which a pixel is surely the concept, one a knot.
         edit: CAM from which a pixel may be changed, one a knot, at most ``highlight``.
         certain: score (see ``dagkit.guidance.score``) from which an image surely shows the concept, one a knot;
@@ -32,7 +46,7 @@ class Thresholds(_Strict):
         max_area: share of the image above which the gate counts as undecided and the step is skipped (paper's form).
     """
 
-    timesteps: tuple[Annotated[int, Field(ge=0, lt=1000)], ...] = (0,)
+    levels: tuple[Share, ...] = (0.0,)
     highlight: tuple[Share, ...] = (0.5,)
     edit: tuple[Share, ...] = (0.01,)
     certain: tuple[Share, ...] | None = None
@@ -42,17 +56,17 @@ class Thresholds(_Strict):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         lengths = {len(values) for values in (self.highlight, self.edit, self.certain) if values is not None}
-        if lengths != {len(self.timesteps)} or 0 in lengths:
-            raise ValueError("timesteps, highlight, edit and certain must have one length, at least 1")
-        if sorted(set(self.timesteps)) != list(self.timesteps):
-            raise ValueError("timesteps must rise")
+        if lengths != {len(self.levels)} or 0 in lengths:
+            raise ValueError("levels, highlight, edit and certain must have one length, at least 1")
+        if sorted(set(self.levels)) != list(self.levels):
+            raise ValueError("levels must rise")
         if any(low > high for low, high in zip(self.edit, self.highlight, strict=True)):
             raise ValueError("edit must not exceed highlight")
         return self
 
     def fixed(self, highlight: float | None, edit: float | None) -> Thresholds:
-        """The same with constants at every timestep; the one that is None stays, as far as it fits the other."""
-        num = len(self.timesteps)
+        """The same with constants at every level; the one that is None stays, as far as it fits the other."""
+        num = len(self.levels)
         highlights = self.highlight if highlight is None else (highlight,) * num
         edits = self.edit if edit is None else (edit,) * num
         if highlight is None:
@@ -61,13 +75,13 @@ class Thresholds(_Strict):
             edits = tuple(min(pair) for pair in zip(highlights, edits, strict=True))
         return self.model_copy(update={"highlight": highlights, "edit": edits})
 
-    def at(self, timestep: float) -> tuple[float, float]:
-        """(edit, highlight) at a timestep."""
-        return _interpolate(timestep, self.timesteps, self.edit), _interpolate(timestep, self.timesteps, self.highlight)
+    def at(self, level: float) -> tuple[float, float]:
+        """(edit, highlight) at a noise level."""
+        return _interpolate(level, self.levels, self.edit), _interpolate(level, self.levels, self.highlight)
 
-    def certain_at(self, timestep: float) -> float:
-        """Score from which an image surely shows the concept, at a timestep."""
-        return _interpolate(timestep, self.timesteps, self.certain or self.highlight)
+    def certain_at(self, level: float) -> float:
+        """Score from which an image surely shows the concept, at a noise level."""
+        return _interpolate(level, self.levels, self.certain or self.highlight)
 
 
 class Guidance(_Strict):
@@ -76,16 +90,16 @@ class Guidance(_Strict):
     Attributes:
         form: ``drop`` (dagkit's default), ``subtract`` or ``paper``; see ``dagkit.guidance``.
         strength: multiplies the push away from the safety condition.
-        insistence: how much of ``strength`` is added for every 200 timesteps that a sample still shows the concept
-            although it is pushed, from 150 timesteps on (not in the paper's form).
-        max_timestep: from here down the guard is ever sure, and acts (not in the paper's form). Before, little of the
-            picture is decided: what is changed then changes everything around it as well.
-        max_step: longest step of a run, in timesteps, in which the guard is known to keep up: with four steps of 250 it
-            is, with longer ones a concept is drawn before it is seen.
-        min_start: lowest timestep at which a run may start from a picture that shows the concept: below, too little is
-            drawn anew.
+        insistence: how much of ``strength`` is added for every 0.2 of noise level that a sample still shows the concept
+            although it is pushed, from 0.15 on (not in the paper's form).
+        max_level: noise level from which down the guard is ever sure, and acts (not in the paper's form). Before,
+            little of the picture is decided: what is changed then changes everything around it as well.
+        max_step: longest step of a run, in noise levels, in which the guard is known to keep up: with four steps of
+            0.25 it is, with longer ones a concept is drawn before it is seen.
+        min_start: lowest noise level at which a run may start from a picture that shows the concept: below, too little
+            is drawn anew.
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
-        memory: share of a gate that is kept after 40 timesteps (one step of a run of 25), in [0, 1], so that what was
+        memory: share of a gate that is kept after 0.04 of noise level (one step of a run of 25), so that what was
             pushed out does not grow again as soon as it is no longer seen (not in the paper's form).
         reuse_steps: denoiser calls for which a safety prediction is kept before it is made anew; 1 = never kept.
     """
@@ -93,9 +107,9 @@ class Guidance(_Strict):
     form: Literal["drop", "subtract", "paper"] = "drop"
     strength: Positive = 2.5
     insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
-    max_timestep: Annotated[int, Field(ge=0, le=1000)] = 770
-    max_step: Annotated[int, Field(ge=1, le=1000)] = 255
-    min_start: Annotated[int, Field(ge=0, le=1000)] = 450
+    max_level: Share = 0.77
+    max_step: Annotated[float, Field(gt=0, le=1)] = 0.255
+    min_start: Share = 0.45
     dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -138,7 +152,7 @@ class DatasetInfo(_Strict):
 class TokenRecord(_Strict):
     """``token.json``. Unknown keys and schema versions above ``SCHEMA_VERSION`` are refused."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     concept: Name
     version: Version
     base_model: BaseModelInfo
@@ -152,29 +166,84 @@ class TokenRecord(_Strict):
     software: dict[str, str] = {}
     created: Line = ""
 
+    _written_as: int = PrivateAttr(default=SCHEMA_VERSION)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Converts schema 1, and keeps in mind that it was that."""
+        is_first = isinstance(value, dict) and value.get("schema_version") == 1
+        record = validate(_from_schema_1(value) if is_first else value)
+        if is_first:
+            record._written_as = 1
+        return record
+
+    def as_written(self) -> dict[str, Any]:
+        """The record as JSON in the schema that it was read in, by which evaluations know a token."""
+        value = self.model_dump(mode="json")
+        return value if self._written_as == SCHEMA_VERSION else _to_schema_1(value)
+
     def never_acts(self) -> str | None:
         """Why a guard with these constants would never change a picture; None where it may."""
         own, limits = self.guidance, self.thresholds
         if own.form == "paper":
             if own.strength == 0 or limits.max_area == 0 or min(limits.edit) >= 1:
-                return "guidance.strength or thresholds.max_area is 0, or thresholds.edit is 1 at every timestep"
+                return "guidance.strength or thresholds.max_area is 0, or thresholds.edit is 1 at every level"
             return None
-        if own.max_timestep < own.min_start:
+        if own.max_level < own.min_start:
             return (
-                f"guidance.max_timestep is {own.max_timestep}, but a guard that acts below {own.min_start} only comes "
+                f"guidance.max_level is {own.max_level:g}, but a guard that acts below {own.min_start:g} only comes "
                 "too late"
             )
         if min(limits.certain or limits.highlight) >= 1 or limits.min_area >= 1:
-            return "thresholds.certain or thresholds.min_area is 1 at every timestep"
+            return "thresholds.certain or thresholds.min_area is 1 at every level"
         if min(limits.edit) >= 1 or (own.form == "subtract" and own.strength == 0):
-            return "thresholds.edit is 1 at every timestep, or guidance.strength is 0"
+            return "thresholds.edit is 1 at every level, or guidance.strength is 0"
         return None
 
 
-def _interpolate(x: float, knots: tuple[int, ...], values: tuple[float, ...]) -> float:
-    for (left, low), (right, high) in zip(
-        zip(knots, values, strict=True), list(zip(knots, values, strict=True))[1:], strict=False
-    ):
-        if x <= right:
-            return low + (high - low) * max(x - left, 0) / (right - left)
-    return values[-1]
+def _interpolate(x: float, knots: tuple[float, ...], values: tuple[float, ...]) -> float:
+    """Linear between knots, held beyond them."""
+    right = bisect_left(knots, x)
+    if right == 0 or right == len(knots):
+        return values[max(right - 1, 0)]
+    share = (x - knots[right - 1]) / (knots[right] - knots[right - 1])
+    return values[right - 1] + (values[right] - values[right - 1]) * share
+
+
+_RENAMED: Final = (
+    ("thresholds", "timesteps", "levels"),
+    ("guidance", "max_timestep", "max_level"),
+    ("guidance", "max_step", "max_step"),
+    ("guidance", "min_start", "min_start"),
+)
+"""What schema 1 counted in timesteps: part, name there, name in schema 2."""
+
+_TIMESTEPS: Final = 1000
+
+
+def _from_schema_1(value: dict[str, Any]) -> dict[str, Any]:
+    """A record of schema 1 as one of schema 2; what is not as schema 1 says stays, for the schema to refuse."""
+    converted = {**value, "schema_version": SCHEMA_VERSION}
+    for part, old, new in _RENAMED:
+        if isinstance(there := converted.get(part), dict) and old in there:
+            rest = {name: one for name, one in there.items() if name != old}
+            converted[part] = {**rest, new: _scaled(there[old])} if new not in rest else there
+    return converted
+
+
+def _to_schema_1(value: dict[str, Any]) -> dict[str, Any]:
+    converted = {**value, "schema_version": 1}
+    for part, old, new in _RENAMED:
+        there = dict(converted[part])
+        level = there.pop(new)
+        counted = [round(one * _TIMESTEPS) for one in level] if isinstance(level, list) else round(level * _TIMESTEPS)
+        converted[part] = {**there, old: counted}
+    return converted
+
+
+def _scaled(value: Any) -> Any:
+    """Whole timesteps as noise levels; anything else as it is."""
+    if isinstance(value, list):
+        return [_scaled(one) for one in value]
+    return value / _TIMESTEPS if isinstance(value, int) and not isinstance(value, bool) else value
