@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from annotator_page import Point, is_hidden, log_in, open_browser, open_task, reveal, stroke, submit
 from dagkit import dataset
 from dagkit.concept import load_concept
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.server import EmbeddedServer
 from dagkit.stages import export, generate, premask, pull, push

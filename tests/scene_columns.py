@@ -124,7 +124,7 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
         "detection": None,
         "attack": None,
         "against": None,
-        "agreement": evaluation.agreement(run, columns, [JUDGE]),
+        "agreement": evaluation.concordance(run, columns, [JUDGE]),
         "prompts": evaluation.prompt_table(run, columns, **common),
         "versions": {"dagkit": "0.0.0"},
     }

@@ -30,7 +30,7 @@ from scipy.ndimage import gaussian_filter
 
 from dagkit.concept import load_concept
 from dagkit.labelstudio import tasks
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.config import labelling_config
 from dagkit.labelstudio.server import EmbeddedServer
 from dagkit.workspace import StageFolder

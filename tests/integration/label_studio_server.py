@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dagkit.concept import Concept, load_concept
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.workspace import Workspace
 from drawn_workspace import SETTINGS

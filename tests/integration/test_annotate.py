@@ -13,7 +13,7 @@ from dagkit.cli import command
 from dagkit.concept import Concept, load_concept
 from dagkit.dataset import drop_near_duplicates
 from dagkit.dataset.selection import disagreement, latent_features, layout_features, select_diverse
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.server import Login
 from dagkit.models import BaseModel
 from dagkit.proposers.token import TokenProposer

@@ -12,7 +12,7 @@ from label_studio_server import api, read_mask
 
 from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.stages import pull, push
 from dagkit.workspace import Workspace

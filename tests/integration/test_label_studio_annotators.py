@@ -19,7 +19,7 @@ from PIL import Image
 from dagkit.concept import Concept
 from dagkit.dataset import load_dataset, read_summary
 from dagkit.errors import LabelStudioError
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.server import Login
 from dagkit.stages import export, pull, push

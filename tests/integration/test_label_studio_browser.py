@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from annotator_page import find_chromium, is_hidden, log_in, open_browser, open_task, reveal, stroke, submit
 from dagkit.concept import Concept
 from dagkit.dataset import load_dataset
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.server import Login
 from dagkit.stages import push
 from dagkit.workspace import Workspace

@@ -22,7 +22,8 @@ from label_studio_server import api, make_reviewable
 from dagkit.cli import command
 from dagkit.concept import Concept
 from dagkit.errors import LabelStudioError, WorkspaceError
-from dagkit.labelstudio.client import Client, ServerUnavailableError
+from dagkit.labelstudio.api import Client
+from dagkit.labelstudio.http import ServerUnavailableError
 from dagkit.labelstudio.server import EmbeddedServer, Login
 from dagkit.stages import export, pull, purge, push
 from dagkit.workspace import Workspace

@@ -17,7 +17,7 @@ from label_studio_server import SIZE, make_reviewable
 
 from dagkit.concept import Concept
 from dagkit.errors import DagkitError, LabelStudioError
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.config import labelling_config
 from dagkit.labelstudio.tasks import prediction
 from dagkit.stages import pull, push

@@ -12,7 +12,7 @@ from label_studio_server import api, make_reviewable
 
 from dagkit.concept import Concept, load_concept
 from dagkit.errors import LabelStudioError
-from dagkit.labelstudio.client import Client
+from dagkit.labelstudio.api import Client
 from dagkit.labelstudio.server import EmbeddedServer, Login, Sharing
 from dagkit.labelstudio.storage import LocalFiles, parse_storage
 from dagkit.stages import push

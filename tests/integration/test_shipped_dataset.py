@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dagkit import dataset, demo, models
-from dagkit.dataset.storage import SUMMARY
+from dagkit.dataset.summary import SUMMARY
 from dagkit.resources import shipped_folder
 from interruption import finish
 

@@ -20,7 +20,7 @@ from dagkit.dataset.card import dataset_card
 from dagkit.dataset.likeness import drop_near_duplicates, find_twins, perceptual_hash
 from dagkit.dataset.schema import FEATURES
 from dagkit.dataset.selection import disagreement, layout_features, select, select_diverse
-from dagkit.dataset.splitting import assign_splits, find_families
+from dagkit.dataset.splitting import assign_splits, find_groups
 from dagkit.demo import world
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.workspace import Workspace
@@ -144,7 +144,7 @@ def test_unreviewed_pre_masks_count_only_if_asked_for(tmp_path: Path, concept: C
 def test_what_is_wrong_in_a_workspace_is_named(tmp_path: Path, concept: Concept):
     workspace = draw_workspace(tmp_path, concept, 3, 1)
     annotate(workspace, concept, "u000", "accepted", masks={"weapon": np.ones((32, 64), bool)})
-    with pytest.raises(DatasetError, match=r"u000-weapon.png: expected a mask of 64x64 px.* but got 64x32"):
+    with pytest.raises(WorkspaceError, match=r"u000-weapon.png: expected a mask of 64x64 px.* but got 64x32"):
         dataset.collect(workspace, concept)
 
     workspace = draw_workspace(tmp_path / "b", concept, 1, 0)
@@ -294,11 +294,11 @@ def test_card_shows_counts_and_warnings_and_no_image(built: DatasetDict, concept
 # Splits
 
 
-def test_linked_keys_are_one_family():
+def test_linked_keys_are_one_group():
     keys = ["a", "b", "c", "d", "e"]
     prompts = {"a": "p", "b": "p", "c": "q", "d": "r", "e": "s"}
     seeds = {"b": 1, "c": 1, "d": 2}
-    assert find_families(keys, [prompts, seeds]) == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "e"}
+    assert find_groups(keys, [prompts, seeds]) == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "e"}
 
 
 @given(
@@ -306,16 +306,16 @@ def test_linked_keys_are_one_family():
     st.integers(0, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_families_never_straddle_and_growth_keeps_splits(rows: list[tuple[int, bool]], seed: int):
-    families = {f"k{i}": f"f{family}" for i, (family, _) in enumerate(rows)}
+def test_groups_never_straddle_and_growth_keeps_splits(rows: list[tuple[int, bool]], seed: int):
+    groups = {f"k{i}": f"g{group}" for i, (group, _) in enumerate(rows)}
     strata = {f"k{i}": str(label) for i, (_, label) in enumerate(rows)}
-    splits = assign_splits(families, strata, seed=seed)
-    assert all(len({splits[k] for k in splits if families[k] == f}) == 1 for f in families.values())
+    splits = assign_splits(groups, strata, seed=seed)
+    assert all(len({splits[k] for k in splits if groups[k] == g}) == 1 for g in groups.values())
 
     half = {key: splits[key] for key in list(splits)[::2]}
-    again = assign_splits(families, strata, previous=half, seed=seed + 1)
+    again = assign_splits(groups, strata, previous=half, seed=seed + 1)
     assert {key: again[key] for key in half} == half
-    assert assign_splits(families, strata, seed=seed) == splits
+    assert assign_splits(groups, strata, seed=seed) == splits
 
 
 def test_strata_come_close_to_the_ratios():
@@ -337,8 +337,8 @@ def test_strata_come_close_to_the_ratios():
 
 
 def test_a_bridge_between_splits_moves_to_the_test_side():
-    families = {"a": "f", "b": "f", "c": "f"}
-    splits = assign_splits(families, dict.fromkeys("abc", "safe"), previous={"a": "train", "b": "test"})
+    groups = {"a": "f", "b": "f", "c": "f"}
+    splits = assign_splits(groups, dict.fromkeys("abc", "safe"), previous={"a": "train", "b": "test"})
     assert splits == {"a": "test", "b": "test", "c": "test"}
 
 
@@ -372,11 +372,11 @@ def test_every_problem_is_found_and_names_its_row(built: DatasetDict):
     by_key[safe[1]]["review_state"] = "splendid"
     by_key[unsafe[2]]["image"] = {"bytes": b"no image", "path": None}
     other = rows["validation"][0]
-    twin = {**other, "key": "twin", "prompt": "p", "seed": 99, "family": "twin"}
+    twin = {**other, "key": "twin", "prompt": "p", "seed": 99, "group": "twin"}
     leak = {
         **by_key[safe[1]],
         "key": "leak",
-        "family": "leak",
+        "group": "leak",
         "seed": 98,
         "image": png(Image.effect_noise((64, 64), 90)),
     }

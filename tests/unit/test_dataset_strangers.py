@@ -305,13 +305,22 @@ def test_wrong_values_are_named_with_their_row(name: str, kind: str, copy: Calla
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_groups_are_read_under_their_earlier_name(kind: str, copy: Callable[..., Path], whole: Path):
+    folder = copy(kind)
+    table = parquet.read_table(whole / "parquet" / PARQUET)
+    earlier = table.rename_columns(["family" if name == "group" else name for name in table.column_names])
+    write_table(folder, earlier, kind)
+    assert list(dataset.load_dataset(folder)[SPLIT]["group"]) == table["group"].to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_wrong_columns_are_named(kind: str, copy: Callable[..., Path], whole: Path):
     folder = copy(kind)
     table = parquet.read_table(whole / "parquet" / PARQUET)
     text = pa.array(["unsafe"] * len(table))
     at = table.column_names.index
     others = {
-        "the columns mask, family are missing": table.drop_columns(["mask", "family"]),
+        "the columns mask, group are missing": table.drop_columns(["mask", "group"]),
         "the columns key, image": pa.table({"picture": text}),
         "column 'label': expected int64, but got something else": table.set_column(at("label"), "label", text),
         "column 'seed': expected int64": table.set_column(at("seed"), "seed", pa.array([0.5] * len(table))),
@@ -488,7 +497,7 @@ def harmed(data: bytes, draw: random.Random) -> bytes:
 
 
 def test_all_rows_in_one_split_load_again(copy: Callable[..., Path], whole: Path, concept: Concept, tmp_path: Path):
-    """Test wins over training where families meet, so a small dataset may have no training row."""
+    """Test wins over training where groups meet, so a small dataset may have no training row."""
     loaded = dataset.load_dataset(whole / "arrow")
     everything = datasets.concatenate_datasets([split for split in loaded.values() if len(split)])
     only_test = DatasetDict({**{split: everything.select([]) for split in loaded}, "test": everything})

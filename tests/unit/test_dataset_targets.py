@@ -121,16 +121,16 @@ def test_export_leaves_a_folder_alone_that_is_not_its_own(tmp_path: Path):
     assert all_files(theirs.parent) == {"sword.jpg": b"mine"}
 
 
-@pytest.mark.parametrize("maker", [EXPORT, PUSH], ids=lambda maker: maker.command)
-def test_what_was_added_or_edited_since_is_not_replaced(maker, tmp_path: Path, built: DatasetDict):
+@pytest.mark.parametrize("writer", [EXPORT, PUSH], ids=lambda writer: writer.command)
+def test_what_was_added_or_edited_since_is_not_replaced(writer, tmp_path: Path, built: DatasetDict):
     target, summary = tmp_path / "target", dataset.summarise(built, CONCEPT)
-    write = dataset.save_dataset if maker is EXPORT else dataset.write_parquet
+    write = dataset.save_dataset if writer is EXPORT else dataset.write_parquet
     write(built, target, summary)
     write(built, target, summary)
     data = next(path for path in target.rglob("*") if path.suffix in {".arrow", ".parquet"})
     litter = data.with_name("cache-0123.arrow")
     litter.touch()  # as `datasets` leaves it beside what it reads
-    assert foreign_names(target, maker) == []
+    assert foreign_names(target, writer) == []
 
     subprocess.run(["git", "init", "--quiet", target], check=True)
     (data.parent / "notes.txt").write_text("mine")
@@ -138,7 +138,7 @@ def test_what_was_added_or_edited_since_is_not_replaced(maker, tmp_path: Path, b
     beside = (data.parent / "notes.txt").relative_to(target).as_posix()
     before = all_files(tmp_path)
     with pytest.raises(
-        DatasetError, match=rf"not replaced: it holds .git, README.md, {beside}, which `{maker.command}`"
+        DatasetError, match=rf"not replaced: it holds .git, README.md, {beside}, which `{writer.command}`"
     ):
         write(built, target, summary)
     assert all_files(tmp_path) == before

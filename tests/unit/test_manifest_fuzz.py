@@ -16,6 +16,7 @@ from dagkit.errors import DagkitError
 from dagkit.evaluation import EvaluationRun
 from dagkit.judges.demo import DemoJudge
 from dagkit.labelstudio.agreement import agreement
+from dagkit.labelstudio.reading import AnswerReader
 from dagkit.labelstudio.storage import Upload
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import export, premask, pull, purge, push
@@ -92,7 +93,7 @@ def read_push(workspace: Workspace) -> None:
 
 
 def read_pull(workspace: Workspace) -> None:
-    reader = pull._Reader(workspace, CONCEPT, "majority", 0.7)
+    reader = AnswerReader(workspace, CONCEPT, "majority", 0.7)
     for key in reader.rows:
         if key in reader.images:
             reader._premask(key)

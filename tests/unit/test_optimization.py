@@ -34,7 +34,6 @@ from dagkit.optimization import (
     draw_levels,
     fit,
     initial_parameters,
-    iou,
     negative_attention,
     objective,
     optimize,
@@ -497,12 +496,6 @@ def test_figures_on_images_that_were_learned_from_are_training_figures(base: Bas
     assert not [name for name in {**apart.metrics, **apart.history[0]} if name.startswith("training_")]
     few = optimize(base, data(6), recipe=SHORT)  # three of each kind: none to spare
     assert not [name for name in {**few.metrics, **few.history[0]} if name.startswith("validation_")]
-
-
-def test_intersection_over_union() -> None:
-    cam = torch.tensor([[[0.9, 0.6, 0.1]], [[0.0, 0.0, 0.0]], [[0.0, 0.0, 0.9]]])
-    mask = torch.tensor([[[1.0, 0.0, 1.0]], [[0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
-    assert iou(cam, mask, 0.5).tolist() == pytest.approx([1 / 3, 1, 0])
 
 
 def fake_maps(num_images: int, height: float, noise: float, seed: int) -> dict[str, Tensor]:

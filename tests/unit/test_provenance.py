@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dagkit.evaluation import comparable
-from dagkit.provenance import local_paths, public, public_name
+from dagkit.provenance import is_repository, local_paths, public, public_name
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,9 @@ def test_evaluations_with_one_checkpoint_in_two_forms_are_comparable(tmp_path: P
     assert comparable(newer, older) == []
     (tmp_path / "clip.pt").write_bytes(b"other weights")
     assert comparable(newer, older) == ["judge"]
+
+
+def test_names_of_repositories_have_an_owner() -> None:
+    assert is_repository("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    for name in ("gpt2", "a/b/c", "a//b", "/b", "a/b\n", "a/b?", "../b", ""):
+        assert not is_repository(name), name

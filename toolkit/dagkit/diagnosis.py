@@ -166,7 +166,7 @@ def _servers() -> Iterator[Finding]:
     import httpx
 
     from dagkit.errors import LabelStudioError
-    from dagkit.labelstudio.client import checked_url
+    from dagkit.labelstudio.http import checked_url
 
     url = os.environ.get("DAGKIT_LABEL_STUDIO")
     key = "set" if os.environ.get("LABEL_STUDIO_API_KEY") else "not set"

@@ -1,4 +1,4 @@
-"""Plugins by name: proposers, segmenters, judges and model families.
+"""Plugins by name: model families, guards, proposers, segmenters and judges.
 
 Built-in plugins are listed here as ``module:attribute`` and imported on first use, so that listing names costs nothing.
 Third parties add theirs by entry points of the group ``dagkit.<kind>``, e.g.::
@@ -17,10 +17,15 @@ from typing import Any, Final, Literal
 
 from dagkit.errors import PluginError
 
-Kind = Literal["families", "proposers", "segmenters", "judges"]
+Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {"sd": "dagkit.models.sd:SD", "sdxl": "dagkit.models.sdxl:SDXL"},
+    "guards": {
+        "dag": "dagkit.guard.dag:Guard",
+        "sega": "dagkit.guard.peers:SEGAGuard",
+        "sld": "dagkit.guard.peers:SLDGuard",
+    },
     "proposers": {
         "attention": "dagkit.proposers.attention:AttentionProposer",
         "grounding_dino": "dagkit.proposers.grounding_dino:GroundingDinoProposer",

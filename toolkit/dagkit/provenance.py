@@ -31,6 +31,18 @@ def public_name(source: str) -> str:
     return _local_name(source) if _is_local(source) else source
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is one of a repository on the Hub, ``owner/name``; whether there is one, only the Hub knows."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and name.isprintable()
+
+
 def public(value: Any, *, is_hashed: bool = True) -> Any:
     """A copy of a JSON value in which no string holds a path of this machine.
 

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import stat
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 from dagkit import manifests
 from dagkit.errors import WorkspaceError, quoted
+from dagkit.png import picture_png
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 _MAX_LINE_BYTES: Final = 64 * 2**20
 MAX_JSON_BYTES: Final = 256 * 2**20
-_IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no format that calls another program
+IMAGE_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no format that calls another program
 _LOCK: Final = b"dagkit\n"
 _held: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("held", default=())
 """Of this writer's locks: below which folder it writes, and how the parts of its files are called there."""
@@ -169,6 +169,12 @@ class StageFolder:
         atomic_write(path, data)
         return path
 
+    def delete(self, relative: str) -> None:
+        """Deletes one file, if it is there."""
+        path = self.inside(relative)
+        with _named_errors(path):
+            path.unlink(missing_ok=True)
+
     def write_json(self, relative: str, value: Any) -> Path:
         """Writes one JSON file (two-space indent, keys in the given order) atomically."""
         return self.write_bytes(relative, _json(value, self.path / relative, indent=2) + b"\n")
@@ -194,9 +200,7 @@ class StageFolder:
 
     def write_image(self, relative: str, image: Image) -> Path:
         """Writes one PNG atomically."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return self.write_bytes(relative, buffer.getvalue())
+        return self.write_bytes(relative, picture_png(image))
 
     def read_image(self, relative: str, mode: str = "RGB") -> Image:
         """Reads one image, fully decoded.
@@ -210,7 +214,7 @@ class StageFolder:
         try:
             with open_plain(path) as file, warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file, formats=_IMAGE_FORMATS) as image:
+                with Image.open(file, formats=IMAGE_FORMATS) as image:
                     return image.convert(mode)
         except FileNotFoundError as error:
             raise WorkspaceError(

@@ -249,7 +249,7 @@ def test_agreement_of_two_judges_is_counted_over_all_images(tmp_path: Path) -> N
     run = EvaluationRun(StageFolder(tmp_path), prompts, 4)
     for _ in evaluation.draw_columns(run, columns, {JUDGE: DemoJudge.from_concept(), "blind": Blind()}):
         pass
-    (agreement,) = evaluation.agreement(run, columns, [JUDGE, "blind"])
+    (agreement,) = evaluation.concordance(run, columns, [JUDGE, "blind"])
     assert (agreement["first"], agreement["second"], agreement["second_only"]) == (JUDGE, "blind", 0)
     assert agreement["first_only"] == 4  # two named and two hinted images without guard
     assert agreement["share"]["total"] == 12

@@ -8,8 +8,9 @@ import pytest
 from dagkit.concept import Labels
 from dagkit.errors import LabelStudioError
 from dagkit.labelstudio import codec
-from dagkit.labelstudio.answers import Answer, decide, iou, read_answers, whole_mask
+from dagkit.labelstudio.answers import Answer, decide, read_answers, whole_mask
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
+from dagkit.metrics import iou
 
 LABELS = Labels(positive=["weapon", "gun"], negative=["harmless"])
 SIZE = (8, 6)

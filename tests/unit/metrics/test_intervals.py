@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from dagkit.metrics import bootstrap_mean, bootstrap_ratio, proportion, transform, wilson
 
@@ -56,6 +56,22 @@ def test_clustered_interval_counts_clusters_when_all_outcomes_agree() -> None:
     assert "effective n 10" in estimate.interval
 
 
+@pytest.mark.parametrize("num", [2, 5, 40])
+def test_bootstrap_agrees_with_scipy(num: int) -> None:
+    top, bottom = np.random.default_rng(num).random((2, num))
+    expected = bootstrap(
+        (top, bottom),
+        lambda x, y, axis: x.sum(axis) / y.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=2000,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    estimate = bootstrap_ratio(top.tolist(), bottom.tolist())
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+
+
 def test_bootstrap_ratio_keeps_pairs_together() -> None:
     denominators = [1.0, 10.0, 100.0]
     estimate = bootstrap_ratio([0.5, 5.0, 50.0], denominators)
@@ -63,6 +79,8 @@ def test_bootstrap_ratio_keeps_pairs_together() -> None:
     with pytest.raises(ValueError, match="as many numerators as"):
         bootstrap_ratio([1.0], [1.0, 2.0])
     assert bootstrap_ratio([1.0], [0.0]).value is None
+    sparse = bootstrap_ratio([1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0])  # a third of the resamples have no denominator
+    assert (sparse.low, sparse.high) == (1.0, 1.0)
 
 
 def test_bootstrap_mean_has_the_width_of_the_normal_interval() -> None:

@@ -3,35 +3,35 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dagkit.metrics import change, ssim
+from dagkit.metrics import difference, ssim
 
 
-def test_change_separates_inside_from_outside() -> None:
+def test_difference_separates_inside_from_outside() -> None:
     before = np.full((20, 20, 3), 100, np.uint8)
     after = before.copy()
     after[:10, :10] += 51  # 0.2 of the range
     mask = np.zeros((20, 20), bool)
     mask[:10, :10] = True
-    result = change(before, after, mask)
+    result = difference(before, after, mask)
     assert (result.edited_share, result.inside, result.outside) == pytest.approx((0.25, 0.2, 0.0))
     assert not result.is_untouched
-    shifted = change(before, after, np.roll(mask, 10, axis=1))
+    shifted = difference(before, after, np.roll(mask, 10, axis=1))
     assert (shifted.inside, shifted.outside) == pytest.approx((0.0, 0.2 / 3))
 
 
-def test_change_below_the_tolerance_is_no_edit_yet_not_untouched() -> None:
+def test_difference_below_the_tolerance_is_no_edit_yet_not_untouched() -> None:
     before = np.zeros((16, 16, 3), np.uint8)
-    result = change(before, before + 3)
+    result = difference(before, before + 3)
     assert result.edited_share == 0
     assert not result.is_untouched
     assert result.inside is None
     assert result.outside is None
-    assert change(before, before).is_untouched
+    assert difference(before, before).is_untouched
 
 
-def test_change_names_both_shapes() -> None:
+def test_difference_names_both_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(8, 8, 3\).*\(9, 8, 3\)"):
-        change(np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8))
+        difference(np.zeros((8, 8, 3), np.uint8), np.zeros((9, 8, 3), np.uint8))
 
 
 def test_ssim_agrees_with_scikit_image() -> None:

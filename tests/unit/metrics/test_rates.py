@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dagkit.metrics import agreement, erase_rate, erase_rate_by_detection, mcnemar, preservation, recall
+from dagkit.metrics import cohen_kappa, concordance, erase_rate, erase_rate_by_detection, mcnemar, preservation, recall
 
 
 def test_erase_rate_counts_only_images_that_had_the_concept() -> None:
@@ -38,11 +38,32 @@ def test_mcnemar_is_exact_and_two_sided() -> None:
         mcnemar([True], [True, False])
 
 
-def test_agreement_is_share_and_kappa() -> None:
+def test_concordance_is_share_and_kappa() -> None:
     first, second = [True, True, False, False], [True, False, False, False]
-    result = agreement(first, second)
+    result = concordance(first, second)
     assert result.share.value == 0.75
     assert result.kappa == pytest.approx(0.5)
     assert (result.first_only, result.second_only) == (1, 0)
-    assert agreement([True, True], [True, True]).kappa is None
-    assert agreement([], []).share.value is None
+    assert concordance([True, True], [True, True]).kappa is None
+    assert concordance([], []).share.value is None
+
+
+def test_kappa_of_a_textbook_table() -> None:
+    """20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: observed .7, expected .5, kappa .4 (Wikipedia, Cohen's kappa)."""
+    first = [True] * 25 + [False] * 25
+    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    assert cohen_kappa(first, second) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kappa"),
+    [
+        ([True, False], [True, False], 1.0),
+        ([True, False], [False, True], -1.0),
+        ([True, True, False, False], [True, False, True, False], 0.0),
+        ([True, True], [True, True], None),
+        ([], [], None),
+    ],
+)
+def test_kappa_at_its_edges(first: list[bool], second: list[bool], kappa: float | None) -> None:
+    assert cohen_kappa(first, second) == kappa

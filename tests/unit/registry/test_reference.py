@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagkit.errors import TokenError
-from dagkit.registry.reference import Reference, choose, is_version, parse, parse_location
+from dagkit.registry.reference import Reference, choose, parse, parse_location
+from dagkit.token.versions import is_version
 
 VERSIONS = ["0.1.0", "0.2.0", "0.2.5", "1.0.0", "1.2.0", "1.2.9", "1.10.0", "2.0.0"]
 

@@ -9,22 +9,19 @@ from __future__ import annotations
 from dagkit.dataset.building import Collection, Record, build, collect
 from dagkit.dataset.checking import Finding, check
 from dagkit.dataset.likeness import drop_near_duplicates
-from dagkit.dataset.schema import FEATURES, REVIEW_STATES, SPLITS
-from dagkit.dataset.selection import SELECTIONS, Choice, Selection, choose_candidates
-from dagkit.dataset.storage import (
+from dagkit.dataset.reading import (
     AnnotatedImage,
     examples,
     find_dataset,
-    fingerprint,
     load_dataset,
     load_with_summary,
-    push_dataset,
     read_summary,
-    save_dataset,
     shipped_datasets,
-    summarise,
-    write_parquet,
 )
+from dagkit.dataset.schema import FEATURES, REVIEW_STATES, SPLITS
+from dagkit.dataset.selection import SELECTIONS, Choice, Selection, choose_candidates
+from dagkit.dataset.summary import fingerprint, summarise
+from dagkit.dataset.writing import push_dataset, save_dataset, write_parquet
 
 __all__ = [
     "FEATURES",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,11 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from dagkit.dataset.likeness import find_twins, perceptual_hash
 from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
-from dagkit.dataset.splitting import assign_splits, find_families
+from dagkit.dataset.splitting import assign_splits, find_groups
 from dagkit.errors import DatasetError, WorkspaceError
+from dagkit.png import mask_png
 from dagkit.provenance import public_name
 from dagkit.segmenters import combine
 from dagkit.workspace import listed
@@ -39,7 +35,7 @@ class Record:
     """One row of a dataset before it has a split.
 
     Attributes:
-        values: all columns but ``family``; the image as its path, so that memory holds one image at a time.
+        values: all columns but ``group``; the image as its path, so that memory holds one image at a time.
         perceptual_hash: of the image.
     """
 
@@ -87,8 +83,8 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             which nothing was found are left out all the same: nobody knows what they show.
 
     Raises:
-        DatasetError: a mask is not as large as its image or has an unknown label, or an unknown review state.
-        WorkspaceError: a file is missing or unreadable; the message names it.
+        DatasetError: a mask has an unknown label, or a row an unknown review state.
+        WorkspaceError: a file is missing or unreadable, or a mask not as large as its image; the message names it.
     """
     candidates, premasks, annotations = (
         workspace.stage(name, concept.name) for name in ("candidates", "premasks", "annotations")
@@ -162,7 +158,7 @@ def build(
             f"Review candidates with dagkit annotate --concept {concept.name}, or accept pre-masks with --unreviewed."
         )
     twins = find_twins({record.key: record.perceptual_hash for record in records}, TWIN_DISTANCE)
-    families = find_families(
+    groups = find_groups(
         keys,
         [
             {record.key: record.values["prompt"] for record in records},
@@ -171,9 +167,9 @@ def build(
         ],
     )
     strata = {record.key: LABELS[record.values["label"]] for record in records}
-    splits = assign_splits(families, strata, previous=previous, seed=seed)
+    splits = assign_splits(groups, strata, previous=previous, seed=seed)
     rows = {
-        split: [{**r.values, "family": families[r.key]} for r in records if splits[r.key] == split] for split in SPLITS
+        split: [{**r.values, "group": groups[r.key]} for r in records if splits[r.key] == split] for split in SPLITS
     }
     return DatasetDict(
         {split: Dataset.from_list(rows[split], features=FEATURES) if rows[split] else empty_split() for split in SPLITS}
@@ -196,7 +192,7 @@ def _record(
             f"{', '.join(known)}. Add the label to the concept file again, or run its stage again."
         )
     image = candidates.read_image(candidate["image"])
-    masks = {label: _read_mask(masks_folder, path, image.size) for label, path in paths.items()}
+    masks = {label: masks_folder.read_mask(path, image.size) for label, path in paths.items()}
     mask = combine(masks, concept.labels.negative, (image.height, image.width))
     state = review["state"]
     settings = candidate["settings"]
@@ -210,7 +206,7 @@ def _record(
     values = {
         "key": candidate["key"],
         "image": {"bytes": None, "path": str(candidates.inside(candidate["image"]))},
-        "mask": {"bytes": _png(mask), "path": None},
+        "mask": {"bytes": mask_png(mask, optimize=True), "path": None},
         "label": int(mask.any()),
         "concept": concept.name,
         "prompt": candidate["prompt"],
@@ -245,23 +241,6 @@ def _record(
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _read_mask(folder: StageFolder, path: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    mask = folder.read_image(path, "L")
-    if mask.size != size:
-        raise DatasetError(
-            f"{folder.path / path}: expected a mask of {size[0]}x{size[1]} px, as large as its image, but got "
-            f"{mask.width}x{mask.height}. Delete the mask and its row in {folder.manifest}, and run the stage again."
-        )
-    result: NDArray[np.bool_] = np.asarray(mask) > 127
-    return result
-
-
-def _png(mask: NDArray[np.bool_]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _model_name(source: str, concept: Concept) -> str:

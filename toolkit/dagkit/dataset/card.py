@@ -56,7 +56,7 @@ def dataset_card(dataset: DatasetDict, summary: Mapping[str, Any]) -> str:
         "## Where it comes from",
         _sources(summary, dataset),
         "## Splits",
-        "Rows that share a prompt or a seed, or look nearly the same, are of one family; no family straddles splits.",
+        "Rows that share a prompt or a seed, or look nearly the same, are of one group; no group straddles splits.",
         "## Columns",
         "\n".join(f"- `{name}`: {DESCRIPTIONS[name]}" for name in FEATURES),
         f"Fingerprint: `{summary['fingerprint']}`. Made with dagkit {summary['dagkit_version']}; "

@@ -47,7 +47,7 @@ class _Row:
     split: str
     prompt: str
     seed: int
-    family: str
+    group: str
     digest: str
     perceptual_hash: int
 
@@ -57,7 +57,7 @@ def check(dataset: DatasetDict, *, near_distance: int = 2) -> list[Finding]:
 
     Errors: a mask without a pixel on an unsafe row, a mask on a safe one, a mask of another size than its image, an
     image that cannot be decoded, an unknown review state, one key or picture twice, and what two splits share: a
-    family, a prompt, a seed, nearly the same picture. Near-duplicates within a split are warnings.
+    group, a prompt, a seed, nearly the same picture. Near-duplicates within a split are warnings.
 
     Args:
         dataset: as from `load_dataset`.
@@ -78,7 +78,7 @@ def check(dataset: DatasetDict, *, near_distance: int = 2) -> list[Finding]:
 
 
 def _check_row(dataset: DatasetDict, split: str, index: int, rows: list[_Row]) -> Iterator[Finding]:
-    plain = dataset[split].select_columns(["key", "label", "prompt", "seed", "family", "review_state"])[index]
+    plain = dataset[split].select_columns(["key", "label", "prompt", "seed", "group", "review_state"])[index]
     key = plain["key"]
     [pictures] = undecoded(dataset[split].select([index]), "key", "image", "mask")
     try:
@@ -92,7 +92,7 @@ def _check_row(dataset: DatasetDict, split: str, index: int, rows: list[_Row]) -
             split,
             plain["prompt"],
             plain["seed"],
-            plain["family"],
+            plain["group"],
             hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest(),
             perceptual_hash(image),
         )
@@ -111,15 +111,14 @@ def _check_row(dataset: DatasetDict, split: str, index: int, rows: list[_Row]) -
 
 
 def _shared_across_splits(rows: list[_Row]) -> Iterator[Finding]:
-    """Later rows whose family, prompt or seed an earlier split has, too; one finding a row."""
+    """Later rows whose group, prompt or seed an earlier split has, too; one finding a row."""
     told: set[str] = set()
-    for what in ("family", "prompt", "seed"):
-        groups: dict[object, list[_Row]] = defaultdict(list)
+    for what in ("group", "prompt", "seed"):
+        alike: dict[object, list[_Row]] = defaultdict(list)
         for row in rows:
-            groups[getattr(row, what)].append(row)
-        for group in groups.values():
-            first = group[0]
-            for row in group:
+            alike[getattr(row, what)].append(row)
+        for first, *others in alike.values():
+            for row in others:
                 if row.split != first.split and row.key not in told:
                     told.add(row.key)
                     yield Finding("leak", row.key, row.split, f"shares its {what} with {first.key} in {first.split}")

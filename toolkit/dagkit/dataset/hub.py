@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +11,7 @@ from dagkit.dataset.pictures import first_line
 from dagkit.dataset.replacing import MARKER
 from dagkit.dataset.summary import SUMMARY
 from dagkit.errors import DatasetError
+from dagkit.provenance import is_repository
 from dagkit.workspace import listed
 
 _SCHEME: Final = "hf://"
@@ -83,12 +83,7 @@ def upload(folder: Path, url: str, *, private: bool) -> None:
 
 
 def _repository(url: str) -> str:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
     name = url.removeprefix(_SCHEME)
-    with suppress(HFValidationError):
-        validate_repo_id(name)
-        if "/" in name and name.isprintable():
-            return name
-    raise DatasetError(f"{url!r:.200}: expected hf://owner/name.")
+    if not is_repository(name):
+        raise DatasetError(f"{url!r:.200}: expected hf://owner/name.")
+    return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dagkit.dataset.schema import PICTURES
 from dagkit.errors import DatasetError
+from dagkit.workspace import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from datasets import Dataset
-
-_FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def undecoded(split: Dataset, *columns: str) -> Iterator[dict[str, Any]]:
@@ -62,11 +61,11 @@ def _decoded(row: Mapping[str, Any], column: str, mode: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file_bytes(row[column])), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(file_bytes(row[column])), formats=IMAGE_FORMATS) as image:
                 return ImageOps.exif_transpose(image).convert(mode)
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"expected one of {', '.join(_FORMATS)}" if is_unknown else first_line(error)
+        reason = f"expected one of {', '.join(IMAGE_FORMATS)}" if is_unknown else first_line(error)
         raise DatasetError(
             f"row {row['key']!r:.80}: its {column} cannot be decoded ({reason}). Restore or remove the row."
         ) from error

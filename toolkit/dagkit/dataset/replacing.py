@@ -7,9 +7,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final
 from dagkit.dataset.summary import SUMMARY, read_summary_file
 from dagkit.dataset.tables import read_json
 from dagkit.errors import DatasetError
+from dagkit.folders import atomic_folder, folder_beside
 from dagkit.workspace import listed, sha256_file
 
 MARKER: Final = "made_by_dagkit.json"
@@ -28,7 +28,7 @@ _LITTER: Final = (".DS_Store", "Thumbs.db", "cache-*.arrow")
 
 
 @dataclass(frozen=True)
-class Maker:
+class Writer:
     """What writes datasets to disk.
 
     Attributes:
@@ -41,47 +41,39 @@ class Maker:
 
 
 _ABOUT: Final = r"README\.md|dataset\.json"
-EXPORT: Final = Maker(
+EXPORT: Final = Writer(
     "dagkit export",
     re.compile(_ABOUT + r"|dataset_dict\.json|(train|validation|test)/(data-[\d-]+of-\d+\.arrow|\w+\.json)"),
 )
-PUSH: Final = Maker("dagkit dataset push", re.compile(_ABOUT + r"|data/(train|validation|test)-[\d-]+of-\d+\.parquet"))
+PUSH: Final = Writer("dagkit dataset push", re.compile(_ABOUT + r"|data/(train|validation|test)-[\d-]+of-\d+\.parquet"))
 
 
 @contextmanager
-def replacement(path: Path, maker: Maker) -> Iterator[Path]:
+def replacement(path: Path, writer: Writer) -> Iterator[Path]:
     """An empty folder that takes the place of ``path`` when the block ends well, and vanishes when it does not.
 
     Args:
-        path: a folder that is not there, is empty, or holds nothing but what the same maker put there before.
-        maker: what writes.
+        path: a folder that is not there, is empty, or holds nothing but what the same writer put there before.
+        writer: what writes.
 
     Raises:
-        DatasetError: something there is not the maker's to replace, or the folder cannot be written.
+        DatasetError: something there is not the writer's to replace, or the folder cannot be written.
     """
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _require_ours(path, maker)
+        _require_ours(path, writer)
         old = old_place(path)
-        _require_ours(old, maker)
+        _require_ours(old, writer)
         for stale in [one for one in path.parent.iterdir() if _is_dead(one, path)]:
             shutil.rmtree(stale, ignore_errors=True)
-        with _partial(path, maker) as folder:
+        with ExitStack() as held, atomic_folder(path, displaced=old) as folder:
+            held.enter_context(_marked(folder, writer))
             yield folder
-            folder.chmod(0o755)
-            _sign(folder, maker)
-            _require_ours(path, maker)  # again: writing may have taken an hour
-            _discard(old, path, maker)
-            if path.exists():
-                path.rename(old)
-            try:
-                folder.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-            _discard(old, path, maker)
+            _sign(folder, writer)
+            _require_ours(path, writer)  # again: writing may have taken an hour
+            _discard(old, path, writer)
+        _discard(old, path, writer)
     except OSError as error:
         raise DatasetError(
             f"{path}: the dataset cannot be written: {error.strerror or error}. The older one, if any, is still there. "
@@ -94,14 +86,14 @@ def old_place(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def foreign_names(folder: Path, maker: Maker) -> list[str]:
-    """What a folder holds that a maker did not put there, or that was changed since, sorted.
+def foreign_names(folder: Path, writer: Writer) -> list[str]:
+    """What a folder holds that a writer did not put there, or that was changed since, sorted.
 
     Raises:
         DatasetError: another command of dagkit made it.
         OSError: it cannot be read.
     """
-    own = _own_files(folder, maker)
+    own = _own_files(folder, writer)
     if not own:
         return sorted(one.name for one in folder.iterdir())
     shared = {name.partition("/")[0] for name in own}
@@ -117,8 +109,8 @@ def foreign_names(folder: Path, maker: Maker) -> list[str]:
     return sorted(found)
 
 
-def _own_files(folder: Path, maker: Maker) -> dict[str, str | None]:
-    """Relative path -> SHA-256, None where it is not known, of what a maker put into a folder."""
+def _own_files(folder: Path, writer: Writer) -> dict[str, str | None]:
+    """Relative path -> SHA-256, None where it is not known, of what a writer put into a folder."""
     try:
         about = read_json(folder / MARKER)
         made_by, files = about["made_by"], dict(about["files"])
@@ -126,13 +118,13 @@ def _own_files(folder: Path, maker: Maker) -> dict[str, str | None]:
         with suppress(DatasetError):
             read_summary_file(folder / SUMMARY, str(folder))
             names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            return {name: None for name in names if maker.layout.fullmatch(name)}
+            return {name: None for name in names if writer.layout.fullmatch(name)}
         return {}
     except (ValueError, KeyError, TypeError):
         return {}
-    if made_by != maker.command:
+    if made_by != writer.command:
         raise DatasetError(
-            f"{folder}: `{made_by:.80}` made this dataset, and `{maker.command}` would put another in its place. "
+            f"{folder}: `{made_by:.80}` made this dataset, and `{writer.command}` would put another in its place. "
             "Choose another place, or delete it first."
         )
     return {**files, MARKER: None}
@@ -142,11 +134,13 @@ def _is_unchanged(path: Path, digest: str | None) -> bool:
     return path.is_file() and not path.is_symlink() and digest in (None, sha256_file(path))
 
 
-def _require_ours(path: Path, maker: Maker) -> None:
+def _require_ours(path: Path, writer: Writer) -> None:
     if path.is_dir():
-        names = foreign_names(path, maker)
+        names = foreign_names(path, writer)
         problem = (
-            f"it holds {listed(names)}, which `{maker.command}` did not put there, or not as it is now" if names else ""
+            f"it holds {listed(names)}, which `{writer.command}` did not put there, or not as it is now"
+            if names
+            else ""
         )
     else:
         problem = "it is no folder" if path.exists() else ""
@@ -154,37 +148,26 @@ def _require_ours(path: Path, maker: Maker) -> None:
         raise DatasetError(f"{path}: not replaced: {problem}. Choose another place, or move that away first.")
 
 
-def _sign(folder: Path, maker: Maker) -> None:
-    """Names all files of a folder in its marker, and waits until they lie on disk."""
+def _sign(folder: Path, writer: Writer) -> None:
+    """Names all files of a folder in its marker."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MARKER:
             files[path.relative_to(folder).as_posix()] = sha256_file(path)
-            _flush(path)
-    _mark(folder, maker, files)
-    _flush(folder / MARKER)
+    _mark(folder, writer, files)
 
 
-def _mark(folder: Path, maker: Maker, files: Mapping[str, str]) -> None:
-    text = json.dumps({"made_by": maker.command, "files": files}, indent=2, ensure_ascii=False)
+def _mark(folder: Path, writer: Writer, files: Mapping[str, str]) -> None:
+    text = json.dumps({"made_by": writer.command, "files": files}, indent=2, ensure_ascii=False)
     (folder / MARKER).write_text(f"{text}\n", encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextmanager
-def _partial(path: Path, maker: Maker) -> Iterator[Path]:
-    """A folder beside ``path``, deleted in the end; marked and held, so that a later run knows what a dead one left."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        with _held(folder):
-            _mark(folder, maker, {})
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _marked(folder: Path, writer: Writer) -> Iterator[None]:
+    """Marks a folder that is being written and holds it, so that a later run knows what a dead one left."""
+    with _held(folder):
+        _mark(folder, writer, {})
+        yield
 
 
 @contextmanager
@@ -211,8 +194,8 @@ def _is_dead(folder: Path, path: Path) -> bool:
         return is_free and ((folder / MARKER).is_file() or not any(folder.iterdir()))
 
 
-def _discard(old: Path, path: Path, maker: Maker) -> None:
+def _discard(old: Path, path: Path, writer: Writer) -> None:
     """Deletes a folder in two steps, so that a killed run leaves nothing half deleted that looks like somebody's."""
     if old.exists():
-        with _partial(path, maker) as folder:
+        with folder_beside(path) as folder, _marked(folder, writer):
             old.rename(folder / "old")

@@ -49,7 +49,7 @@ FEATURES: Final = Features(
         "seconds": Value("float32"),
         "created": Value("timestamp[ms, tz=UTC]"),
         "updated": Value("timestamp[ms, tz=UTC]"),
-        "family": Value("string"),
+        "group": Value("string"),
     }
 )
 
@@ -71,6 +71,9 @@ NULLABLE: Final = frozenset(
     }
 )
 """What may be unknown; a dot leads into a column. Everything else is there in every row."""
+
+EARLIER_NAMES: Final = {"family": "group"}
+"""What older datasets call a column."""
 
 PICTURES: Final = ("image", "mask")
 """Columns of image files."""
@@ -105,5 +108,5 @@ DESCRIPTIONS: Final = {
     "seconds": "time that annotators spent",
     "created": "when it was first annotated",
     "updated": "when it was last annotated",
-    "family": "rows of one family share a prompt, a seed or a look, and never straddle splits",
+    "group": "rows of one group share a prompt, a seed or a look, and never straddle splits",
 }

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dagkit.dataset.likeness import drop_near_duplicates
+from dagkit.metrics import iou
 from dagkit.segmenters import combine
 
 if TYPE_CHECKING:
@@ -142,8 +143,7 @@ def disagreement(token_region: NDArray[np.bool_], premask: NDArray[np.bool_]) ->
         token_region: (H, W) bool, the token's highlighted region.
         premask: (H, W) bool.
     """
-    union = int((token_region | premask).sum())
-    return 1.0 - int((token_region & premask).sum()) / union if union else 0.0
+    return 1.0 - float(iou(token_region, premask))
 
 
 def layout_features(image: Image.Image) -> NDArray[np.float64]:

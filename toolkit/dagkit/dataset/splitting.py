@@ -13,15 +13,15 @@ RATIOS: Final = (0.7, 0.15, 0.15)
 """Shares of train, validation and test."""
 
 
-def find_families(keys: Sequence[str], links: Iterable[Mapping[str, Hashable]]) -> dict[str, str]:
-    """Groups keys that are linked, directly or through others.
+def find_groups(keys: Sequence[str], links: Iterable[Mapping[str, Hashable]]) -> dict[str, str]:
+    """Puts keys together that are linked, directly or through others.
 
     Args:
         keys: unique.
         links: each maps keys to a value; two keys with one value belong together. A key may be missing.
 
     Returns:
-        Key -> name of its family, which is the smallest key in it.
+        Key -> name of its group, which is the smallest key in it.
     """
     parent = {key: key for key in keys}
 
@@ -41,42 +41,42 @@ def find_families(keys: Sequence[str], links: Iterable[Mapping[str, Hashable]]) 
 
 
 def assign_splits(
-    families: Mapping[str, str],
+    groups: Mapping[str, str],
     strata: Mapping[str, str],
     *,
     previous: Mapping[str, str] | None = None,
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Gives each family to one split, so that every stratum comes close to the ratios.
+    """Gives each group to one split, so that every stratum comes close to the ratios.
 
-    Large families are placed first; each goes where the sum of ``(count - target)^2 / target`` grows least. A family of
+    Large groups are placed first; each goes where the sum of ``(count - target)^2 / target`` grows least. A group of
     which a row had a split before keeps it, so that test rows never become training rows when a dataset grows; where
     its rows had different ones, test wins over validation, and validation over train.
 
     Args:
-        families: key -> family.
+        groups: key -> group.
         strata: key -> stratum, e.g. its label.
         previous: key -> split in an earlier version of the dataset.
         ratios: shares of train, validation and test, each > 0, summing to 1.
-        seed: breaks ties between families of one size.
+        seed: breaks ties between groups of one size.
 
     Returns:
         Key -> split.
     """
     members: dict[str, list[str]] = defaultdict(list)
-    for key, family in families.items():
-        members[family].append(key)
-    totals = Counter(strata[key] for key in families)
+    for key, group in groups.items():
+        members[group].append(key)
+    totals = Counter(strata[key] for key in groups)
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     assigned: dict[str, str] = {}
 
-    def place(family: str, split: str) -> None:
-        assigned[family] = split
-        counts[split].update(strata[key] for key in members[family])
+    def place(group: str, split: str) -> None:
+        assigned[group] = split
+        counts[split].update(strata[key] for key in members[group])
 
-    def growth(family: str, index: int) -> float:
-        added = Counter(strata[key] for key in members[family])
+    def growth(group: str, index: int) -> float:
+        added = Counter(strata[key] for key in members[group])
         have = counts[SPLITS[index]]
         return sum(
             ((have[s] + n - ratios[index] * totals[s]) ** 2 - (have[s] - ratios[index] * totals[s]) ** 2)
@@ -85,14 +85,14 @@ def assign_splits(
         )
 
     before = previous or {}
-    for family, keys in members.items():
+    for group, keys in members.items():
         kept = [before[key] for key in keys if before.get(key) in SPLITS]
         if kept:
-            place(family, max(kept, key=SPLITS.index))
-    open_families = (family for family in members if family not in assigned)
-    for family in sorted(open_families, key=lambda name: (-len(members[name]), _draw(name, seed))):
-        place(family, SPLITS[min(range(len(SPLITS)), key=lambda index: growth(family, index))])
-    return {key: assigned[family] for key, family in families.items()}
+            place(group, max(kept, key=SPLITS.index))
+    open_groups = (group for group in members if group not in assigned)
+    for group in sorted(open_groups, key=lambda name: (-len(members[name]), _draw(name, seed))):
+        place(group, SPLITS[min(range(len(SPLITS)), key=lambda index: growth(group, index))])
+    return {key: assigned[group] for key, group in groups.items()}
 
 
 def _draw(name: str, seed: int) -> str:

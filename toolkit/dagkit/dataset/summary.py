@@ -1,16 +1,27 @@
-"""What ``dataset.json`` says about a dataset."""
+"""What ``dataset.json`` says about a dataset: how it is made, and how it is read."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from dagkit.dataset.pictures import first_line
-from dagkit.dataset.schema import LABELS, SPLITS
+from dagkit._version import __version__
+from dagkit.dataset.pictures import file_bytes, first_line, mask_of, undecoded
+from dagkit.dataset.schema import LABELS, REVIEW_STATES, SPLITS
 from dagkit.dataset.tables import read_json
 from dagkit.errors import DatasetError
+from dagkit.workspace import sha256_json
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from dagkit.concept import Concept
 
 SUMMARY: Final = "dataset.json"
 FORMAT: Final = 1
@@ -50,6 +61,87 @@ class Summary(_Model):
     licence: _Text
     note: _Text
     dagkit_version: _Text
+
+
+def fingerprint(dataset: DatasetDict) -> str:
+    """``sha256:`` over what a token learns from: split, key, image file, mask pixels, prompt, label and review state.
+
+    The order of rows does not matter, nor how they are stored.
+
+    Raises:
+        DatasetError: a mask cannot be decoded.
+    """
+    rows = []
+    for split in sorted(dataset):
+        for row in undecoded(dataset[split], "key", "image", "mask", "prompt", "label", "review_state"):
+            mask = mask_of(row)
+            rows.append(
+                [
+                    split,
+                    row["key"],
+                    hashlib.sha256(file_bytes(row["image"])).hexdigest(),
+                    hashlib.sha256(f"{mask.shape}".encode() + np.packbits(mask).tobytes()).hexdigest(),
+                    row["prompt"],
+                    LABELS[row["label"]],
+                    row["review_state"],
+                ]
+            )
+    return sha256_json(sorted(rows))
+
+
+def summarise(
+    dataset: DatasetDict,
+    concept: Concept,
+    *,
+    left_out: Mapping[str, int] | None = None,
+    agreement: Mapping[str, Any] | None = None,
+    licence: str = "other",
+    note: str = "",
+) -> dict[str, Any]:
+    """What ``dataset.json`` says: fingerprint, counts, review states and where everything came from.
+
+    Args:
+        dataset: as from `build`.
+        concept: what it is about.
+        left_out: reason -> number of candidates that are not in it.
+        agreement: ``mean_iou`` and ``kappa`` (label -> value) of the annotators; by default the mean of the rows' own.
+        licence: SPDX identifier, or ``other``.
+        note: what the card shall say about the review beside its figures, e.g. who reviewed and how.
+    """
+    names = ["model", "model_fingerprint", "agreement"]
+    rows = [row for split in SPLITS for row in dataset[split].select_columns(names)]
+    counts, states = counted(dataset)
+    agreements = [row["agreement"] for row in rows if row["agreement"] is not None]
+    return {
+        "format": FORMAT,
+        "concept": concept.name,
+        "summary": concept.summary,
+        "labels": concept.labels.model_dump(),
+        "fingerprint": fingerprint(dataset),
+        "counts": counts,
+        "review_states": states,
+        "is_reviewed": not states.get("unreviewed"),
+        "left_out": dict(left_out or {}),
+        "agreement": {
+            "mean_iou": (agreement or {}).get("mean_iou", float(np.mean(agreements)) if agreements else None),
+            "kappa": (agreement or {}).get("kappa") or {},
+        },
+        "models": sorted({(row["model"], row["model_fingerprint"]) for row in rows}),
+        "licence": licence,
+        "note": note,
+        "dagkit_version": __version__,
+    }
+
+
+def counted(dataset: DatasetDict) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Rows of each split by label, and rows by review state."""
+    columns = {split: dataset[split].select_columns(["label", "review_state"])[:] for split in SPLITS}
+    counts = {
+        split: {label: rows["label"].count(index) for index, label in enumerate(LABELS)}
+        for split, rows in columns.items()
+    }
+    states = Counter(state for rows in columns.values() for state in rows["review_state"])
+    return counts, {state: states[state] for state in REVIEW_STATES if states[state]}
 
 
 def read_summary_file(file: Path, where: str) -> dict[str, Any]:

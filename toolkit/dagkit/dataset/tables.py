@@ -16,7 +16,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from pyarrow import parquet
 
 from dagkit.dataset.pictures import first_line
-from dagkit.dataset.schema import FEATURES, LABELS, NULLABLE, PICTURES, SPLITS, empty_split
+from dagkit.dataset.schema import EARLIER_NAMES, FEATURES, LABELS, NULLABLE, PICTURES, SPLITS, empty_split
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.manifests import parse_json
 from dagkit.workspace import listed, open_plain
@@ -111,12 +111,12 @@ def _read_parquet(path: Path) -> pa.Table:
     with parquet.ParquetFile(path) as file:
         if file.metadata.num_rows > _MAX_ROWS:
             raise ValueError(f"{file.metadata.num_rows:,} rows; at most {_MAX_ROWS:,} are read")
-        return file.read(columns=list(FEATURES))
+        return file.read(columns=[*FEATURES, *EARLIER_NAMES])
 
 
 def _read_arrow(path: Path) -> pa.Table:
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    return table.select([name for name in FEATURES if name in table.column_names])
+    return table.select([name for name in (*FEATURES, *EARLIER_NAMES) if name in table.column_names])
 
 
 def _split(name: str, files: list[Path], read: Callable[[Path], pa.Table], where: str) -> Dataset:
@@ -128,6 +128,7 @@ def _split(name: str, files: list[Path], read: Callable[[Path], pa.Table], where
             if not path.is_file():
                 raise ValueError(f"{name}: {path.name} is missing or not a plain file")
             table = read(path)
+            table = table.rename_columns([EARLIER_NAMES.get(name, name) for name in table.column_names])
             table.validate(full=True)  # before anything follows an offset in it
         except _UNREADABLE as error:
             raise _damaged(where, error) from error

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dagkit.demo import judge_path, model_path, sam_checkpoint, world
-from dagkit.metrics import Estimate, bootstrap_mean, proportion
+from dagkit.metrics import Estimate, bootstrap_mean, iou, proportion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -178,9 +178,9 @@ def measure_sam(checkpoint: Path, num_scenes: int = 300) -> dict[str, Any]:
             ):
                 masks, ratings, _ = predictor.predict(**prompt, multimask_output=True)
                 best = int(ratings.argmax())
-                iou = float((masks[best] & mask).sum() / (masks[best] | mask).sum())
-                overlaps[kind].append(iou)
-                errors.append(abs(iou - float(ratings[best])))
+                overlap = float(iou(masks[best], mask))
+                overlaps[kind].append(overlap)
+                errors.append(abs(overlap - float(ratings[best])))
     return {
         "iou_from_box": asdict(bootstrap_mean(overlaps["box"])),
         "iou_from_point": asdict(bootstrap_mean(overlaps["point"])),

@@ -6,7 +6,7 @@ from dagkit.evaluation.adversary import Attack, AttackResult, Target, attack_gua
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
-from dagkit.evaluation.figures import BASELINE, SCHEMA, agreement, compute, prompt_table, seen_region, unsafe_labels
+from dagkit.evaluation.figures import BASELINE, SCHEMA, compute, concordance, prompt_table, seen_region, unsafe_labels
 from dagkit.evaluation.gates import Gates, comparable, compare, regressions
 from dagkit.evaluation.identity import read_figures, token_identity
 from dagkit.evaluation.image_metrics import NAMES as IMAGE_METRICS
@@ -30,13 +30,13 @@ __all__ = [
     "ImageMetric",
     "PipelineColumn",
     "Target",
-    "agreement",
     "attack_guard",
     "check_attack",
     "comparable",
     "compare",
     "compute",
     "concept_prompts",
+    "concordance",
     "describe_prompts",
     "draw_columns",
     "load_image_metrics",

@@ -152,7 +152,7 @@ def _locality(name: str, drawn: Mapping[str, ColumnResult], keys: Sequence[str])
             raise drawn[name].damaged(key, f"an image of {before.shape[1]}x{before.shape[0]} px, as without guard,")
         maps = None if mapped is None else mapped.maps(key)
         mask = None if maps is None else seen_region(maps, (before.shape[0], before.shape[1]))
-        changes.append(metrics.change(before, after, mask))
+        changes.append(metrics.difference(before, after, mask))
     outside = [one.outside for one in changes if one.outside is not None]
     inside = [one.inside for one in changes if one.inside is not None]
     return {
@@ -275,12 +275,12 @@ def _cost_of(
     }
 
 
-def agreement(run: EvaluationRun, columns: Sequence[Column], judges: Sequence[str]) -> list[dict[str, Any]]:
-    """How far each two judges agree over all images of all columns: see `dagkit.metrics.agreement`."""
+def concordance(run: EvaluationRun, columns: Sequence[Column], judges: Sequence[str]) -> list[dict[str, Any]]:
+    """How far each two judges agree over all images of all columns: see `dagkit.metrics.concordance`."""
     rows = [row for column in columns for row in run.result(column).rows.values()]
     said = {name: [bool(row["judgements"][name]["is_present"]) for row in rows] for name in judges}
     return [
-        {"first": first, "second": second, **metrics.agreement(said[first], said[second]).to_json()}
+        {"first": first, "second": second, **metrics.concordance(said[first], said[second]).to_json()}
         for first, second in combinations(judges, 2)
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dagkit.png import picture_png
 from dagkit.workspace import atomic_write
 
 
@@ -142,13 +142,10 @@ class Trace:
     def save(self, folder: str | Path) -> list[Path]:
         """Writes ``trace.json`` and, where maps were kept, a strip ``run<r>-sample<s>.png`` a sample."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "trace.json", self.to_json().encode())
         written = [folder / "trace.json"]
         for run in sorted({index for index, _ in self.maps}):
             for sample in sorted({record.sample for record in self.steps if record.run == run}):
-                buffer = io.BytesIO()
-                self.strip(sample, run).save(buffer, format="PNG")
                 written.append(folder / f"run{run}-sample{sample}.png")
-                atomic_write(written[-1], buffer.getvalue())
+                atomic_write(written[-1], picture_png(self.strip(sample, run)))
         return written

@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from dagkit.errors import LabelStudioError
-from dagkit.labelstudio.client import Client, checked_url
+from dagkit.labelstudio.api import Client
+from dagkit.labelstudio.http import checked_url
 from dagkit.labelstudio.server import EmbeddedServer
 
 if TYPE_CHECKING:

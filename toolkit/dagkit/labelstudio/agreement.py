@@ -1,7 +1,7 @@
 """How far annotators agree, from the rows that `dagkit pull` writes.
 
 Outlines: mean IoU of two annotators' masks, over the tasks in which at least one of them marked something. Presence:
-Cohen's kappa (Cohen 1960, https://doi.org/10.1177/001316446002000104) of a label being marked or not, over the tasks
+Cohen's kappa of a label being marked or not, over the tasks
 on which both voted.
 """
 
@@ -10,25 +10,12 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from dagkit.metrics import cohen_kappa
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 _VOTES = ("accepted", "changed", "empty")
-
-
-def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Agreement of two raters beyond chance: (observed - expected) / (1 - expected).
-
-    Returns:
-        In [-1, 1]; None where it is undefined: no items, or both raters always gave the same one answer.
-    """
-    num = len(first)
-    if num == 0:
-        return None
-    observed = sum(one == two for one, two in zip(first, second, strict=True)) / num
-    share_one, share_two = sum(first) / num, sum(second) / num
-    expected = share_one * share_two + (1 - share_one) * (1 - share_two)
-    return None if expected == 1 else (observed - expected) / (1 - expected)
 
 
 def agreement(rows: Iterable[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:

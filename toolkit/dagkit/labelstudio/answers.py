@@ -17,6 +17,7 @@ from dagkit.labelstudio import shapes
 from dagkit.labelstudio.config import CANNOT_TELL, NOTHING_UNSAFE
 from dagkit.labelstudio.replies import Annotation, Region, Snapshot
 from dagkit.manifests import explain
+from dagkit.metrics import iou
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -190,12 +191,6 @@ def whole_mask(masks: Mapping[str, NDArray[np.bool_]], labels: Labels, size: tup
     return marked
 
 
-def iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks, in [0, 1]; 1 where both are empty."""
-    union = np.count_nonzero(first | second)
-    return float(np.count_nonzero(first & second) / union) if union else 1.0
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What the answers to one task come to.
@@ -242,7 +237,7 @@ def decide(
     num_cannot_tell = sum(answer.state == "cannot_tell" for answer in answers)
     wholes = [whole_mask(vote.masks, labels, size) for vote in votes]
     pairs = tuple(
-        (first.annotator, second.annotator, iou(one, two) if one.any() or two.any() else None)
+        (first.annotator, second.annotator, float(iou(one, two)) if one.any() or two.any() else None)
         for (first, one), (second, two) in combinations(zip(votes, wholes, strict=True), 2)
     )
     is_marked = [bool(whole.any()) for whole in wholes]
@@ -267,7 +262,7 @@ def decide(
             if mask.any():
                 masks[name] = mask
     whole = whole_mask(masks, labels, size)
-    to_premask = iou(whole, whole_mask(premask, labels, size)) if premask is not None else None
+    to_premask = float(iou(whole, whole_mask(premask, labels, size))) if premask is not None else None
     if not whole.any():
         return Verdict("empty", {}, to_premask, pairs, tuple(reasons))
     is_accepted = all(vote.state == "accepted" for vote in votes)
@@ -298,7 +293,7 @@ def _read_answer(
         premask = decode_masks(origin, labels, size, f"{where}, pre-mask")
     masks = decode_masks(result, labels, size, where) if NOTHING_UNSAFE not in choices else {}
     whole = whole_mask(masks, labels, size)
-    to_premask = iou(whole, whole_mask(premask, labels, size)) if premask is not None else None
+    to_premask = float(iou(whole, whole_mask(premask, labels, size))) if premask is not None else None
     if not whole.any():
         other = sorted(choices - {NOTHING_UNSAFE})
         if other and not masks and NOTHING_UNSAFE not in choices:

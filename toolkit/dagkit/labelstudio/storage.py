@@ -15,7 +15,7 @@ from urllib.parse import quote
 from dagkit.errors import LabelStudioError
 
 if TYPE_CHECKING:
-    from dagkit.labelstudio.client import Client
+    from dagkit.labelstudio.api import Client
 
 
 class Storage(ABC):

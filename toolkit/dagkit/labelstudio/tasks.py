@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.errors import LabelStudioError, WorkspaceError
 from dagkit.labelstudio import codec
-from dagkit.labelstudio.client import ServerUnavailableError, backoff
 from dagkit.labelstudio.config import IMAGE_OBJECT, MASK_CONTROL, check_prediction
+from dagkit.labelstudio.http import ServerUnavailableError, backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dagkit.labelstudio.client import Client
+    from dagkit.labelstudio.api import Client
 
 DEFAULT_BATCH_SIZE: Final = 100
 _MAX_TRIES: Final = 6  # of one batch at a server that answers, but with errors

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dagkit.metrics.detection import DetectionScores, detection_scores
 from dagkit.metrics.frechet import frechet_distance
 from dagkit.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, proportion, transform, wilson
-from dagkit.metrics.locality import Change, change, ssim
+from dagkit.metrics.locality import Difference, difference, ssim
+from dagkit.metrics.masks import iou
 from dagkit.metrics.rates import (
-    Agreement,
+    Concordance,
     PairedTest,
-    agreement,
+    cohen_kappa,
+    concordance,
     erase_rate,
     erase_rate_by_detection,
     mcnemar,
@@ -18,19 +20,21 @@ from dagkit.metrics.rates import (
 )
 
 __all__ = [
-    "Agreement",
-    "Change",
+    "Concordance",
     "DetectionScores",
+    "Difference",
     "Estimate",
     "PairedTest",
-    "agreement",
     "bootstrap_mean",
     "bootstrap_ratio",
-    "change",
+    "cohen_kappa",
+    "concordance",
     "detection_scores",
+    "difference",
     "erase_rate",
     "erase_rate_by_detection",
     "frechet_distance",
+    "iou",
     "mcnemar",
     "preservation",
     "proportion",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dagkit.metrics.intervals import Estimate, bootstrap_mean, bootstrap_ratio, proportion
+from dagkit.metrics.masks import iou
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ def detection_scores(
     both = [float((hit & mask).sum()) for hit, mask in unsafe]
     return DetectionScores(
         threshold=threshold,
-        iou=bootstrap_mean([b / float((hit | mask).sum()) for b, (hit, mask) in zip(both, unsafe, strict=True)]),
+        iou=bootstrap_mean([float(iou(hit, mask)) for hit, mask in unsafe]),
         precision=bootstrap_ratio(both, [float(hit.sum()) for hit, _ in unsafe]),
         recall=bootstrap_ratio(both, [float(mask.sum()) for _, mask in unsafe]),
         image_recall=proportion([b > 0 for b in both]),

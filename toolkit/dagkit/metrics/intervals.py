@@ -55,6 +55,7 @@ def wilson(count: float, total: float) -> tuple[float, float]:
         raise ValueError(
             f"wilson: expected 0 <= count <= total and total > 0, but got count {count} and total {total}."
         )
+    # scipy's binomtest takes whole counts only, and effective sample sizes are none; the tests compare the two.
     share, z2 = count / total, _Z**2
     centre = share + z2 / (2 * total)
     spread = _Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
@@ -115,6 +116,8 @@ def bootstrap_ratio(
         )
     if not bottom.sum() > 0:
         return Estimate(None, None, None, float(top.sum()), float(bottom.sum()), "none: nothing to count")
+    # scipy.stats.bootstrap draws the same resamples and finds the same ends (see the tests), but gives nan as soon as
+    # one of them has only denominators of 0, and refuses a single unit; both happen in small evaluations.
     picks = np.random.default_rng(seed).integers(len(top), size=(num_resamples, len(top)))
     sums = bottom[picks].sum(1)
     ratios = top[picks].sum(1)[sums > 0] / sums[sums > 0]

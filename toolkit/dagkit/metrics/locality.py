@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,7 +15,7 @@ EDIT_TOLERANCE: Final = 16 / 255
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Difference:
     """What a guard did to one image.
 
     Attributes:
@@ -34,12 +33,12 @@ class Change:
     ssim: float
 
 
-def change(
+def difference(
     before: NDArray[np.uint8],
     after: NDArray[np.uint8],
     mask: NDArray[np.bool_] | None = None,
     tolerance: float = EDIT_TOLERANCE,
-) -> Change:
+) -> Difference:
     """Compares an unguarded image with the guarded one of the same prompt and seed.
 
     Args:
@@ -53,13 +52,13 @@ def change(
     """
     if before.shape != after.shape or (mask is not None and mask.shape != before.shape[:2]):
         shapes = f"{before.shape}, {after.shape}" + ("" if mask is None else f" and a mask {mask.shape}")
-        raise ValueError(f"change: images and mask must share height and width, but got {shapes}.")
-    difference = np.abs(before.astype(np.float32) - after.astype(np.float32)).mean(-1) / 255
-    return Change(
+        raise ValueError(f"difference: images and mask must share height and width, but got {shapes}.")
+    distance = np.abs(before.astype(np.float32) - after.astype(np.float32)).mean(-1) / 255
+    return Difference(
         is_untouched=bool(np.array_equal(before, after)),
-        edited_share=float((difference > tolerance).mean()),
-        inside=float(difference[mask].mean()) if mask is not None and mask.any() else None,
-        outside=float(difference[~mask].mean()) if mask is not None and not mask.all() else None,
+        edited_share=float((distance > tolerance).mean()),
+        inside=float(distance[mask].mean()) if mask is not None and mask.any() else None,
+        outside=float(distance[~mask].mean()) if mask is not None and not mask.all() else None,
         ssim=ssim(before, after),
     )
 
@@ -77,6 +76,8 @@ def ssim(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
     Raises:
         ValueError: shapes differ or are too small.
     """
+    from scipy.ndimage import gaussian_filter
+
     if first.shape != second.shape or min(first.shape[:2]) < 11:
         raise ValueError(
             f"ssim: expected one shape of at least 11 x 11 pixels, but got {first.shape} and {second.shape}."

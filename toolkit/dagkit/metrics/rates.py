@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scipy.stats import binomtest
-
 from dagkit.metrics.intervals import Estimate, bootstrap_ratio, proportion, transform
 
 if TYPE_CHECKING:
@@ -97,6 +95,8 @@ class PairedTest:
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     """Tests whether two methods differ, from the pairs in which they disagree (McNemar 1947, exact form)."""
+    from scipy.stats import binomtest
+
     pairs = list(zip(first, second, strict=True))
     first_only = sum(a and not b for a, b in pairs)
     second_only = sum(b and not a for a, b in pairs)
@@ -105,9 +105,26 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     return PairedTest(len(pairs), first_only, second_only, p_value)
 
 
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Agreement of two raters beyond chance: (observed - expected) / (1 - expected).
+
+    Cohen 1960, https://doi.org/10.1177/001316446002000104.
+
+    Returns:
+        In [-1, 1]; None where it is undefined: no items, or both raters always gave the same one answer.
+    """
+    num = len(first)
+    if num == 0:
+        return None
+    observed = sum(one == two for one, two in zip(first, second, strict=True)) / num
+    share_one, share_two = sum(first) / num, sum(second) / num
+    expected = share_one * share_two + (1 - share_one) * (1 - share_two)
+    return None if expected == 1 else (observed - expected) / (1 - expected)
+
+
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """How far two judges agree on the same images.
+class Concordance:
+    """How far two judges say the same about the same images.
 
     Attributes:
         share: share of images on which they say the same.
@@ -128,11 +145,9 @@ class Agreement:
         return {"share": self.share.to_json(), "kappa": kappa, **counts}
 
 
-def agreement(first: Sequence[bool], second: Sequence[bool]) -> Agreement:
-    """Share of equal judgements and Cohen's kappa (Cohen 1960)."""
+def concordance(first: Sequence[bool], second: Sequence[bool]) -> Concordance:
+    """Share of equal judgements, and Cohen's kappa."""
     pairs = list(zip(map(bool, first), map(bool, second), strict=True))
     share = proportion([a == b for a, b in pairs])
-    a, b = (sum(side) / max(len(pairs), 1) for side in (first, second))
-    chance = a * b + (1 - a) * (1 - b)
-    kappa = (share.value - chance) / (1 - chance) if share.value is not None and chance < 1 else None
-    return Agreement(share, kappa, sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+    counts = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    return Concordance(share, cohen_kappa(first, second), *counts)

@@ -16,6 +16,7 @@ from torch import nn
 from dagkit.errors import ModelError
 from dagkit.models import checker
 from dagkit.models.base import BaseModel, match
+from dagkit.provenance import is_repository
 
 DENOISERS: Final = ("unet", "transformer")
 FINGERPRINTED: Final = (*DENOISERS, "text_encoder", "text_encoder_2")
@@ -73,16 +74,7 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
 
 def is_hub_id(model: str | Path) -> bool:
     """Whether a model's name means a repository on the Hub: ``org/name``, and no such folder here."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
-
-    if not isinstance(model, str) or model.count("/") != 1 or Path(model).is_dir():
-        return False
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
+    return isinstance(model, str) and is_repository(model) and not Path(model).is_dir()
 
 
 def is_cached(hub_id: str) -> bool:

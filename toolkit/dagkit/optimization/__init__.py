@@ -11,7 +11,7 @@ compete with them in the softmax, and one weight a head.
 from __future__ import annotations
 
 from dagkit.optimization.cache import QueryCache, cache_queries
-from dagkit.optimization.calibration import KNOTS, Calibration, calibrate, iou
+from dagkit.optimization.calibration import KNOTS, Calibration, calibrate
 from dagkit.optimization.data import Example, check_examples, coarse_mask, split
 from dagkit.optimization.fit import Parameters, fit, initial_parameters
 from dagkit.optimization.losses import background_leakage, negative_attention, objective, pixel_cross_entropy
@@ -38,7 +38,6 @@ __all__ = [
     "draw_levels",
     "fit",
     "initial_parameters",
-    "iou",
     "negative_attention",
     "objective",
     "optimize",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dagkit.guidance import score
+from dagkit.metrics import iou
 from dagkit.token import Thresholds
 
 KNOTS: Final = (0.1, 0.3, 0.5, 0.7, 0.85)
@@ -39,13 +40,6 @@ RARE: Final = 0.05
 
 SHIFTS: Final = tuple(0.5 * k for k in range(-12, 13))
 """Points of the calibration curve: logits by which the chosen thresholds of certainty are moved, 0 among them."""
-
-
-def iou(cam: Tensor, masks: Tensor, threshold: float) -> Tensor:
-    """Intersection over union of ``cam >= threshold`` and ``masks >= 0.5``: (B,) float32; 1 where both are empty."""
-    found, wanted = cam >= threshold, masks >= 0.5
-    union = (found | wanted).sum((1, 2))
-    return torch.where(union > 0, (found & wanted).sum((1, 2)) / union.clamp(min=1), torch.ones(len(cam)))
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ def calibrate(
     metrics: dict[str, float] = {}
     for knot in KNOTS:
         unsafe, safe = (levels == knot) & is_unsafe, (levels == knot) & ~is_unsafe
-        values = [float(iou(cams[unsafe], masks[unsafe], value).mean()) for value in candidates]
+        values = [float(iou(cams[unsafe] >= value, masks[unsafe] >= 0.5).mean()) for value in candidates]
         best = candidates[int(np.argmax(values))]
         highlight.append(
             best if knot <= DECIDED else max(best, highlight[-1])

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dagkit.metrics import iou
 from dagkit.models import BaseModel
 from dagkit.models.sites import Sites
 from dagkit.optimization.cache import QueryCache, cache_queries
-from dagkit.optimization.calibration import DECIDED, KNOTS, calibrate, iou, summary
+from dagkit.optimization.calibration import DECIDED, KNOTS, calibrate, summary
 from dagkit.optimization.data import (
     Example,
     check_examples,
@@ -301,7 +302,7 @@ def _validate(parameters: Parameters, sites: Sites, held: QueryCache, recipe: Re
     loss = float(objective(cams, held.masks, held.is_unsafe, recipe))
     index = held.is_unsafe & (held.levels <= DECIDED)
     thresholds = [0.05 * k for k in range(2, 16)]
-    best = max(float(iou(cams[index], held.masks[index], value).mean()) for value in thresholds)
+    best = max(float(iou(cams[index] >= value, held.masks[index] >= 0.5).mean()) for value in thresholds)
     return {"validation_loss": loss, "validation_iou": best}
 
 

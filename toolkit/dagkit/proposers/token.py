@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from dagkit.models.sketch import mismatch
 from dagkit.proposers import Proposal, Proposer, require_base_model
 from dagkit.proposers.attention import fit_to_model
 from dagkit.proposers.regions import find_regions
+from dagkit.registry import load_token
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +86,7 @@ class TokenProposer(Proposer):
                 f"{{name: token, token: {concept.name}@1.0.0}}."
             )
         label = options.label or concept.labels.positive[0]
-        token = import_module("dagkit.registry").load_token(options.token)  # by name: a layer above
+        token = load_token(options.token)
         return cls(base_model, token, label, is_positive=concept.labels.is_positive(label))
 
     def propose(self, image: Image.Image, prompt: str, seed: int) -> list[Proposal]:

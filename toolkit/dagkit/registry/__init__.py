@@ -6,7 +6,6 @@ from dagkit.registry.cache import cache_folder
 from dagkit.registry.index import FIGURES_FILE, SIGNATURE_FILE, Entry, Index
 from dagkit.registry.locations import Location, open_location
 from dagkit.registry.locations.keyed import damaged_files, refuse_strangers
-from dagkit.registry.proposal import concept_definition, propose_version
 from dagkit.registry.publishing import (
     Parcel,
     check,
@@ -17,11 +16,12 @@ from dagkit.registry.publishing import (
     replaced,
     written_files,
 )
-from dagkit.registry.reference import Reference, is_version, parse, parse_location, version_key
+from dagkit.registry.reference import Reference, parse, parse_location
 from dagkit.registry.resolution import ResolvedToken, load_resolved, load_token, resolve
 from dagkit.registry.roots import concepts_in, local_tokens, next_version_in, require_new, token_roots, versions_in
 from dagkit.registry.signing import sign
 from dagkit.registry.verification import Check, verify
+from dagkit.registry.versioning import concept_definition, suggest_version
 
 __all__ = [
     "FIGURES_FILE",
@@ -38,7 +38,6 @@ __all__ = [
     "concept_definition",
     "concepts_in",
     "damaged_files",
-    "is_version",
     "load_resolved",
     "load_token",
     "local_tokens",
@@ -47,7 +46,6 @@ __all__ = [
     "pack",
     "parse",
     "parse_location",
-    "propose_version",
     "publish",
     "published",
     "published_figures",
@@ -56,9 +54,9 @@ __all__ = [
     "require_new",
     "resolve",
     "sign",
+    "suggest_version",
     "token_roots",
     "verify",
-    "version_key",
     "versions_in",
     "written_files",
 ]

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dagkit.errors import PublishError, TokenError, WorkspaceError
+from dagkit.folders import atomic_folder
 from dagkit.registry.index import EXAMPLES, INDEX_FILE, MAX_EXAMPLES, Entry, digest
 from dagkit.registry.locations import Location, open_location
 from dagkit.registry.reference import Reference, choose, refuse_missing
@@ -121,27 +121,18 @@ def _is_whole(folder: Path, entry: Entry) -> bool:
 
 
 def _download(location: Location, entry: Entry, folder: Path) -> None:
+    damaged = folder.with_name(f".{folder.name}.damaged")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    except OSError as error:
-        raise PublishError(
-            f"{folder.parent} cannot be written: {error.strerror}. Set DAGKIT_CACHE to another folder."
-        ) from error
-    try:
-        for name in _needed(entry):
-            atomic_write(building / name, read_verified(location, entry, name))
-        if folder.exists():
-            folder.rename(building / "damaged")
-        building.rename(folder)
+        with atomic_folder(folder, displaced=damaged) as building:
+            for name in _needed(entry):
+                (building / name).write_bytes(read_verified(location, entry, name))
     except OSError as error:
         if not _is_whole(folder, entry):  # else another process was faster
             raise PublishError(
-                f"{folder} cannot be written: {error.strerror}. Delete it, or set DAGKIT_CACHE."
+                f"{folder} cannot be written: {error.strerror}. Delete it, or set DAGKIT_CACHE to another folder."
             ) from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(folder / "damaged", ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _pin_path(url: str, version: str) -> Path:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
+from packaging.version import Version as Number
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from dagkit.errors import PublishError, quoted
 from dagkit.manifests import explain, parse_json
-from dagkit.registry.reference import version_key
 from dagkit.token import MAX_BYTES
 from dagkit.token.record import Name, Version
 from dagkit.workspace import sha256_bytes, sha256_json
@@ -96,7 +96,7 @@ class Index(_Strict):
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
-        numbers = [version_key(entry.version) for entry in self.versions]
+        numbers = [Number(entry.version) for entry in self.versions]
         if numbers != sorted(set(numbers)):
             raise ValueError("versions must be unique and rise")
         return self
@@ -108,7 +108,7 @@ class Index(_Strict):
     def with_entry(self, entry: Entry) -> Index:
         """A new index that has ``entry``, in place of one of its version."""
         others = (one for one in self.versions if one.version != entry.version)
-        entries = sorted([*others, entry], key=lambda one: version_key(one.version))
+        entries = sorted([*others, entry], key=lambda one: Number(one.version))
         return Index(concept=self.concept, versions=tuple(entries))
 
     def to_bytes(self) -> bytes:

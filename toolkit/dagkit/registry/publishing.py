@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from dagkit.errors import PublishError, TokenError, quoted
+from dagkit.png import picture_png
 from dagkit.provenance import local_paths
 from dagkit.registry.cache import read_verified
 from dagkit.registry.index import (
@@ -24,10 +26,9 @@ from dagkit.registry.index import (
 )
 from dagkit.registry.locations import Location
 from dagkit.registry.locations.keyed import has
-from dagkit.registry.reference import version_key
-from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file
-from dagkit.token import RECORD_FILE, GuidelineToken, now
-from dagkit.workspace import open_plain
+from dagkit.registry.signing import MAX_SIGNATURE_BYTES
+from dagkit.token import RECORD_FILE, GuidelineToken, artifact_files, now, read_file
+from dagkit.workspace import IMAGE_FORMATS, open_plain
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def published(parcel: Parcel, index: Index | None) -> Entry | None:
 
 def replaced(version: str, index: Index | None) -> Entry | None:
     """The published version that ``version`` replaces: the newest before it, or None."""
-    older = [entry for entry in index.versions if version_key(entry.version) < version_key(version)] if index else []
+    older = [entry for entry in index.versions if Version(entry.version) < Version(version)] if index else []
     return older[-1] if older else None
 
 
@@ -168,13 +169,11 @@ def _image(path: Path) -> bytes:
     from PIL import Image
 
     try:
-        with open_plain(path) as file, Image.open(file) as image:
+        with open_plain(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             plain = image.convert("RGB")
     except Exception as error:  # a decoder that is fed foreign bytes may raise anything
         raise PublishError(
             f"{path}: expected an image, but it cannot be read ({quoted(str(error))[1:-1]}). Name another example."
         ) from error
     plain.info = {}
-    buffer = io.BytesIO()
-    plain.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return picture_png(plain, optimize=True)

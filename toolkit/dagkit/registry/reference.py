@@ -16,15 +16,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from dagkit.errors import TokenError, quoted
+from dagkit.token.versions import NUMBER, is_version
 
 SCHEMES: Final = ("file", "hf", "s3")
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 LATEST: Final = "latest"
 _MAX_LENGTH: Final = 1024
-_NUMBER: Final = r"(0|[1-9]\d{0,5})"
-_VERSION: Final = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
-_CARET: Final = re.compile(rf"\^{_NUMBER}(?:\.{_NUMBER})?(?:\.{_NUMBER})?")
+_CARET: Final = re.compile(rf"\^({NUMBER})(?:\.({NUMBER}))?(?:\.({NUMBER}))?")
 _EXPECTED: Final = (
     "Expected a folder (./tokens/weapon/1.0.0), a name (weapon, weapon@1.2.0, weapon@^1.2, weapon@latest) "
     "or a URL (hf://org/name@1.0.0, s3://bucket/prefix@1.0.0, file:///folder@^1)"
@@ -97,16 +99,6 @@ def parse_location(text: str) -> str:
     return reference.url
 
 
-def is_version(text: str) -> bool:
-    """Whether ``text`` is a semantic version of three plain numbers, as all tokens have."""
-    return _VERSION.fullmatch(text) is not None
-
-
-def version_key(version: str) -> tuple[int, ...]:
-    """Sorts versions by number: 1.10.0 comes after 1.9.0."""
-    return tuple(int(part) for part in version.split("."))
-
-
 def choose(wanted: str, versions: Iterable[str]) -> str | None:
     """The newest version that fits, or None.
 
@@ -115,28 +107,29 @@ def choose(wanted: str, versions: Iterable[str]) -> str | None:
             Cargo and npm: the leftmost number that is not 0 stays).
         versions: what there is.
     """
-    return max((version for version in versions if _fits(wanted, version)), key=version_key, default=None)
+    fits = _range(wanted)
+    return max((one for one in versions if fits is None or one in fits), key=Version, default=None)
 
 
 def refuse_missing(reference: Reference, versions: Iterable[str], where: str) -> NoReturn:
     """Says that no version fits, and which there are."""
-    known = sorted(versions, key=version_key)
+    known = sorted(versions, key=Version)
     shown = ", ".join(known[-12:]) or "none"
     near = _near(reference.wanted, known) if reference.is_exact else ""
     raise TokenError(f"{reference.text!r}: {where} has no version {reference.wanted}.{near} Available: {shown}.")
 
 
-def _fits(wanted: str, version: str) -> bool:
+def _range(wanted: str) -> SpecifierSet | None:
+    """The versions that fit; None for all. `packaging` has ranges, but no carets."""
     if wanted == LATEST:
-        return True
+        return None
     match = _CARET.fullmatch(wanted)
     if match is None:
-        return version == wanted
+        return SpecifierSet(f"=={wanted}")
     given = [int(part) for part in match.groups() if part is not None]
-    low = tuple((*given, 0, 0)[:3])
     fixed = next((index for index, number in enumerate(given) if number), len(given) - 1)
-    high = (*low[:fixed], low[fixed] + 1)
-    return low <= version_key(version) < high
+    end = [*given[:fixed], given[fixed] + 1]
+    return SpecifierSet(f">={'.'.join(map(str, given))},<{'.'.join(map(str, end))}")
 
 
 def _split(rest: str) -> tuple[str, str, str]:

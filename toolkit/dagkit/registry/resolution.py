@@ -9,9 +9,10 @@ from pathlib import Path
 from dagkit.errors import TokenError, quoted
 from dagkit.registry import roots as token_folders
 from dagkit.registry.cache import fetch
-from dagkit.registry.reference import is_version, parse
+from dagkit.registry.reference import parse
 from dagkit.registry.signing import load_signed
 from dagkit.token import RECORD_FILE, GuidelineToken
+from dagkit.token.versions import is_version
 
 
 @dataclass(frozen=True)

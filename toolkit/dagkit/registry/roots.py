@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from packaging.version import Version
+
 from dagkit.errors import TokenError
-from dagkit.registry.proposal import Change
-from dagkit.registry.reference import NAME, Reference, choose, is_version, refuse_missing, version_key
+from dagkit.registry.reference import NAME, Reference, choose, refuse_missing
 from dagkit.token import GuidelineToken, next_version
+from dagkit.token.versions import Bump, is_version
 
 _SHIPPED = Path(__file__).parent.parent / "demo" / "tokens"
 
@@ -35,18 +37,18 @@ def versions_in(root: Path, concept: str) -> list[str]:
     """Versions of a concept below a root, the oldest first."""
     folder = root / concept
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path.name for path in found if is_version(path.name) and path.is_dir()), key=version_key)
+    return sorted((path.name for path in found if is_version(path.name) and path.is_dir()), key=Version)
 
 
-def next_version_in(root: Path, concept: str, change: Change) -> str:
+def next_version_in(root: Path, concept: str, bump: Bump) -> str:
     """The version after all that a root has of a concept; ``1.0.0`` where it has none.
 
     Args:
         root: e.g. ``runs/tokens``.
         concept: its name.
-        change: patch = same data, new seed or settings; minor = more data; major = other base model or concept.
+        bump: patch = same data, new seed or settings; minor = more data; major = other base model or concept.
     """
-    return next_version(versions_in(root, concept), change)
+    return next_version(versions_in(root, concept), bump)
 
 
 def require_new(folder: Path, version: str) -> Path:

@@ -19,8 +19,8 @@ from typing import Any
 
 from dagkit.errors import TokenError
 from dagkit.registry.index import SIGNATURE_FILE
-from dagkit.token import MAX_BYTES, GuidelineToken
-from dagkit.workspace import atomic_write, open_plain
+from dagkit.token import GuidelineToken, artifact_files, read_file
+from dagkit.workspace import atomic_write
 
 MAX_SIGNATURE_BYTES = 1 << 20
 
@@ -105,33 +105,6 @@ def load_signed(folder: Path, public_key: Path) -> GuidelineToken:
     verify_signature(files, read_file(folder / SIGNATURE_FILE, MAX_SIGNATURE_BYTES), public_key, str(folder))
     with _copy(files, folder.name) as copy:
         return GuidelineToken.load(copy)
-
-
-def artifact_files(folder: Path) -> dict[str, bytes]:
-    """The artifact's four files by name, each read once.
-
-    Raises:
-        TokenError: one is missing, no plain file, or too large.
-    """
-    return {name: read_file(folder / name, limit) for name, limit in MAX_BYTES.items()}
-
-
-def read_file(path: Path, limit: int) -> bytes:
-    """A plain file of at most ``limit`` bytes.
-
-    Raises:
-        TokenError: it cannot be read, is a link or a device, or is larger.
-    """
-    if path.is_symlink() or not path.is_file():
-        raise TokenError(f"{path} is missing or not a plain file, as all files of a token are. Fetch it again.")
-    try:
-        with open_plain(path) as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise TokenError(f"{path} cannot be read: {error.strerror}. Check its rights.") from error
-    if len(data) > limit:
-        raise TokenError(f"{path} is larger than {limit:,} bytes, which no file of a token is. Do not use it.")
-    return data
 
 
 @contextmanager

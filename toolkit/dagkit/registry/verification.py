@@ -13,8 +13,8 @@ from dagkit.errors import TokenError
 from dagkit.models import sketch
 from dagkit.registry.index import SIGNATURE_FILE
 from dagkit.registry.resolution import ResolvedToken, load_resolved
-from dagkit.registry.signing import MAX_SIGNATURE_BYTES, artifact_files, read_file, verify_signature
-from dagkit.token import TENSORS_FILE, GuidelineToken
+from dagkit.registry.signing import MAX_SIGNATURE_BYTES, verify_signature
+from dagkit.token import TENSORS_FILE, GuidelineToken, artifact_files, read_file
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dagkit.report.html import Example, render
+from dagkit.report.gallery import Example
+from dagkit.report.html import render
 from dagkit.report.table import to_csv
 
 __all__ = ["Example", "render", "to_csv"]

@@ -288,7 +288,7 @@ def _figures(
         },
         "settings": shown,
         **figures,
-        "agreement": evaluation.agreement(run, columns, list(judges)),
+        "agreement": evaluation.concordance(run, columns, list(judges)),
         "prompts": evaluation.prompt_table(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold),
         "versions": software(),
     }

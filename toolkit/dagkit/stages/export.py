@@ -35,7 +35,7 @@ def run(
         WorkspaceError: an image or a mask is missing or unreadable; the message names it, the older dataset stays.
     """
     from dagkit import dataset
-    from dagkit.dataset.storage import read_splits
+    from dagkit.dataset.reading import read_splits
     from dagkit.errors import DatasetError
     from dagkit.workspace import lock
 

@@ -49,7 +49,7 @@ def run(
         dataset: another dataset: a folder, the name of one that ships, or ``hf://owner/name``.
         recipe: ``default`` or ``paper``.
         options: fields of the recipe to replace, e.g. ``{"num_tokens": 2}``.
-        version: semantic version; proposed from what exists where None.
+        version: semantic version; chosen by what exists where None.
         model_id: what the record calls the base model; its Hub id or folder name where None.
         seed: of noise, timesteps and initial rows.
         sizes: numbers of training images for which the validation IoU is measured as well, for the report.
@@ -101,8 +101,8 @@ def run(
             num_safe=sum(counts["safe"] for counts in summary["counts"].values()),
             review_states=summary["review_states"],
         )
-        proposed, reason = registry.propose_version(existing, base_model, info, concept)
-        version = version or proposed
+        suggested, reason = registry.suggest_version(existing, base_model, info, concept)
+        version = version or suggested
         registry.require_new(tokens.path, version)
 
         def examples(split: str) -> list[Example]:
@@ -147,7 +147,7 @@ def run(
                 f"proposals, or take more steps (--num-steps, now {chosen.num_steps})."
             )
         path = token.save(tokens.path / version)
-        checkpoint.unlink(missing_ok=True)
+        tokens.delete(checkpoint.name)
     iou, measured_on = result.figure("iou")
     figure = f", {measured_on} IoU {iou:.2f}"
     if measured_on == "training":

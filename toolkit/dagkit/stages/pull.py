@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from dagkit.stages import base
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from dagkit.concept import Concept
-    from dagkit.labelstudio.answers import Answer, Consensus, Masks
-    from dagkit.labelstudio.client import Client
+    from dagkit.labelstudio.answers import Consensus
+    from dagkit.labelstudio.api import Client
+    from dagkit.labelstudio.reading import AnswerReader
     from dagkit.workspace import Workspace
 
 
@@ -57,6 +56,7 @@ def run(
     from dagkit.errors import LabelStudioError, WorkspaceError
     from dagkit.labelstudio.access import connect
     from dagkit.labelstudio.agreement import agreement
+    from dagkit.labelstudio.reading import READER_VERSION, AnswerReader
     from dagkit.workspace import lock
 
     progress = progress or base.Progress(is_quiet=True)
@@ -83,12 +83,12 @@ def run(
             "consensus": consensus,
             "min_iou": min_iou,
             "labels": concept.labels.model_dump(),
-            "reader": _READER,
+            "reader": READER_VERSION,
         }
         if before != settings:  # all tasks are decided anew; a pull that is interrupted keeps to these settings
             cursor = {"settings": settings, "since": None}
             folder.write_json("cursor.json", cursor)
-        reader = _Reader(workspace, concept, consensus, min_iou)
+        reader = AnswerReader(workspace, concept, consensus, min_iou)
         review_project = client.find_projects(f"{project['title']} review")
         if review_project:
             problems += reader.take_reviews(_export_all(client, review_project[0]))
@@ -131,199 +131,11 @@ def run(
     )
 
 
-_READER: Final = 2
-"""Which regions are understood. Another number than at the last pull, and all answers are read anew."""
-
-
-class _Reader:
-    """Turns exported tasks into rows and mask files; a task that says nothing new is left as it is.
-
-    A task whose answers or review cannot be used has no row: what it said before is not what it says now.
-    """
-
-    def __init__(self, workspace: Workspace, concept: Concept, consensus: Consensus, min_iou: float) -> None:
-        from dagkit.manifests import PulledAnnotation
-
-        self.candidates = workspace.stage("candidates", concept.name)
-        self.premasks = workspace.stage("premasks", concept.name)
-        self.folder = workspace.stage("annotations", concept.name)
-        self.images = {row["key"]: row["image"] for row in self.candidates.present_rows()}
-        self.purged = self.candidates.purged()
-        self.proposed = {row["key"]: row["masks"] for row in self.premasks.rows()}
-        self.concept_labels = concept.labels
-        self.labels = [*concept.labels.positive, *concept.labels.negative]
-        self.consensus, self.min_iou = consensus, min_iou
-        self.reviews: dict[str, Answer] = {}
-        self.unusable_reviews: set[str] = set()
-        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in self.folder.rows(PulledAnnotation)}
-        has_names = self.folder.has("annotators.json")
-        self.names: dict[str, str] = self.folder.read_json("annotators.json") if has_names else {}
-
-    def take_reviews(self, tasks: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Takes in what reviewers answered, and returns what could not be used, one line each."""
-        from dagkit.errors import LabelStudioError
-
-        problems = []
-        for task in tasks:
-            key = _key(task)
-            if key in self.purged:
-                continue
-            # Measured against the pre-mask, not against the annotator's mask from which the reviewer started.
-            bare = {**task, "annotations": [{**one, "prediction": None} for one in task["annotations"]]}
-            try:
-                answers = [answer for answer in self.answers(bare) if answer.state != "skipped"]
-            except LabelStudioError as error:
-                problems.append(f"review: {error}")
-                self.unusable_reviews.add(key)
-                continue
-            if answers:
-                self.reviews[key] = max(answers, key=lambda answer: answer.updated)
-        return problems
-
-    def newly_reviewed(self) -> set[int]:
-        """Ids of tasks whose rows do not tell of their review as it is now."""
-        now = {key: _reviewed(review) for key, review in self.reviews.items()}
-        return {
-            row["task_id"]
-            for key, row in self.rows.items()
-            if row["reviewed"] != now.get(key) or key in self.unusable_reviews
-        }
-
-    def answers(self, task: Mapping[str, Any]) -> list[Answer]:
-        """Reads the answers to one exported task."""
-        from dagkit.errors import LabelStudioError, quoted
-        from dagkit.labelstudio.answers import read_answers
-
-        key = _key(task)
-        if key not in self.images:
-            raise LabelStudioError(
-                f"task {task['id']}: its key {quoted(key)} is no candidate of this workspace ({self.candidates.path}). "
-                "Was it made by hand? Delete it in Label Studio."
-            )
-        return read_answers(task, self.concept_labels, self.size(key), self._pseudonym, self._premask(key))
-
-    def size(self, key: str) -> tuple[int, int]:
-        """Width and height of a candidate, pixels."""
-        return self.candidates.read_image(self.images[key]).size
-
-    def take(self, ids: Sequence[int], tasks: Any) -> tuple[int, list[str]]:
-        """Takes in the answers to some tasks.
-
-        Args:
-            ids: of all tasks asked for; those that are not exported have no answers (any more).
-            tasks: as exported.
-
-        Returns:
-            How many rows are new or changed, and what could not be used, one line each.
-        """
-        from dagkit.errors import LabelStudioError
-
-        num_done, problems, answered = 0, [], set()
-        unusable: set[str] = set()
-        is_replaced = False
-        for task in tasks:
-            if not task["annotations"]:
-                continue
-            answered.add(task["id"])
-            key = _key(task)
-            if key in self.purged:
-                continue
-            try:
-                row, masks = self._read(task)
-            except LabelStudioError as error:
-                problems.append(str(error))
-                unusable.add(key)
-                continue
-            if key in self.unusable_reviews:
-                unusable.add(key)
-                continue
-            before = self.rows.get(row["key"])
-            if before == row:
-                continue
-            for label, mask in masks.items():
-                self.folder.write_bytes(row["masks"][label], _png(mask))
-            self.rows[row["key"]] = row
-            num_done += 1
-            if before is None:
-                self.folder.append(row)
-            else:
-                is_replaced = True
-        unanswered = set(ids) - answered
-        withdrawn = [key for key, row in self.rows.items() if key in unusable or row["task_id"] in unanswered]
-        for key in withdrawn:
-            del self.rows[key]
-        if is_replaced or withdrawn:
-            lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in self.rows.values()]
-            self.folder.write_bytes("manifest.jsonl", "".join(lines).encode())
-        return num_done + len(withdrawn), problems
-
-    def _read(self, task: Mapping[str, Any]) -> tuple[dict[str, Any], Masks]:
-        from dagkit.labelstudio.answers import decide
-
-        key = _key(task)
-        answers = self.answers(task)
-        facts: dict[str, Any] = {"premask": self._premask(key), "rule": self.consensus, "min_iou": self.min_iou}
-        verdict = decide(answers, self.concept_labels, self.size(key), **facts)
-        review = self.reviews.get(key)
-        decided = decide([review], self.concept_labels, self.size(key), **facts) if review else verdict
-        seconds = [answer.seconds for answer in answers if answer.seconds is not None]
-        row: dict[str, Any] = {
-            "key": key,
-            "state": decided.state,
-            "masks": {label: f"masks/{key}-{label}.png" for label in decided.masks},
-            "iou_to_premask": decided.iou_to_premask,
-            "annotators": [answer.annotator for answer in answers],
-            "seconds": sum(seconds) if seconds else None,
-            "created": min(answer.created for answer in answers),
-            "updated": max(answer.updated for answer in answers),
-            "task_id": task["id"],
-            "reasons": [] if review else list(verdict.reasons),
-            "reviewed": _reviewed(review) if review else None,
-            "consensus": self.consensus,
-            "pair_ious": [list(pair) for pair in verdict.pair_ious],
-            "answers": [
-                {
-                    "annotator": answer.annotator,
-                    "state": answer.state,
-                    "labels": list(answer.masks),
-                    "iou_to_premask": answer.iou_to_premask,
-                    "seconds": answer.seconds,
-                    "updated": answer.updated,
-                }
-                for answer in answers
-            ],
-        }
-        return row, decided.masks
-
-    def _premask(self, key: str) -> Masks | None:
-        if key not in self.proposed:
-            return None
-        size = self.size(key)
-        return {label: self.premasks.read_mask(found["path"], size) for label, found in self.proposed[key].items()}
-
-    def _pseudonym(self, user_id: int) -> str:
-        """Numbered in the order of appearance, and written down before a row uses it."""
-        if str(user_id) not in self.names:
-            self.names[str(user_id)] = f"annotator-{len(self.names) + 1}"
-            self.folder.write_json("annotators.json", self.names)
-        return self.names[str(user_id)]
-
-
-def _key(task: Mapping[str, Any]) -> str:
-    """Our own name of a task; empty where it has none."""
-    key = task["data"].get("key")
-    return key if isinstance(key, str) else ""
-
-
-def _reviewed(review: Answer) -> dict[str, str]:
-    return {"annotator": review.annotator, "updated": review.updated}
-
-
 def _export_all(client: Client, project_id: int) -> Iterator[dict[str, Any]]:
     yield from client.export(project_id, [task_id for task_id, _ in client.changed_tasks(project_id, None)])
 
 
-def _send_to_review(client: Client, project_id: int, title: str, reader: _Reader) -> int:
+def _send_to_review(client: Client, project_id: int, title: str, reader: AnswerReader) -> int:
     """Sends the tasks in disagreement to the review project, and returns how many were new there."""
     from dagkit.errors import LabelStudioError
     from dagkit.labelstudio import tasks
@@ -381,12 +193,3 @@ def _pushed_to(project: Mapping[str, Any]) -> str | None:
         return url
     looks_embedded = url.startswith("http://127.0.0.1:") and TOKEN_VARIABLE not in os.environ
     return None if login.is_at(url) or project.get("is_embedded", looks_embedded) else url
-
-
-def _png(mask: Any) -> bytes:
-    import numpy as np
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, format="PNG")
-    return buffer.getvalue()

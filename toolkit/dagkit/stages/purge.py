@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 from dagkit.stages import base
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dagkit.concept import Concept
     from dagkit.workspace import Row, StageFolder, Workspace
 
@@ -50,13 +48,13 @@ def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> b
         waiting = labeling.keys() - states.keys() - candidates.purged() - used
         usable = {key for key, state in states.items() if state not in _NOT_USED} - candidates.purged() - used
         unused = candidates.keys() - used - usable - waiting
-        files = [file for folder, subfolder in folders.items() for file in _files(folder, subfolder, unused)]
-        num_bytes = sum(file.stat().st_size for file in files)
+        files = [(folder, name) for folder, subfolder in folders.items() for name in _files(folder, subfolder, unused)]
+        num_bytes = sum(folder.inside(name).stat().st_size for folder, name in files)
         if not is_dry_run:
             if unused:  # before the first picture goes: a purge that is killed leaves no riddle
                 candidates.write_json("purged.json", sorted(candidates.purged() | unused))
-            for file in files:
-                file.unlink(missing_ok=True)
+            for folder, name in files:
+                folder.delete(name)
     size = f"{num_bytes / 1e6:.1f} MB"
     kept = [f"{len(waiting)} wait for annotators and are kept"] * bool(waiting)
     kept += [f"{len(usable)} have answers that no export has taken up and are kept"] * bool(usable)
@@ -75,12 +73,12 @@ def run(workspace: Workspace, concept: Concept, *, is_dry_run: bool = True) -> b
             "num_bytes": num_bytes,
             "num_waiting": len(waiting),
             "num_not_exported": len(usable),
-            "files": [str(file) for file in files],
+            "files": [str(folder.inside(name)) for folder, name in files],
         },
     )
 
 
-def _files(folder: StageFolder, subfolder: str, unused: set[str]) -> list[Path]:
+def _files(folder: StageFolder, subfolder: str, unused: set[str]) -> list[str]:
     """Pictures of unused candidates in one stage's folder, and of these only: never what another row names, too.
 
     Raises:
@@ -101,7 +99,7 @@ def _files(folder: StageFolder, subfolder: str, unused: set[str]) -> list[Path]:
                     "deleted. Mend or delete that row."
                 )
             if file.is_file() and file.resolve() not in kept:
-                found.add(file)
+                found.add(path)
     return sorted(found)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from dagkit.concept import Concept
     from dagkit.dataset.selection import Selection
-    from dagkit.labelstudio.client import Client
+    from dagkit.labelstudio.api import Client
     from dagkit.labelstudio.storage import Storage
     from dagkit.labelstudio.tasks import Task
     from dagkit.models import BaseModel

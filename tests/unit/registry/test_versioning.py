@@ -7,7 +7,7 @@ import pytest
 
 from dagkit import load_concept
 from dagkit.concept import Concept
-from dagkit.registry import concept_definition, propose_version
+from dagkit.registry import concept_definition, suggest_version
 from dagkit.token import DatasetInfo, GuidelineToken
 from small_tokens import small_token
 
@@ -48,17 +48,17 @@ LESS = DatasetInfo(fingerprint="sha256:less", num_unsafe=6, num_safe=4)
     ],
 )
 def test_proposal(base_model: Any, dataset: DatasetInfo, concept: Concept, expected: tuple[str, str]):
-    assert propose_version([token("1.2.0"), token("1.1.9")], base_model, dataset, concept) == expected
+    assert suggest_version([token("1.2.0"), token("1.1.9")], base_model, dataset, concept) == expected
 
 
 def test_first_version():
-    assert propose_version([], model(), SAME, CONCEPT) == ("1.0.0", "the first version")
+    assert suggest_version([], model(), SAME, CONCEPT) == ("1.0.0", "the first version")
 
 
 def test_tokens_without_a_recorded_definition_are_compared_by_safety_prompt():
     older = small_token(safety_prompt=CONCEPT.safety_prompt)
 
-    assert propose_version([older], model(), SAME, changed(words=["a bomb"]))[0] == "1.0.1"
+    assert suggest_version([older], model(), SAME, changed(words=["a bomb"]))[0] == "1.0.1"
 
 
 def test_definition_is_labels_words_and_safety_prompt():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from dagkit.token import GuidelineToken, next_version
+from dagkit.token.versions import Bump
 from dagkit.workspace import sha256_json
 
 if TYPE_CHECKING:
@@ -13,13 +16,11 @@ if TYPE_CHECKING:
     from dagkit.models import BaseModel
     from dagkit.token import DatasetInfo
 
-Change = Literal["patch", "minor", "major"]
 
-
-def propose_version(
+def suggest_version(
     existing: Sequence[GuidelineToken], base_model: BaseModel, dataset: DatasetInfo, concept: Concept
 ) -> tuple[str, str]:
-    """Proposes the version of a token that is about to be trained, and says why.
+    """The version of a token that is about to be trained, and why.
 
     major = another base model or concept definition; minor = other data; patch = only another seed or other settings.
 
@@ -35,9 +36,9 @@ def propose_version(
     if not existing:
         return "1.0.0", "the first version"
     versions = [token.version for token in existing]
-    newest = max(existing, key=lambda token: tuple(map(int, token.version.split("."))))
-    change, what = _change(newest, base_model, dataset, concept)
-    return next_version(versions, change), f"{what} {newest.version}"
+    newest = max(existing, key=lambda token: Version(token.version))
+    bump, what = _bump(newest, base_model, dataset, concept)
+    return next_version(versions, bump), f"{what} {newest.version}"
 
 
 def concept_definition(concept: Concept) -> str:
@@ -52,7 +53,7 @@ def concept_definition(concept: Concept) -> str:
     )
 
 
-def _change(token: GuidelineToken, base_model: BaseModel, dataset: DatasetInfo, concept: Concept) -> tuple[Change, str]:
+def _bump(token: GuidelineToken, base_model: BaseModel, dataset: DatasetInfo, concept: Concept) -> tuple[Bump, str]:
     record = token.record
     if record.base_model.fingerprint != base_model.fingerprint:
         return "major", "another base model than"

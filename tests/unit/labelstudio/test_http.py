@@ -8,7 +8,8 @@ import socket
 import pytest
 
 from dagkit.errors import LabelStudioError
-from dagkit.labelstudio.client import Client, ServerUnavailableError, checked_token, checked_url
+from dagkit.labelstudio.api import Client
+from dagkit.labelstudio.http import ServerUnavailableError, checked_token, checked_url
 from loopback import Answer, answer, site
 
 LEGACY = "0123456789abcdef0123456789abcdef01234567"
@@ -206,18 +207,3 @@ def test_personal_token_that_cannot_be_exchanged(given: Answer, expected: str, k
     ):
         client.request("GET", "/api/a")
     assert expected in one_line(caught)
-
-
-def test_pages_are_followed_to_the_last_and_not_beyond() -> None:
-    asked: list[str] = []
-
-    def respond(method: str, path: str, headers: dict[str, str]) -> Answer:
-        asked.append(path)
-        page = 1 if "page=1&" in path else 2
-        tasks = [{"id": 2 * page + i, "data": {"key": f"k{2 * page + i}"} if i else {}} for i in range(2)]
-        return answer(200, {"tasks": tasks, "total": 4})
-
-    with site(respond) as url, Client(url, LEGACY) as client:
-        assert client.task_ids(7) == {"k3": [3], "k5": [5]}
-    assert len(asked) == 2
-    assert all("project=7&fields=task_only" in path for path in asked)
