@@ -183,13 +183,11 @@ class OnlyQueries(models.Family):
         return self.unet
 
     def sites(self, pipe: Any, names: Sequence[str] | None = None) -> Sites:
-        def side(layer: Layer) -> int:
-            return math.isqrt(layer.pattern.shape[-2])
+        def site(name: str, layer: Layer) -> CrossAttention:
+            side = math.isqrt(layer.pattern.shape[-2])
+            return CrossAttention(name, layer, lambda _: (side, side))
 
-        return Sites(
-            CrossAttention(name, layer, lambda _size, n=side(layer): (n, n))
-            for name, layer in self.unet.named_children()
-        )
+        return Sites(site(*named) for named in self.unet.named_children())
 
     def encode_prompt(self, pipe: Any, prompts: list[str], how: Any = PLAIN) -> Condition:
         return Condition(torch.randn(len(prompts), 77, 768, generator=torch.Generator().manual_seed(0)))
