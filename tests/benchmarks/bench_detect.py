@@ -20,9 +20,10 @@ from torch import Tensor
 
 from dagkit import guidance
 from dagkit.demo import world
+from dagkit.metrics import iou
 from dagkit.models import BaseModel
 from dagkit.models.sites import Detector
-from dagkit.optimization import Example, OptimizationResult, QueryCache, cache_queries, iou, optimize
+from dagkit.optimization import Example, OptimizationResult, QueryCache, cache_queries, optimize
 from dagkit.optimization.cache import Batch
 from dagkit.token import GuidelineToken
 
@@ -41,7 +42,7 @@ class Maps:
 
     def iou_at(self, thresholds: dict[float, float]) -> dict[float, float]:
         """Mean IoU at each noise level."""
-        return {t: float(iou(self.unsafe[t], self.masks, thresholds[t]).mean()) for t in LEVELS}
+        return {t: float(iou(self.unsafe[t] >= thresholds[t], self.masks >= 0.5).mean()) for t in LEVELS}
 
     def best_iou(self) -> float:
         """Mean IoU at the best threshold common to all noise levels."""
@@ -107,7 +108,7 @@ def fit_probe(cache: QueryCache, held: QueryCache, num_steps: int = 150, share: 
             return (flat(features, size) @ direction + offset).sigmoid().unflatten(-1, size)
 
         cams = reader(seen.features, size_of(seen))
-        return max(float(iou(cams, seen.masks, 0.02 * k).mean()) for k in range(1, 50)), reader
+        return max(float(iou(cams >= 0.02 * k, seen.masks >= 0.5).mean()) for k in range(1, 50)), reader
 
     return max((fitted(ridge) for ridge in RIDGES), key=lambda pair: pair[0])[1]
 

@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from dagkit import models
+from dagkit.metrics import iou
 from dagkit.models import BaseModel
 from dagkit.models.base import PLAIN
 from dagkit.models.calls import Condition
@@ -47,7 +48,6 @@ from dagkit.optimization import (
     data_efficiency,
     fit,
     initial_parameters,
-    iou,
     objective,
     optimize,
 )
