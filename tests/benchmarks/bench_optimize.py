@@ -68,7 +68,7 @@ def best_iou(parameters: Parameters, base: BaseModel, held: QueryCache) -> float
     """Mean IoU on held-out pairs up to t = 700 at the best common threshold."""
     index = (held.is_unsafe & (held.levels <= 0.7)).nonzero()[:, 0]
     cams, masks = parameters.cams(base.sites, held, index), held.masks[index]
-    return max(float(iou(cams, masks, 0.05 * k).mean()) for k in range(1, 20))
+    return max(float(iou(cams >= 0.05 * k, masks >= 0.5).mean()) for k in range(1, 20))
 
 
 def curve(
