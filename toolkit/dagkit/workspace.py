@@ -163,6 +163,17 @@ class StageFolder:
                     os.truncate(path, end)
                     raise
 
+    def commit(self, row: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Finishes one item: its files, and then its row.
+
+        Args:
+            row: as for `append`.
+            files: path in this folder -> content.
+        """
+        for relative, data in files.items():
+            self.write_bytes(relative, data)
+        self.append(row)
+
     def write_bytes(self, relative: str, data: bytes) -> Path:
         """Writes one file atomically and returns its path."""
         path = self.inside(relative)
@@ -194,9 +205,7 @@ class StageFolder:
 
     def write_image(self, relative: str, image: Image) -> Path:
         """Writes one PNG atomically."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return self.write_bytes(relative, buffer.getvalue())
+        return self.write_bytes(relative, png(image))
 
     def read_image(self, relative: str, mode: str = "RGB") -> Image:
         """Reads one image, fully decoded.
@@ -427,6 +436,13 @@ def checked_root(path: Path) -> Path:
         else:
             next(path.iterdir(), None)
     return path
+
+
+def png(image: Image) -> bytes:
+    """An image as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def sha256_bytes(data: bytes) -> str:
