@@ -59,14 +59,14 @@ class Processes:
         if build is None:
             raise EngineError("this work uses what only this process has, and cannot be done in others. Use 1 worker.")
         self._num_jobs += 1
-        source, num_begun, num_given = iter(items), 0, 0
+        source, is_exhausted, num_begun, num_given = iter(items), False, 0, 0
         busy: dict[_Worker, tuple[int, Item]] = {}
         finished: dict[int, tuple[Item, Any]] = {}
         failed: dict[int, Exception] = {}
         try:
             while True:
                 while not failed and len(busy) < self.num_workers and num_begun < num_given + _AHEAD * self.num_workers:
-                    if (item := next(source, None)) is None:
+                    if is_exhausted := (item := next(source, None)) is None:
                         break
                     worker = self._idle(busy)
                     busy[worker] = num_begun, item
@@ -78,7 +78,9 @@ class Processes:
                 if num_given in failed:
                     raise failed[num_given]
                 if not busy:
-                    return
+                    if is_exhausted:
+                        return
+                    continue
                 ready = wait([worker.connection for worker in busy])
                 for worker in [one for one in busy if one.connection in ready]:
                     number, item = busy.pop(worker)
