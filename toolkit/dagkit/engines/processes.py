@@ -23,6 +23,7 @@ from typing import Any, Final, Self
 from dagkit.engines import Build, Item, Work
 from dagkit.errors import DagkitError, EngineError
 
+_THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PATIENCE_S: Final = 5.0
 _AHEAD: Final = 2
 """Items a worker that may be begun before the first of them is finished: their results are kept until then."""
@@ -184,11 +185,9 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it tidies up
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # read when torch and numpy are imported
+    if torch := sys.modules.get("torch"):  # the user's own script has done that
+        torch.set_num_threads(1)
     work: Work | None = None
     while True:
         result: Any = None
