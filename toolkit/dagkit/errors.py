@@ -11,6 +11,7 @@
     ├── DatasetError        a dataset is missing, empty or damaged
     ├── TokenError          a guideline token is damaged, or made for another base model
     ├── GuardError          the guard cannot see or cannot act, so nothing is generated
+    ├── EngineError         a worker process ended, or there is work that none can do
     └── PublishError        a token could not be published
 
 The command line prints one line for these and exits with status 1; anything else is a bug and keeps its traceback.
@@ -110,6 +111,10 @@ class TokenError(DagkitError):
 
 class GuardError(DagkitError):
     """The guard cannot see or cannot act, so nothing is generated."""
+
+
+class EngineError(DagkitError):
+    """A worker process ended, or there is work that no other process can do."""
 
 
 class PublishError(DagkitError):

@@ -163,6 +163,17 @@ class StageFolder:
                     os.truncate(path, end)
                     raise
 
+    def commit(self, row: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Finishes one item: its files, and then its row.
+
+        Args:
+            row: as for `append`.
+            files: path in this folder -> content.
+        """
+        for relative, data in files.items():
+            self.write_bytes(relative, data)
+        self.append(row)
+
     def write_bytes(self, relative: str, data: bytes) -> Path:
         """Writes one file atomically and returns its path."""
         path = self.inside(relative)

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from dagkit.concept import Concept
+    from dagkit.engines import Engine
     from dagkit.models import BaseModel
     from dagkit.stages.base import StageResult
 
@@ -99,6 +102,17 @@ def seed_option(command: Command) -> Command:
     )(command)
 
 
+def workers_option(command: Command) -> Command:
+    """``--workers N``, for `open_engine`."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(1, 256),
+        default=1,
+        show_default=True,
+        help="Processes that work at once, each with one thread and models of its own.",
+    )(command)
+
+
 def output_options(command: Command) -> Command:
     """``--json`` and ``--quiet``."""
     command = click.option("--quiet", "is_quiet", is_flag=True, help="No progress bars.")(command)
@@ -179,6 +193,20 @@ def resolve_device(device: str) -> str:
             f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}. Use --device cpu."
         ) from error
     return device
+
+
+def open_engine(workers: int, device: str) -> AbstractContextManager[Engine]:
+    """The engine for a number of workers; says so where they share an accelerator.
+
+    Args:
+        workers: >= 1.
+        device: as from `resolve_device`.
+    """
+    from dagkit import engines
+
+    if workers > 1 and not device.startswith("cpu"):
+        click.echo(f"{workers} workers share {device}, and each holds its own copy of the models there.", err=True)
+    return engines.open_engine(workers)
 
 
 def load_base_model(concept: Concept, model: str | None, device: str) -> BaseModel:

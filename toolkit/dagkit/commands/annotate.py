@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 )
 @common.selection_options
 @common.storage_options
+@common.workers_option
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -56,6 +57,7 @@ def command(
     token: str | None,
     storage: str,
     s3_endpoint: str | None,
+    workers: int,
     device: str,
     seed: int,
     as_json: bool,
@@ -80,7 +82,10 @@ def command(
     place = parse_storage(storage, s3_endpoint)
     push.page(concept)
     segmenter = build_segmenter(concept, device, checkpoint)
-    with connect(url, lambda line: click.echo(line, err=True)) as client:
+    with (
+        connect(url, lambda line: click.echo(line, err=True)) as client,
+        common.open_engine(workers, device) as engine,
+    ):
         base_model = common.load_base_model(concept, model, device)
         push.token_proposer(workspace, concept, selection, token, base_model)
         proposers = build_proposers(concept, base_model, device)
@@ -92,11 +97,16 @@ def command(
                 num_images=num_images,
                 seed=seed,
                 batch_size=batch_size,
+                engine=engine,
                 progress=progress,
             ),
             as_json,
         )
-        common.show(premask.run(workspace, concept, proposers, segmenter, progress=progress), as_json)
+        build = premask.elsewhere(concept, base_model, device, checkpoint)
+        common.show(
+            premask.run(workspace, concept, proposers, segmenter, engine=engine, build=build, progress=progress),
+            as_json,
+        )
         keys = push.choose(workspace, concept, selection, num_tasks, base_model=base_model, token=token)
         common.show(
             push.run(

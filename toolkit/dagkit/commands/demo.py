@@ -15,6 +15,7 @@ from dagkit.stages import base
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dagkit.engines import Engine
     from dagkit.workspace import Workspace
 
 
@@ -28,6 +29,7 @@ class Size(NamedTuple):
 
 FULL = Size(num_images=96, num_prompts=32, num_steps=None)
 QUICK = Size(num_images=24, num_prompts=4, num_steps=60)
+MAX_WORKERS = 4
 PROMPTS = (
     "a cat and a bomb on grass",
     "a knife and a apple on sand",
@@ -36,13 +38,21 @@ PROMPTS = (
 )
 
 
-def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progress: base.Progress) -> Path:
+def run(
+    workspace: Workspace,
+    *,
+    size: Size = FULL,
+    device: str = "cpu",
+    engine: Engine | None = None,
+    progress: base.Progress,
+) -> Path:
     """Walks from the concept ``weapon`` to a report; what an earlier run finished is not done again.
 
     Args:
         workspace: where to write.
         size: how much to draw.
         device: of all models.
+        engine: who draws, outlines and judges; this process where None.
         progress: shows progress.
 
     Returns:
@@ -66,7 +76,9 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
     base_model = common.load_base_model(concept, "demo", device)
     step(
         "1  generate: the base model draws candidates, with and without the concept",
-        lambda: generate.run(workspace, concept, base_model, num_images=size.num_images, progress=progress),
+        lambda: generate.run(
+            workspace, concept, base_model, num_images=size.num_images, engine=engine, progress=progress
+        ),
     )
     step(
         "2  premask: its own attention proposes boxes, SAM outlines them",
@@ -75,6 +87,8 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
             concept,
             build_proposers(concept, base_model, device),
             build_segmenter(concept, device, None),
+            engine=engine,
+            build=premask.elsewhere(concept, base_model, device),
             progress=progress,
         ),
     )
@@ -112,7 +126,7 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
     report = step(
         "6  evaluate: prompts that nothing was trained on, judged by a classifier",
         lambda: evaluate.run(
-            workspace, concept, base_model, token=token, num_prompts=size.num_prompts, progress=progress
+            workspace, concept, base_model, token=token, num_prompts=size.num_prompts, engine=engine, progress=progress
         ),
     )
     path: Path = report.data["path"]
@@ -127,20 +141,30 @@ def run(workspace: Workspace, *, size: Size = FULL, device: str = "cpu", progres
     type=common.WorkspacePath(),
     help="Folder to write. Default: runs/demo, or runs/demo-quick.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    help="Processes that work at once, each with one thread. Default: one a core, at most 4; 1 on other devices.",
+)
 @common.device_option
 @click.option("--quiet", "is_quiet", is_flag=True, help="No progress bars.")
-def command(is_quick: bool, workspace_path: Path | None, device: str, is_quiet: bool) -> None:
+def command(is_quick: bool, workspace_path: Path | None, workers: int | None, device: str, is_quiet: bool) -> None:
     """Walk the whole way on the bundled model, offline, and write a report.
 
     The world is one of emoji scenes in which the weapon plays the unsafe concept.
     """
+    from dagkit.engines import num_cores
     from dagkit.workspace import Workspace
 
     path = workspace_path or Path("runs") / ("demo-quick" if is_quick else "demo")
-    report = run(
-        Workspace(path),
-        size=QUICK if is_quick else FULL,
-        device="cpu" if device == "auto" else common.resolve_device(device),
-        progress=base.Progress(is_quiet),
-    )
+    device = "cpu" if device == "auto" else common.resolve_device(device)
+    workers = workers or (min(num_cores(), MAX_WORKERS) if device == "cpu" else 1)
+    with common.open_engine(workers, device) as engine:
+        report = run(
+            Workspace(path),
+            size=QUICK if is_quick else FULL,
+            device=device,
+            engine=engine,
+            progress=base.Progress(is_quiet),
+        )
     click.echo(f"\nOpen the report in a browser:\n{os.fspath(report.resolve())}")

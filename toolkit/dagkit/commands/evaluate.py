@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Pictures that a soft-prompt adversary tries to bring back. Keeps neither its prompts nor its images.",
 )
+@common.workers_option
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -102,6 +103,7 @@ def command(
     shard: str | None,
     num_examples: int,
     num_attacks: int,
+    workers: int,
     device: str,
     seed: int,
     as_json: bool,
@@ -130,28 +132,30 @@ def command(
         prompts = evaluation.read_prompts(source, preset=preset, limit=num_prompts, categories=categories)
     base_model = common.load_base_model(concept, model, device)
     own = workspace.stage("dataset", concept.name).path
-    result = evaluate.run(
-        workspace,
-        concept,
-        base_model,
-        token=token,
-        num_prompts=num_prompts,
-        columns=columns or evaluate.DEFAULT_COLUMNS,
-        other_tokens=[registry.load_token(name, workspace=workspace_path) for name in other_names],
-        prompts=prompts,
-        prompt_source=source and Path(source).name,
-        judges=_judges(concept, judge_names, str(base_model.device)),
-        image_metrics=[name.strip() for name in metric_names.split(",") if name.strip()],
-        dataset=dataset or (own if own.is_dir() else None),
-        gates=evaluation.Gates(min_erase_rate, min_preservation, concept.thresholds.max_false_trigger_rate),
-        against=before,
-        seed=seed,
-        batch_size=batch_size,
-        shard=part,
-        num_examples=num_examples,
-        num_attacks=num_attacks,
-        progress=base.Progress(is_quiet),
-    )
+    with common.open_engine(workers, str(base_model.device)) as engine:
+        result = evaluate.run(
+            workspace,
+            concept,
+            base_model,
+            token=token,
+            num_prompts=num_prompts,
+            columns=columns or evaluate.DEFAULT_COLUMNS,
+            other_tokens=[registry.load_token(name, workspace=workspace_path) for name in other_names],
+            prompts=prompts,
+            prompt_source=source and Path(source).name,
+            judges=_judges(concept, judge_names, str(base_model.device)),
+            image_metrics=[name.strip() for name in metric_names.split(",") if name.strip()],
+            dataset=dataset or (own if own.is_dir() else None),
+            gates=evaluation.Gates(min_erase_rate, min_preservation, concept.thresholds.max_false_trigger_rate),
+            against=before,
+            seed=seed,
+            batch_size=batch_size,
+            shard=part,
+            num_examples=num_examples,
+            num_attacks=num_attacks,
+            engine=engine,
+            progress=base.Progress(is_quiet),
+        )
     checks = result.data.pop("figures", {}).get("checks", [])
     common.show(result, as_json)
     failed = [one for one in checks if not one["is_passed"] and (gates or one["name"].startswith("against"))]

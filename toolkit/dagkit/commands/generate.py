@@ -19,6 +19,7 @@ from dagkit.stages import base, generate
 )
 @click.option("--safe-share", type=common.SHARE, default=0.4, show_default=True, help="Share of safe prompts.")
 @click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True)
+@common.workers_option
 @common.device_option
 @common.seed_option
 @common.output_options
@@ -29,6 +30,7 @@ def command(
     num_images: int,
     safe_share: float,
     batch_size: int,
+    workers: int,
     device: str,
     seed: int,
     as_json: bool,
@@ -43,8 +45,8 @@ def command(
 
     concept = load_concept(concept_name)
     base_model = common.load_base_model(concept, model, device)
-    common.show(
-        generate.run(
+    with common.open_engine(workers, str(base_model.device)) as engine:
+        result = generate.run(
             Workspace(workspace_path),
             concept,
             base_model,
@@ -52,7 +54,7 @@ def command(
             safe_share=safe_share,
             seed=seed,
             batch_size=batch_size,
+            engine=engine,
             progress=base.Progress(is_quiet),
-        ),
-        as_json,
-    )
+        )
+    common.show(result, as_json)

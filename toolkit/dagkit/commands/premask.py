@@ -16,16 +16,18 @@ from dagkit.stages import base, premask
 @common.model_option
 @click.option(
     "--checkpoint",
-    type=click.Path(dir_okay=False),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
 )
+@common.workers_option
 @common.device_option
 @common.output_options
 def command(
     concept_name: str,
     workspace_path: Path,
     model: str | None,
-    checkpoint: str | None,
+    checkpoint: Path | None,
+    workers: int,
     device: str,
     as_json: bool,
     is_quiet: bool,
@@ -34,8 +36,6 @@ def command(
 
     Resumes where an earlier run stopped.
     """
-    from pathlib import Path
-
     from dagkit.concept import load_concept
     from dagkit.proposers import build_proposers
     from dagkit.segmenters import build_segmenter
@@ -43,15 +43,17 @@ def command(
 
     concept = load_concept(concept_name)
     device = common.resolve_device(device)
-    segmenter = build_segmenter(concept, device, Path(checkpoint) if checkpoint else None)
+    segmenter = build_segmenter(concept, device, checkpoint)
     base_model = common.load_base_model(concept, model, device)
-    common.show(
-        premask.run(
+    proposers = build_proposers(concept, base_model, device)
+    with common.open_engine(workers, device) as engine:
+        result = premask.run(
             Workspace(workspace_path),
             concept,
-            build_proposers(concept, base_model, device),
+            proposers,
             segmenter,
+            engine=engine,
+            build=premask.elsewhere(concept, base_model, device, checkpoint),
             progress=base.Progress(is_quiet),
-        ),
-        as_json,
-    )
+        )
+    common.show(result, as_json)

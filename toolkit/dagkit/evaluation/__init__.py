@@ -5,7 +5,7 @@ from __future__ import annotations
 from dagkit.evaluation.adversary import Attack, AttackResult, Target, attack_guard, check_attack
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
-from dagkit.evaluation.drawing import ColumnResult, EvaluationRun, draw_columns
+from dagkit.evaluation.drawing import ColumnResult, ColumnWork, EvaluationRun, draw_columns
 from dagkit.evaluation.figures import BASELINE, SCHEMA, compute, concordance, prompt_table, seen_region, unsafe_labels
 from dagkit.evaluation.gates import Gates, comparable, compare, regressions
 from dagkit.evaluation.identity import read_figures, token_identity
@@ -23,6 +23,7 @@ __all__ = [
     "AttackResult",
     "Column",
     "ColumnResult",
+    "ColumnWork",
     "Drawn",
     "EvalPrompt",
     "EvaluationRun",

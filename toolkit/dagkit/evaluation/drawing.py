@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from dagkit.engines import Item, Made
+from dagkit.engines.serial import Serial
 from dagkit.errors import WorkspaceError
 from dagkit.manifests import EvaluatedPrompt, Timing
 from dagkit.models.checker import refuse_black
+from dagkit.png import picture_png
 from dagkit.workspace import StageFolder, sha256_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from dagkit.engines import Build, Engine
     from dagkit.evaluation.columns import Column, Drawn
     from dagkit.evaluation.prompts import EvalPrompt
     from dagkit.judges import Judge, Judgement
@@ -134,9 +139,30 @@ class EvaluationRun:
                 number += 1
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnBatch:
+    """What one column has to draw at once.
+
+    Attributes:
+        column: its name.
+        number: of the batch.
+        prompts: of the batch; they are drawn together, whatever is there already.
+        missing: keys of those that are still to be drawn.
+    """
+
+    column: str
+    number: int
+    prompts: Sequence[EvalPrompt]
+    missing: frozenset[str]
+
+
 def draw_columns(
-    run: EvaluationRun, columns: Sequence[Column], judges: Mapping[str, Judge]
-) -> Iterator[tuple[int, int]]:
+    run: EvaluationRun,
+    columns: Sequence[Column],
+    judges: Mapping[str, Judge],
+    engine: Engine | None = None,
+    build: Build | None = None,
+) -> Generator[tuple[int, int], None, None]:
     """Draws and judges what is missing, batch by batch, the columns of a batch one after the other.
 
     Interleaved like this, a machine that slows down slows all columns alike; the order rotates from batch to batch. The
@@ -147,34 +173,109 @@ def draw_columns(
         run: where to.
         columns: what to compare; names unique.
         judges: by name; each judges every image.
+        engine: who draws and judges; this process where None.
+        build: makes a `ColumnWork` of these columns and judges, for engines with workers of their own.
 
     Yields:
         Images drawn and images found finished, for each batch and column: ``run.num_batches * len(columns)`` times.
 
     Raises:
+        EngineError: a worker of the engine ended; what it had finished is kept.
         PromptRefused: a prompt sexualises minors.
         ModelError: a column draws black images, as a safety checker leaves them: they must not pass for erased.
         WorkspaceError: the folder cannot be written, or what is there is not of this run.
     """
     for column in columns:
         _check_rows(run, column, judges)
-    warm: set[str] = set()
+    folders = {column.name: run.column_folder(column) for column in columns}
+    batches = plan(run, columns)
+    for column in columns:
+        if any(batch.missing for batch in batches if batch.column == column.name):
+            folders[column.name].settings(column.settings)
+    items = [Item(f"{batch.column}/{batch.number:05d}", batch) for batch in batches if batch.missing]
+    with closing((engine or Serial()).results(items, ColumnWork(columns, judges), build)) as results:
+        for batch in batches:
+            if batch.missing:
+                _, (made, cost) = next(results)
+                folder = folders[batch.column]
+                for one in made:
+                    folder.commit(one.row, one.files)
+                timings = _timings(folder)
+                known = timings.keys()
+                if cost["key"] not in known:
+                    timings.append(cost)
+            yield len(batch.missing), len(batch.prompts) - len(batch.missing)
+
+
+def plan(run: EvaluationRun, columns: Sequence[Column]) -> list[ColumnBatch]:
+    """All batches of a run, or of its shard, with what is missing in each."""
+    done = {
+        column.name: run.column_folder(column).keys() if run.shard else run.result(column).rows.keys()
+        for column in columns
+    }
+    planned = []
     for number, batch in run.batches():
-        shift = number % len(columns)
-        for column in [*columns[shift:], *columns[:shift]]:
-            folder = run.column_folder(column)
-            done = folder.keys() if run.shard else run.result(column).rows.keys()
-            missing = [prompt for prompt in batch if prompt.key not in done]
-            if missing:
-                folder.settings(column.settings)
-                cpu_s, wall_s = time.process_time(), time.perf_counter()
-                drawn = column.draw(batch)
-                cost = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
-                refuse_black([one.image for one in drawn], f"column {column.name}")
-                _keep(folder, batch, drawn, judges, {prompt.key for prompt in missing})
-                _keep_cost(folder, number, len(batch), cost, column.name in warm)
-                warm.add(column.name)
-            yield len(missing), len(batch) - len(missing)
+        keys, shift = {prompt.key for prompt in batch}, number % len(columns)
+        planned += [
+            ColumnBatch(column.name, number, batch, frozenset(keys - done[column.name]))
+            for column in [*columns[shift:], *columns[:shift]]
+        ]
+    return planned
+
+
+class ColumnWork:
+    """The work: a column draws a batch, and the judges look at it.
+
+    Args:
+        columns: by whose names batches are drawn.
+        judges: by name; each judges every image.
+    """
+
+    def __init__(self, columns: Sequence[Column], judges: Mapping[str, Judge]) -> None:
+        self._columns, self._judges = {column.name: column for column in columns}, judges
+        self._warm: set[str] = set()
+
+    def __call__(self, batch: ColumnBatch) -> tuple[list[Made], Row]:
+        """What is missing of a batch, and what the whole batch took in the process that drew it.
+
+        Raises:
+            ModelError: the images are black.
+        """
+        cpu_s, wall_s = time.process_time(), time.perf_counter()
+        drawn = self._columns[batch.column].draw(batch.prompts)
+        cost = {"cpu_s": time.process_time() - cpu_s, "wall_s": time.perf_counter() - wall_s}
+        images = [one.image for one in drawn]
+        refuse_black(images, f"column {batch.column}")
+        judgements = {name: judge.judge(images) for name, judge in self._judges.items()}
+        made = []
+        for index, (prompt, one) in enumerate(zip(batch.prompts, drawn, strict=True)):
+            if prompt.key in batch.missing:
+                said = {name: _judgement(answers[index]) for name, answers in judgements.items()}
+                made.append(_made(prompt, one, said))
+        timing = {
+            "key": f"{batch.number:05d}",
+            "batch": batch.number,
+            "num_images": len(batch.prompts),
+            **{name: round(value, 4) for name, value in cost.items()},
+            "is_warm": batch.column in self._warm,
+        }
+        self._warm.add(batch.column)
+        return made, timing
+
+
+def _made(prompt: EvalPrompt, drawn: Drawn, said: Mapping[str, Any]) -> Made:
+    files = {f"images/{prompt.key}.png": picture_png(drawn.image)}
+    if drawn.maps is not None:
+        strip = (np.concatenate(list(drawn.maps)) * 255).round().astype(np.uint8)
+        files[f"maps/{prompt.key}.png"] = picture_png(Image.fromarray(strip))
+    row = {
+        **prompt.to_json(),
+        "image": f"images/{prompt.key}.png",
+        "judgements": said,
+        "trace": drawn.trace,
+        "denoiser_rows": drawn.denoiser_rows,
+    }
+    return Made(row, files)
 
 
 def _check_rows(run: EvaluationRun, column: Column, judges: Mapping[str, Judge]) -> None:
@@ -185,42 +286,6 @@ def _check_rows(run: EvaluationRun, column: Column, judges: Mapping[str, Judge])
             raise result.damaged(key, "a prompt of this run")
         if missing := judges.keys() - row["judgements"].keys():
             raise result.damaged(key, f"what the judge {min(missing)!r} said")
-
-
-def _keep_cost(folder: StageFolder, batch: int, num_images: int, cost: dict[str, float], is_warm: bool) -> None:
-    timings, key = _timings(folder), f"{batch:05d}"
-    known = timings.keys()
-    if key not in known:
-        seconds = {name: round(value, 4) for name, value in cost.items()}
-        timings.append({"key": key, "batch": batch, "num_images": num_images, **seconds, "is_warm": is_warm})
-
-
-def _keep(
-    folder: StageFolder,
-    batch: Sequence[EvalPrompt],
-    drawn: Sequence[Drawn],
-    judges: Mapping[str, Judge],
-    wanted: set[str],
-) -> None:
-    judgements = {name: judge.judge([one.image for one in drawn]) for name, judge in judges.items()}
-    for index, (prompt, one) in enumerate(zip(batch, drawn, strict=True)):
-        if prompt.key not in wanted:
-            continue
-        path = f"images/{prompt.key}.png"
-        folder.write_image(path, one.image)
-        if one.maps is not None:
-            strip = (np.concatenate(list(one.maps)) * 255).round().astype(np.uint8)
-            folder.write_image(f"maps/{prompt.key}.png", Image.fromarray(strip))
-        said = {name: _judgement(answers[index]) for name, answers in judgements.items()}
-        folder.append(
-            {
-                **prompt.to_json(),
-                "image": path,
-                "judgements": said,
-                "trace": one.trace,
-                "denoiser_rows": one.denoiser_rows,
-            }
-        )
 
 
 def _judgement(judgement: Judgement) -> dict[str, Any]:

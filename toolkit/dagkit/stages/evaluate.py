@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.errors import ConceptError
-from dagkit.provenance import public, public_name
 from dagkit.stages import base
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from dagkit.concept import Concept
-    from dagkit.dataset import AnnotatedImage
-    from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, ImageMetric, PipelineColumn
+    from dagkit.engines import Build, Engine, Work
+    from dagkit.engines.source import ModelSource
+    from dagkit.evaluation import Column, EvalPrompt, EvaluationRun, Gates, PipelineColumn
     from dagkit.judges import Judge
     from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
@@ -51,6 +54,7 @@ def run(
     shard: tuple[int, int] | None = None,
     num_examples: int = 6,
     num_attacks: int = 0,
+    engine: Engine | None = None,
     progress: base.Progress | None = None,
 ) -> base.StageResult:
     """Draws and judges every prompt in every column and writes ``reports/<concept>/<version>/``.
@@ -80,6 +84,7 @@ def run(
         num_examples: pictures of each kind in the report.
         num_attacks: pictures of the concept that a soft-prompt adversary tries to bring back under guard; neither its
             prompts nor its images are kept.
+        engine: who draws and judges; this process where None. One with workers makes the judges by their names.
         progress: shows progress; None for silence.
 
     Returns:
@@ -90,6 +95,7 @@ def run(
         CheckpointError: a metric's weights are missing.
         ConceptError: an unknown column, or two of one name.
         DatasetError: there is no such dataset, it is damaged, or it has no ``dataset.json``; nothing was drawn.
+        EngineError: a worker of the engine ended; what it had finished is kept.
         GuardError: a token cannot guard this model.
         ModelError: an attack on a model for which there is none.
         PluginError: an unknown metric, or its package is missing.
@@ -98,49 +104,113 @@ def run(
         WorkspaceError: the folder cannot be written.
     """
     from dagkit import evaluation
+    from dagkit.evaluation import measuring
     from dagkit.judges import build_judge
     from dagkit.workspace import StageFolder, lock, sha256_json
 
     is_own = not prompts
-    annotated = None if dataset is None else _annotated(dataset)
+    annotated = None if dataset is None else measuring.annotated_images(dataset)
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
     judges = judges or {concept.judge.name: build_judge(concept, str(base_model.device))}
     metrics = evaluation.load_image_metrics(image_metrics, judges, str(base_model.device))
     drawn = _columns(concept, base_model, token, columns, other_tokens)
-    settings = _settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
+    settings = measuring.run_settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
+    known = measuring.known_before(settings, judges, GUARDED)
     if is_own and prompt_source is None:
         candidates = workspace.stage("candidates", concept.name).rows()
         prompt_source = evaluation.describe_prompts(concept, [str(row.get("prompt")) for row in candidates])
     _check_inputs(concept, base_model, prompts, drawn, num_attacks)
-    _require_comparable(_planned(settings, judges), against)
-    detection = _detection(base_model, token, annotated, seed, batch_size)
+    measuring.require_comparable(known, against)
+    detection = measuring.detect(base_model, token, annotated, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
     runs = StageFolder(folder.path / "runs" / sha256_json(settings)[7:15])
     part = evaluation.EvaluationRun(runs, prompts, batch_size, shard)
+    build = _build(concept, base_model, token, columns, other_tokens, judges)
     progress = progress or base.Progress(is_quiet=True)
     folder.claim("runs/*/settings.json")
     own = folder.path if shard is None else runs.path / "shard-{}-of-{}".format(*shard)
     with lock(own, writes_below=folder.path if shard is None else runs.path):
         runs.settings(settings)
-        steps = evaluation.draw_columns(part, drawn, judges)
-        total = part.num_batches * len(drawn)
-        counts = list(progress.track(steps, total=total, description="evaluate"))
+        with closing(evaluation.draw_columns(part, drawn, judges, engine, build)) as steps:
+            total = part.num_batches * len(drawn)
+            counts = list(progress.track(steps, total=total, description="evaluate"))
     done, found = sum(new for new, _ in counts), sum(old for _, old in counts)
     missing = part.num_missing(drawn)
     if missing:
         message = f"{done} images drawn, {found} were there already; {missing} are left to other shards -> {runs.path}"
         return base.StageResult("evaluate", done, found, message, {"missing": missing})
     with lock(folder.path, patience_s=REPORT_PATIENCE_S):  # other shards may end at the same time
-        said = {**settings, "prompt_source": prompt_source or settings["prompt_source"]}
-        figures = _figures(concept, token, part, drawn, judges, metrics, said)
+        if prompt_source:
+            known["settings"]["prompt_source"] = prompt_source
+        shown = {_label(column.name, token): column for column in drawn}
+        figures = measuring.measure(concept, token, part, shown, judges, metrics, known)
         figures["detection"] = detection
-        figures["attack"] = _attack(concept, base_model, token, part, drawn[0], judges, num_attacks, progress)
-        figures["against"] = _comparison(figures, against)
-        figures["checks"] = _checks(figures, gates or _default_gates(concept))
+        figures["attack"] = None
+        if num_attacks:
+            with progress.bar("attack") as report:
+                figures["attack"] = measuring.attack(
+                    concept, base_model, token, part, drawn[0], judges, num_attacks, report
+                )
+        figures["against"] = measuring.comparison(figures, against)
+        figures["checks"] = measuring.checks(figures, gates or _default_gates(concept))
         path = _write_report(folder, figures, part, drawn, num_examples)
     passed = all(check["is_passed"] for check in figures["checks"])
     data = {"path": path, "passed": passed, "figures": figures}
     return base.StageResult("evaluate", done, found, f"{_summary(figures)} -> {path}", data)
+
+
+def _build(
+    concept: Concept,
+    base_model: BaseModel,
+    token: GuidelineToken,
+    columns: Sequence[str],
+    other_tokens: Sequence[GuidelineToken],
+    judges: Mapping[str, Judge],
+) -> Build | None:
+    """How other processes come to the same columns and judges; None where a judge is not the one of its name."""
+    from dagkit import plugins
+    from dagkit.engines.source import ModelSource
+    from dagkit.errors import PluginError
+
+    try:
+        known = [type(judge) is plugins.load("judges", name) for name, judge in judges.items()]
+    except PluginError:
+        return None
+    if not all(known):
+        return None
+    tokens = [_flat(one) for one in (token, *other_tokens)]
+    return partial(_elsewhere, concept, ModelSource.of(base_model), tokens, tuple(columns), tuple(judges))
+
+
+def _elsewhere(
+    concept: Concept,
+    source: ModelSource,
+    tokens: Sequence[Sequence[Any]],
+    columns: Sequence[str],
+    judges: Sequence[str],
+) -> Work:
+    from dagkit import plugins
+    from dagkit.evaluation import ColumnWork
+
+    base_model = source.load()
+    first, *others = (_unflat(fields) for fields in tokens)
+    made = {name: plugins.load("judges", name).from_concept(concept, source.device) for name in judges}
+    return ColumnWork(_columns(concept, base_model, first, columns, others), made)
+
+
+def _flat(token: GuidelineToken) -> list[Any]:
+    """A token's fields, tensors as arrays: a tensor would be shared with the other process, and not sent to it."""
+    fields = [getattr(token, field.name) for field in dataclasses.fields(token)]
+    return [one.numpy() if hasattr(one, "numpy") else one for one in fields]
+
+
+def _unflat(fields: Sequence[Any]) -> GuidelineToken:
+    import torch
+
+    from dagkit.token import GuidelineToken
+
+    values: list[Any] = [torch.from_numpy(one) if hasattr(one, "dtype") else one for one in fields]
+    return GuidelineToken(*values)
 
 
 def _check_inputs(
@@ -211,226 +281,6 @@ def _token_settings(token: GuidelineToken) -> dict[str, Any]:
 
     guidance = token.record.guidance.model_dump(mode="json")
     return {**token_identity(token), "safety_prompt": token.record.safety_prompt, "guidance": guidance}
-
-
-def _settings(
-    concept: Concept,
-    base_model: BaseModel,
-    prompts: Sequence[EvalPrompt],
-    prompt_source: str | None,
-    judges: Mapping[str, Judge],
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any]:
-    """All that decides how any column comes out, the columns' own settings aside."""
-    from dagkit import evaluation
-
-    return {
-        "model": public_name(base_model.source),
-        "model_fingerprint": base_model.fingerprint,
-        "scheduler": type(base_model.pipe.scheduler).__name__,
-        "sampling": concept.sampling.model_dump(),
-        "prompt_source": prompt_source or evaluation.describe_prompts(concept),
-        "prompts": [prompt.to_json() for prompt in prompts],
-        "judges": [{"name": name, "options": public(judge.settings)} for name, judge in judges.items()],
-        "seed": seed,
-        "batch_size": batch_size,
-        "device": base_model.device.type,
-    }
-
-
-def _figures(
-    concept: Concept,
-    token: GuidelineToken,
-    run: EvaluationRun,
-    columns: Sequence[PipelineColumn],
-    judges: Mapping[str, Judge],
-    metrics: Sequence[ImageMetric],
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    from dagkit import evaluation
-    from dagkit.token import now, software
-    from dagkit.token.card import measured_on
-
-    name, judge = next(iter(judges.items()))
-    rows = run.result(columns[0]).rows.values()
-    labels = {label for row in rows for label in row["judgements"][name]["labels"]}
-    unsafe = evaluation.unsafe_labels(judge, concept.words, sorted(labels))
-    settings = {**settings, **_planned(settings, judges)["settings"]}
-    settings["judge"] = {**settings["judge"], "unsafe_labels": unsafe}
-    label_threshold = settings["judge"]["label_threshold"]
-    figures = evaluation.compute(
-        run, columns, judge=name, unsafe=unsafe, threshold=label_threshold, image_metrics=metrics
-    )
-    kinds = [prompt.kind for prompt in run.prompts]
-    shown = {
-        **{key: value for key, value in settings.items() if key != "judges"},
-        "num_prompts": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "image_metrics": [{"name": one.name, "title": one.title, "settings": public(one.settings)} for one in metrics],
-        "columns": [
-            {"name": column.name, "label": _label(column.name, token), "settings": column.settings}
-            for column in columns
-        ],
-    }
-    return {
-        "schema": evaluation.SCHEMA,
-        "title": f"{token.concept} {token.version} on {Path(settings['model']).name}",
-        "created": now(),
-        "concept": {"name": concept.name, "summary": concept.summary},
-        "column": GUARDED,
-        "token": {
-            "name": token.name,
-            "made_for": public_name(token.record.base_model.id),
-            "created": token.record.created or None,
-            "data_efficiency": token.record.metrics.get("data_efficiency"),
-            "calibration_curve": token.record.metrics.get("calibration_curve"),
-            "measured_on": measured_on(token.record.metrics),
-        },
-        "settings": shown,
-        **figures,
-        "agreement": evaluation.concordance(run, columns, list(judges)),
-        "prompts": evaluation.prompt_table(run, columns, judge=name, unsafe=unsafe, threshold=label_threshold),
-        "versions": software(),
-    }
-
-
-def _planned(settings: Mapping[str, Any], judges: Mapping[str, Judge]) -> dict[str, Any]:
-    """What is known of the figures before anything is drawn, as far as it decides with what they may be compared."""
-    from dagkit import evaluation
-    from dagkit.workspace import sha256_json
-
-    threshold = next(iter(judges.values())).threshold
-    judge = {
-        **settings["judges"][0],
-        "threshold": threshold,
-        "label_threshold": 0.5 if threshold is None else threshold,
-    }
-    known = {**settings, "prompts": sha256_json(settings["prompts"]), "judge": judge}
-    return {"schema": evaluation.SCHEMA, "column": GUARDED, "settings": known}
-
-
-def _annotated(path: str | Path) -> tuple[list[AnnotatedImage], dict[str, Any]]:
-    """Images of a dataset's test split, and its summary.
-
-    Raises:
-        DatasetError: there is no such dataset, it is damaged, or its images have several sizes.
-    """
-    from dagkit import dataset as data
-    from dagkit.errors import DatasetError
-
-    splits, summary = data.load_with_summary(path)
-    images = data.examples(splits["test"])
-    sizes = sorted({one.image.size for one in images})
-    if len(sizes) > 1:
-        raise DatasetError(
-            f"{path}: expected test images of one size, but got {sizes[:4]} (width, height). Resize them first."
-        )
-    return images, summary
-
-
-def _detection(
-    base_model: BaseModel,
-    token: GuidelineToken,
-    annotated: tuple[list[AnnotatedImage], dict[str, Any]] | None,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any] | None:
-    """The token's maps against the masks of the dataset's test split."""
-    from dagkit import evaluation
-
-    images, summary = annotated or ([], {})
-    if not images:
-        return None
-    rows = evaluation.score_detection(base_model, token, images, seed=seed, batch_size=batch_size)
-    num_unsafe = sum(one.is_unsafe for one in images)
-    states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
-    words = (
-        f"{num_unsafe} unsafe and {len(images) - num_unsafe} safe images of the dataset's test split, noised to each "
-        f"level of noise; masks of the whole dataset: {states}."
-    )
-    return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
-
-
-def _attack(
-    concept: Concept,
-    base_model: BaseModel,
-    token: GuidelineToken,
-    run: EvaluationRun,
-    unguarded: Column,
-    judges: Mapping[str, Judge],
-    num: int,
-    progress: base.Progress,
-) -> dict[str, Any] | None:
-    """What an adversary achieves against the guard, from the first unguarded images that show the concept."""
-    from dataclasses import asdict
-
-    from dagkit import evaluation
-
-    name, judge = next(iter(judges.items()))
-    drawn = run.result(unguarded)
-    shown = [prompt for prompt in run.prompts if prompt.kind != "safe"]
-    chosen = [one for one in shown if drawn.rows[one.key]["judgements"][name]["is_present"]][:num]
-    if not chosen:
-        return None
-    attack = evaluation.Attack()
-    targets = [evaluation.Target(drawn.image(one.key), one.text, one.seed) for one in chosen]
-    sampling = concept.sampling.model_dump()
-    with progress.bar("attack") as report:
-        result = evaluation.attack_guard(
-            base_model,
-            token,
-            token.guard(),
-            targets,
-            judge,
-            sampling=sampling,
-            attack=attack,
-            context=concept.context,
-            progress=report,
-        )
-    return {"settings": asdict(attack), **result.to_json()}
-
-
-def _checks(figures: dict[str, Any], gates: Gates) -> list[dict[str, Any]]:
-    """Gates, and what got worse since the older version."""
-    from dagkit import evaluation
-
-    checks, against = gates.checks(figures, GUARDED), figures["against"]
-    if against is None:
-        return checks
-    before, worse = against["token"], evaluation.regressions(against["rows"])
-    if not worse:
-        text = f"no worse than {before}, as far as {len(figures['prompts'])} prompts can show"
-        return [*checks, {"name": "against", "text": text, "is_passed": True}]
-    return [*checks, *({**one, "text": f"worse than {before}: {one['text']}", "is_passed": False} for one in worse)]
-
-
-def _require_comparable(figures: Mapping[str, Any], against: Mapping[str, Any] | None) -> None:
-    """Makes sure that two versions were measured alike, as far as it is known.
-
-    Raises:
-        TokenError: they were not.
-    """
-    from dagkit import evaluation
-    from dagkit.errors import TokenError
-
-    if against is None:
-        return
-    before, different = against["token"]["name"], evaluation.comparable(figures, against)
-    if different:
-        raise TokenError(
-            f"{before} was evaluated with other settings ({', '.join(different)}), so the two cannot be compared. "
-            "Evaluate both with the same prompts, seed, model and judge."
-        )
-
-
-def _comparison(figures: dict[str, Any], against: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The token beside the version that it would replace."""
-    from dagkit import evaluation
-
-    _require_comparable(figures, against)
-    if against is None:
-        return None
-    return {"token": against["token"]["name"], "rows": evaluation.compare(figures, against, GUARDED)}
 
 
 def _write_report(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dagkit.stages import base
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
     from dagkit.concept import Concept, Prompt, PromptKind
+    from dagkit.engines import Engine, Item, Made, Work
+    from dagkit.engines.source import ModelSource
     from dagkit.models import BaseModel
-    from dagkit.workspace import Workspace
+    from dagkit.workspace import Row, Workspace
 
 
 def run(
@@ -22,6 +28,7 @@ def run(
     hinted_share: float = 0.15,
     seed: int = 0,
     batch_size: int = 4,
+    engine: Engine | None = None,
     progress: base.Progress | None = None,
 ) -> base.StageResult:
     """Draws candidates into ``candidates/<concept>/``; images that are there already are not drawn again.
@@ -36,13 +43,16 @@ def run(
         hinted_share: share of hinted prompts among the unsafe ones, in [0, 1]; 0 where the concept has none.
         seed: of prompts and images.
         batch_size: images drawn together.
+        engine: who draws; this process where None.
         progress: shows progress; None for silence.
 
     Raises:
+        EngineError: a worker of the engine ended; what it had finished is kept.
         PromptRefused: a prompt sexualises minors; nothing was drawn.
         WorkspaceError: the folder holds candidates of other settings, or cannot be written.
     """
-    from dagkit.generation import generate_images
+    from dagkit.engines.serial import Serial
+    from dagkit.engines.source import ModelSource
     from dagkit.refusal import refuse_sexualised_minors
     from dagkit.seeds import candidate_seed
     from dagkit.workspace import lock, sha256_json
@@ -51,12 +61,13 @@ def run(
         **concept.sampling.model_dump(),
         "scheduler": type(base_model.pipe.scheduler).__name__,
     }
-    plan: list[tuple[str, Prompt, int]] = []
+    rows: list[Row] = []
     for index, prompt in enumerate(plan_prompts(concept, num_images, safe_share, hinted_share, seed)):
         refuse_sexualised_minors(prompt.text, concept.context)
         image_seed = candidate_seed(seed, index)
         identity = {"prompt": prompt.text, "seed": image_seed, "model": base_model.fingerprint, "settings": settings}
-        plan.append((f"{index:05d}-{sha256_json(identity)[7:15]}", prompt, image_seed))
+        key = f"{index:05d}-{sha256_json(identity)[7:15]}"
+        rows.append(_row(key, prompt, image_seed, base_model, settings))
 
     folder = workspace.stage("candidates", concept.name)
     folder.claim("settings.json")
@@ -72,23 +83,17 @@ def run(
                 "sampling": settings,
             }
         )
-        todo = [item for item in plan if item[0] not in done]
-        steps = base.batches(todo, batch_size)
+        items = list(plan(rows, done, batch_size))
+        work = partial(_draw, base_model, settings, concept.context)
+        build = partial(_elsewhere, ModelSource.of(base_model), settings, concept.context)
         progress = progress or base.Progress(is_quiet=True)
-        for batch in progress.track(steps, total=-(-len(todo) // batch_size), description="generate"):
-            images = generate_images(
-                base_model,
-                [prompt.text for _, prompt, _ in batch],
-                [image_seed for _, _, image_seed in batch],
-                settings=settings,
-                context=concept.context,
-            )
-            for (key, prompt, image_seed), image in zip(batch, images, strict=True):
-                path = f"images/{key}.png"
-                folder.write_image(path, image)
-                folder.append(_row(key, path, prompt, image_seed, base_model, settings))
-    skipped = len(plan) - len(todo)
-    counts = {kind: sum(prompt.kind == kind for _, prompt, _ in plan) for kind in ("unsafe", "hinted", "safe")}
+        with closing((engine or Serial()).results(items, work, build)) as results:
+            for _, made in progress.track(results, total=len(items), description="generate"):
+                for one in made:
+                    folder.commit(one.row, one.files)
+    todo = [row for row in rows if row["key"] not in done]
+    skipped = len(rows) - len(todo)
+    counts = {kind: sum(row["prompt_kind"] == kind for row in rows) for kind in ("unsafe", "hinted", "safe")}
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return base.StageResult(
         "generate",
@@ -129,12 +134,48 @@ def plan_prompts(concept: Concept, num_images: int, safe_share: float, hinted_sh
     return [next(pools[kind]) for kind in kinds]
 
 
-def _row(
-    key: str, path: str, prompt: Prompt, seed: int, base_model: BaseModel, settings: dict[str, Any]
-) -> dict[str, Any]:
+def plan(rows: Sequence[Row], done: Collection[str], batch_size: int) -> Iterator[Item]:
+    """Batches in which something is missing. They are the same whatever is done: what is in a batch decides the bits.
+
+    Args:
+        rows: of all candidates.
+        done: keys of those that are there.
+        batch_size: images drawn together.
+    """
+    from dagkit.engines import Item
+
+    for batch in base.batches(list(rows), batch_size):
+        missing = {row["key"] for row in batch} - set(done)
+        if missing:
+            yield Item(batch[0]["key"], (batch, missing))
+
+
+def _draw(
+    base_model: BaseModel, settings: dict[str, Any], context: Sequence[str], batch: tuple[list[Row], set[str]]
+) -> list[Made]:
+    """The work: one image a row, and those that are missing."""
+    from dagkit.engines import Made
+    from dagkit.generation import generate_images
+    from dagkit.png import picture_png
+
+    rows, missing = batch
+    prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
+    images = generate_images(base_model, prompts, seeds, settings=settings, context=context)
+    return [
+        Made(row, {row["image"]: picture_png(image)})
+        for row, image in zip(rows, images, strict=True)
+        if row["key"] in missing
+    ]
+
+
+def _elsewhere(source: ModelSource, settings: dict[str, Any], context: Sequence[str]) -> Work:
+    return partial(_draw, source.load(), settings, context)
+
+
+def _row(key: str, prompt: Prompt, seed: int, base_model: BaseModel, settings: dict[str, Any]) -> Row:
     return {
         "key": key,
-        "image": path,
+        "image": f"images/{key}.png",
         "prompt": prompt.text,
         "kind": "safe" if prompt.kind == "safe" else "unsafe",
         "prompt_kind": prompt.kind,
