@@ -139,11 +139,8 @@ def _elsewhere(concept: Concept, source: ModelSource | None, device: str, checkp
 
 def _outline(proposers: Sequence[Proposer], segmenter: Segmenter, candidate: tuple[Row, Image]) -> Made:
     """The work: one candidate's masks."""
-    import numpy as np
-    from PIL import Image
-
     from dagkit.engines import Made
-    from dagkit.png import picture_png
+    from dagkit.png import mask_png
     from dagkit.proposers import propose_all
     from dagkit.segmenters import union_by_label
 
@@ -154,7 +151,7 @@ def _outline(proposers: Sequence[Proposer], segmenter: Segmenter, candidate: tup
     files: dict[str, bytes] = {}
     for label, (mask, score) in union_by_label(outlines).items():
         path = f"masks/{row['key']}-{label}.png"
-        files[path] = picture_png(Image.fromarray(mask.astype(np.uint8) * 255))
+        files[path] = mask_png(mask)
         boxes = [[round(side, 2) for side in outline.box] for outline in outlines if outline.label == label]
         proposal_score = max(proposal.score for proposal in proposals if proposal.label == label)
         masks[label] = {
