@@ -15,7 +15,7 @@ NUM_WATCHED: Final = 8
 class Seal:
     """A mark on the weights of some modules: which tensors they are, how often they were written, some of their values.
 
-    Reading all weights takes a tenth of a second and more; this takes some ten-thousandths. Values are looked at because
+    Reading all weights takes a tenth of a second and more; this some ten-thousandths. Values are looked at because
     ``weight.data += ...`` (what fusing a LoRA does) leaves object and version counter of a parameter as they were.
 
     Args:
