@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_pipelines as tiny
 
 NUM_STEPS = int(bench.SETTINGS["num_inference_steps"])
-NUM_ACTING = sum(timestep <= Guidance().max_timestep for timestep in range(0, 1000, 1000 // NUM_STEPS))
+NUM_ACTING = sum(timestep / 1000 <= Guidance().max_level for timestep in range(0, 1000, 1000 // NUM_STEPS))
 """Calls of a run in which the default may act; timesteps as of DDIM."""
 SHORT = 4
 """Steps of runs in which nothing fires."""

@@ -74,7 +74,7 @@ def attach(method: str, base: BaseModel) -> Attach | None:
     token = bench.token(base, RECIPE_OF.get(method, "default"))
     if method == "word":  # its map never tells safe from unsafe images, so nothing waits for certainty
         thresholds = token.record.thresholds
-        always = thresholds.model_copy(update={"certain": (0.0,) * len(thresholds.timesteps)})
+        always = thresholds.model_copy(update={"certain": (0.0,) * len(thresholds.levels)})
         return token.guard(thresholds=always).attach
     return token.guard(reuse_steps=int(method.removeprefix("reuse-")) if method.startswith("reuse-") else None).attach
 
@@ -105,7 +105,7 @@ class Rest(DDIMScheduler):
 def num_early(scheduler: Any) -> int:
     """Steps of a run in which the default guard does not act yet."""
     scheduler.set_timesteps(bench.SETTINGS["num_inference_steps"])
-    return int((scheduler.timesteps > Guidance().max_timestep).sum())
+    return int((scheduler.timesteps / 1000 > Guidance().max_level).sum())
 
 
 def draw(method: str, kind: str, first: int, count: int, path: Path) -> float:

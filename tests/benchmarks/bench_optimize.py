@@ -15,10 +15,11 @@ calibration included; see ``memory``.
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,13 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
+from dagkit import models
+from dagkit.metrics import iou
 from dagkit.models import BaseModel
-from dagkit.models.base import Condition
+from dagkit.models.base import PLAIN
+from dagkit.models.calls import Condition
+from dagkit.models.cross_attention import CrossAttention
+from dagkit.models.sites import Sites
 from dagkit.optimization import (
     RECIPES,
     Example,
@@ -42,7 +48,6 @@ from dagkit.optimization import (
     data_efficiency,
     fit,
     initial_parameters,
-    iou,
     objective,
     optimize,
 )
@@ -61,16 +66,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def best_iou(parameters: Parameters, base: BaseModel, held: QueryCache) -> float:
     """Mean IoU on held-out pairs up to t = 700 at the best common threshold."""
-    index = (held.is_unsafe & (held.timesteps <= 700)).nonzero()[:, 0]
-    cams, masks = parameters.cams(base.layers, held, index), held.masks[index]
-    return max(float(iou(cams, masks, 0.05 * k).mean()) for k in range(1, 20))
+    index = (held.is_unsafe & (held.levels <= 0.7)).nonzero()[:, 0]
+    cams, masks = parameters.cams(base.sites, held, index), held.masks[index]
+    return max(float(iou(cams >= 0.05 * k, masks >= 0.5).mean()) for k in range(1, 20))
 
 
 def curve(
     base: BaseModel, cache: QueryCache, held: QueryCache, training: list[Any], recipe: Recipe, every: int
 ) -> list[tuple[float, float]]:
     """(CPU seconds, validation IoU) while a recipe runs; validation is not counted."""
-    layers = base.layers
+    sites = base.sites
     points: list[tuple[float, float]] = []
     spent, last = 0.0, time.process_time()
 
@@ -81,11 +86,9 @@ def curve(
         last = time.process_time()
         return {"validation_loss": -float(len(points))}
 
-    start = initial_parameters(base, training, recipe, layers, torch.Generator().manual_seed(1))
+    start = initial_parameters(base, training, recipe, sites, torch.Generator().manual_seed(1))
     last = time.process_time()
-    fit(
-        layers, cache, start, replace(recipe, validate_every=every), torch.Generator().manual_seed(1), validate=validate
-    )
+    fit(sites, cache, start, replace(recipe, validate_every=every), torch.Generator().manual_seed(1), validate=validate)
     return points
 
 
@@ -97,14 +100,14 @@ def first_at(points: list[tuple[float, float]], value: float) -> float:
 def lbfgs(base: BaseModel, cache: QueryCache, held: QueryCache, training: list[Any]) -> list[tuple[float, float]]:
     """As ``curve``, for the default's rows and losses under L-BFGS on all pairs, for at most ``LBFGS_CPU_S``."""
     recipe = bench.recipe()
-    parameters = initial_parameters(base, training, recipe, base.layers, torch.Generator().manual_seed(1))
+    parameters = initial_parameters(base, training, recipe, base.sites, torch.Generator().manual_seed(1))
     learned = [tensor.requires_grad_(True) for tensor in parameters.learned()]
     optimizer = torch.optim.LBFGS(learned, max_iter=5, history_size=20, line_search_fn="strong_wolfe")
     batch = cache.take(torch.arange(len(cache)))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = objective(parameters.cam(base.layers, batch), batch.masks, batch.is_unsafe, recipe)
+        loss = objective(parameters.cam(base.sites, batch), batch.masks, batch.is_unsafe, recipe)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -163,7 +166,7 @@ class Layer(torch.nn.Module):
         self.pattern = torch.nn.Parameter(torch.randn(num_positions, width))
 
 
-class OnlyQueries:
+class OnlyQueries(models.Family):
     """A family whose denoiser is nothing but the ten layers that SD 1.5's family chooses, 32x32 and 16x16 cells."""
 
     name = "sd"
@@ -179,13 +182,14 @@ class OnlyQueries:
     def denoiser(self, pipe: Any) -> Any:
         return self.unet
 
-    def cross_attention(self, pipe: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
-        return dict(self.unet.named_children())
+    def sites(self, pipe: Any, names: Sequence[str] | None = None) -> Sites:
+        def site(name: str, layer: Layer) -> CrossAttention:
+            side = math.isqrt(layer.pattern.shape[-2])
+            return CrossAttention(name, layer, lambda _: (side, side))
 
-    def num_positions(self, pipe: Any, names: Iterable[str], latent_size: tuple[int, int]) -> dict[str, int]:
-        return {name: self.unet.get_submodule(name).pattern.shape[-2] for name in names}
+        return Sites(site(*named) for named in self.unet.named_children())
 
-    def encode_prompt(self, pipe: Any, prompts: list[str]) -> Condition:
+    def encode_prompt(self, pipe: Any, prompts: list[str], how: Any = PLAIN) -> Condition:
         return Condition(torch.randn(len(prompts), 77, 768, generator=torch.Generator().manual_seed(0)))
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
@@ -196,10 +200,7 @@ class OnlyQueries:
             layer.to_q(layer.pattern * latents[:, 0, 0, 0, None, None])
         return latents
 
-    def before_condition(self, pipe: Any) -> Sequence[torch.nn.Module]:
-        return ()
-
-    def fingerprints(self, pipe: Any, layers: Mapping[str, Any] | None = None) -> dict[str, str]:
+    def fingerprints(self, pipe: Any, sites: Sites | None = None) -> dict[str, str]:
         return {"text_encoder": "", "key_projections": ""}
 
 
@@ -213,7 +214,7 @@ def main(*, is_quick: bool, has_variants: bool) -> dict[str, object]:
     base = bench.base_model()
     training, validation = bench.annotated(24)
     figures: dict[str, object] = {}
-    knots = torch.tensor((100, 300, 500, 700))[:, None].expand(-1, len(validation))
+    knots = torch.tensor((0.1, 0.3, 0.5, 0.7), dtype=torch.float64)[:, None].expand(-1, len(validation))
     paper = replace(RECIPES["paper"], initial_phrase=bench.SAFETY_PROMPT)
     with (
         bench.cached(base, training, bench.draws(len(training)), 5) as cache,

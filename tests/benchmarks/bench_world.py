@@ -23,7 +23,7 @@ from dagkit import demo
 from dagkit.demo import world
 from dagkit.judges.demo import THRESHOLD, peaks
 from dagkit.models import BaseModel
-from dagkit.optimization import RECIPES, Example, QueryCache, Recipe, cache_queries, draw_timesteps, optimize
+from dagkit.optimization import RECIPES, Example, QueryCache, Recipe, cache_queries, draw_levels, optimize
 from dagkit.token import GuidelineToken
 
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 5.0, "width": 64, "height": 64}
@@ -74,15 +74,15 @@ def recipe(name: str = "default") -> Recipe:
 
 
 def draws(count: int) -> Tensor:
-    """The timesteps of a recipe's noise draws for ``count`` examples."""
-    return draw_timesteps(RECIPES["default"], count, torch.Generator().manual_seed(0))
+    """The noise levels of a recipe's noise draws for ``count`` examples."""
+    return draw_levels(RECIPES["default"], count, torch.Generator().manual_seed(0))
 
 
 def cached(
-    base: BaseModel, examples: Sequence[Example], timesteps: Tensor, seed: int
+    base: BaseModel, examples: Sequence[Example], levels: Tensor, seed: int
 ) -> AbstractContextManager[QueryCache]:
     """Cached queries of examples."""
-    return cache_queries(base, examples, timesteps, seed=seed)
+    return cache_queries(base, examples, levels, seed=seed)
 
 
 def token(base: BaseModel, name: str = "default", *, count: int = 24, seed: int = 0) -> GuidelineToken:

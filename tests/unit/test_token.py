@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 
 import tiny_pipelines as tiny
 from dagkit.errors import TokenError
-from dagkit.token import DatasetInfo, Guidance, GuidelineToken, Thresholds, next_version
+from dagkit.evaluation import token_identity
+from dagkit.token import DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, next_version
 from dagkit.token import safetensors_bytes as to_bytes
+
+TOKENS = Path(__file__).parents[1] / "tokens"
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +340,44 @@ def test_fixed_thresholds_fit_each_other(
     assert (fixed.highlight, fixed.edit) == expected
     assert (fixed.levels, fixed.certain) == (calibrated.levels, calibrated.certain)
     assert Thresholds.model_validate(fixed.model_dump()) == fixed
+
+
+def test_schema_1_is_read_and_converted() -> None:
+    written = json.loads((TOKENS / "weapon" / "token.json").read_bytes())
+    record = TokenRecord.model_validate(written)
+    assert record.schema_version == 2
+    assert record.thresholds.levels == tuple(value / 1000 for value in written["thresholds"]["timesteps"])
+    assert record.guidance.max_level == written["guidance"]["max_timestep"] / 1000
+    for name in ("highlight", "edit", "certain"):
+        assert getattr(record.thresholds, name) == tuple(written["thresholds"][name])
+    again = TokenRecord.model_validate(record.model_dump(mode="json"))  # as schema 2
+    assert again.model_dump() == record.model_dump()
+
+
+def test_an_evaluation_of_a_schema_1_token_is_still_known() -> None:
+    """The sum is what the version that wrote schema 1 put into ``figures.json``."""
+    identity = token_identity(GuidelineToken.load(TOKENS / "weapon"))
+    assert identity["record"] == "sha256:0b495af3d849c191aaedfbcb22c810b1b904973110ea8000eb1f3e22a9886f27"
+    written = json.loads((TOKENS / "weapon" / "token.json").read_bytes())
+    again = TokenRecord.model_validate(written).as_written()
+    assert again["thresholds"] == written["thresholds"]
+    assert again["guidance"] == {**written["guidance"], "max_step": 255, "min_start": 450}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"thresholds": {"timesteps": [0.5], "highlight": [0.5], "edit": [0.1], "knots": 1}},
+        {"thresholds": {"timesteps": [1001], "highlight": [0.5], "edit": [0.1]}},
+        {"thresholds": {"timesteps": "many", "highlight": [0.5], "edit": [0.1]}},
+        {"guidance": {"max_timestep": 1500}},
+        {"guidance": {"max_timestep": True, "form": "push"}},
+        {"guidance": 5},
+        {"schema_version": True},
+    ],
+    ids=str,
+)
+def test_a_wrong_record_of_schema_1_is_refused(change: dict[str, Any]) -> None:
+    written = json.loads((TOKENS / "weapon" / "token.json").read_bytes())
+    with pytest.raises(ValidationError):
+        TokenRecord.model_validate({**written, **change})

@@ -137,7 +137,7 @@ def test_verify_against_a_base_model(workspace: Path):
     from dagkit import models
 
     model = models.load(workspace / "model")
-    layers = model.family.cross_attention(model.pipe)
+    layers = model.family.sites(model.pipe)
     info = BaseModelInfo(
         id="model", architecture="sd", fingerprint=model.fingerprint, **model.family.fingerprints(model.pipe, layers)
     )

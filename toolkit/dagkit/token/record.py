@@ -172,7 +172,7 @@ class TokenRecord(_Strict):
     @classmethod
     def _read(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         """Converts schema 1, and keeps in mind that it was that."""
-        is_first = isinstance(value, dict) and value.get("schema_version") == 1
+        is_first = isinstance(value, dict) and repr(value.get("schema_version")) == "1"
         record = validate(_from_schema_1(value) if is_first else value)
         if is_first:
             record._written_as = 1

@@ -102,7 +102,7 @@ def test_drawing_refuses_before_anything_is_drawn(field: str):
 
 def lines(name: str) -> list[str]:
     """Prompts or words of a file beside this one, without the lines that name their kind."""
-    text = (Path(__file__).parent / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if not line.startswith("#")]
 
 
