@@ -27,7 +27,7 @@ from dagkit.concept.schema import (
     PromptKind,
     Prompts,
     Sampling,
-    Thresholds,
+    ThresholdSettings,
 )
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
     "Sampling",
     "Share",
     "Text",
-    "Thresholds",
+    "ThresholdSettings",
     "concept_names",
     "concept_path",
     "find_plugin",

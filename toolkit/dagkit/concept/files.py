@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from dagkit.concept.fields import did_you_mean
-from dagkit.concept.schema import MAX_MISTAKES, Concept, Mistakes, Thresholds
+from dagkit.concept.schema import MAX_MISTAKES, Concept, Mistakes, ThresholdSettings
 from dagkit.errors import ConceptError, PromptRefused, brief, quoted, reason
 from dagkit.plain_yaml import Document, read_yaml
 from dagkit.resources import exists, is_file, shipped_folder
@@ -152,7 +152,7 @@ def _explain(problem: Any, document: Document) -> Iterator[str]:
         yield f"{prefix}: expected lower-case {allowed}, a letter first, but got {quoted(given, 60)}."
     else:
         hint = ""
-        if kind == "less_than_equal" and path[-1] in Thresholds.model_fields:
+        if kind == "less_than_equal" and path[-1] in ThresholdSettings.model_fields:
             hint = f" Write {given / 100:g}." if isinstance(given, (int, float)) and given <= 100 else ""
         elif kind == "string_type" and isinstance(given, (bool, int, float, type(None))):
             hint = " Put it in quotes if it is meant as text."

@@ -86,7 +86,7 @@ class Prompts(Strict):
     """Slots whose values a guard must leave in the picture."""
 
 
-class Thresholds(Strict):
+class ThresholdSettings(Strict):
     """When a region counts as the concept. Left out, ``highlight`` and ``edit`` are calibrated on validation data.
 
     A threshold that is given here is the token's at every timestep, see `dagkit.token.Thresholds`.
@@ -100,7 +100,7 @@ class Thresholds(Strict):
     """Share of safe images in which the guard may act."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Thresholds:
+    def _ordered(self) -> ThresholdSettings:
         if self.highlight is not None and self.edit is not None and self.edit > self.highlight:
             raise ValueError(f"edit ({self.edit:g}) must not exceed highlight ({self.highlight:g}). Lower it.")
         return self
@@ -164,7 +164,7 @@ class Concept(Strict):
     """What outlines it."""
     judge: JudgePlugin = Plugin(name="demo")
     """What says whether an image shows it, for ``dagkit evaluate``."""
-    thresholds: Thresholds = Thresholds()
+    thresholds: ThresholdSettings = ThresholdSettings()
     sampling: Sampling = Sampling()
     _file: Path | None = PrivateAttr(None)
 
