@@ -36,7 +36,7 @@ def base() -> BaseModel:
 def make(base: BaseModel, *, thresholds: Thresholds = ALWAYS, seed: int = 5, **changes: Any) -> GuidelineToken:
     """A token of the bundled model with random rows."""
     token = random_token(base.pipe, thresholds=thresholds, seed=seed)
-    changes = {"guidance": Guidance(reuse_steps=1, max_step=1000), **changes}
+    changes = {"guidance": Guidance(reuse_steps=1, max_step=1.0), **changes}
     return replace(token, record=token.record.model_copy(update=changes))
 
 

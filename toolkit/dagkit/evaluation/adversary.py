@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from dagkit.evaluation.columns import AttachableGuard
+    from dagkit.evaluation.columns import BindableGuard
     from dagkit.judges import Judge
     from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
@@ -119,7 +119,7 @@ def check_attack(base_model: BaseModel) -> None:
 def attack_guard(
     base_model: BaseModel,
     token: GuidelineToken,
-    guard: AttachableGuard,
+    guard: BindableGuard,
     targets: Sequence[Target],
     judge: Judge,
     *,
@@ -153,6 +153,7 @@ def attack_guard(
     refuse_black([target.image for target in targets], "targets of the attack")
     attack = attack or Attack()
     start = base_model.encode([target.prompt for target in targets]).hidden_states.float()
+    bound = guard.bind(base_model.pipe)
     soft, losses = optimise_embeddings(base_model, token, targets, start, attack, progress)
 
     def draw(embeddings: Tensor, is_guarded: bool) -> list[Image.Image]:
@@ -162,7 +163,7 @@ def attack_guard(
             [target.prompt for target in targets],
             [target.seed for target in targets],
             settings=sampling,
-            guard=guard.attach(base_model.pipe) if is_guarded else None,
+            guard=bound.run() if is_guarded else None,
             context=context,
         )
 

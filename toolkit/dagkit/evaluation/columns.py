@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -56,11 +57,19 @@ class Column(Protocol):
         ...
 
 
-class AttachableGuard(Protocol):
-    """Anything that guards a pipeline while its context is open, as `dagkit.guard.Guard` does."""
+class BoundGuard(Protocol):
+    """A guard that was checked against a pipeline, as `dagkit.guard.BoundGuard`."""
 
-    def attach(self, pipe: Any) -> AbstractContextManager[Any]:
-        """Guards ``pipe`` inside the context, whose value is a trace."""
+    def run(self) -> AbstractContextManager[Any]:
+        """Guards the pipeline inside the context, whose value is a trace."""
+        ...
+
+
+class BindableGuard(Protocol):
+    """Anything that can be bound to a pipeline, as `dagkit.guard.Guard`."""
+
+    def bind(self, pipe: Any) -> BoundGuard:
+        """Checks the pipeline once."""
         ...
 
 
@@ -83,14 +92,22 @@ class PipelineColumn:
     sampling: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     negative_prompt: str | None = None
-    guard: AttachableGuard | None = None
+    guard: BindableGuard | None = None
     context: Sequence[str] = ()
+
+    @cached_property
+    def bound(self) -> BoundGuard | None:
+        """The guard, checked against the pipeline when it is first asked for: no part of what a draw costs.
+
+        Raises:
+            GuardError: it cannot guard the pipeline.
+        """
+        return None if self.guard is None else self.guard.bind(self.base_model.pipe)
 
     def draw(self, prompts: Sequence[EvalPrompt]) -> list[Drawn]:
         """One image a prompt, in order; noise is drawn on the CPU, so that it is the same on every device."""
-        pipe = self.base_model.pipe
-        guarded = nullcontext() if self.guard is None else self.guard.attach(pipe)
-        with guarded as trace, _counted_rows(self.base_model.family.denoiser(pipe)) as rows:
+        guarded = nullcontext() if self.bound is None else self.bound.run()
+        with guarded as trace, _counted_rows(self.base_model) as rows:
             images = generate_images(
                 self.base_model,
                 [prompt.text for prompt in prompts],
@@ -105,16 +122,18 @@ class PipelineColumn:
 
 
 @contextmanager
-def _counted_rows(denoiser: Any) -> Iterator[list[int]]:
+def _counted_rows(base_model: BaseModel) -> Iterator[list[int]]:
     """Lists the batch size of every forward pass, those of a guard included, which call ``forward`` past all hooks.
 
     What an offloading or compiling library has put on the module itself is there again afterwards.
     """
+    family, pipe = base_model.family, base_model.pipe
+    denoiser, sample = family.denoiser(pipe), family.calls(pipe).names.sample
     rows: list[int] = []
     original, is_patched = denoiser.forward, "forward" in vars(denoiser)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        rows.append(len(args[0] if args else kwargs["sample"]))
+        rows.append(len(args[0] if args else kwargs[sample]))
         return original(*args, **kwargs)
 
     denoiser.forward = forward

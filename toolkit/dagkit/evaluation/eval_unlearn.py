@@ -65,6 +65,7 @@ class DagkitTechnique:
         }
         self.context = own.context
         self.guard = None if loaded is None else loaded.guard(**options)
+        self.bound = None if self.guard is None else self.guard.bind(self.base_model.pipe)
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image]:
         """One image a prompt; prompt ``i`` starts from noise of ``seed + i``, as eval-unlearn's own techniques do."""
@@ -72,7 +73,7 @@ class DagkitTechnique:
 
         settings = {**self.sampling, **{key: value for key, value in options.items() if key in _SAMPLING}}
         first = int(torch.seed() % 2**31) if seed is None else seed
-        with nullcontext() if self.guard is None else self.guard.attach(self.base_model.pipe):
+        with nullcontext() if self.bound is None else self.bound.run():
             return generate_images(
                 self.base_model,
                 list(prompts),

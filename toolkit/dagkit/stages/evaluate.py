@@ -230,8 +230,8 @@ def _check_inputs(
     if num_attacks:
         evaluation.check_attack(base_model)
     for column in columns:
-        if column.guard is not None:
-            with column.guard.attach(base_model.pipe):
+        if column.bound is not None:
+            with column.bound.run():
                 pass
 
 

@@ -11,7 +11,7 @@ from dagkit.stages import base
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dagkit.guard import Guard, Trace
+    from dagkit.guard import BoundGuard, Guard, Trace
     from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
     from dagkit.workspace import StageFolder, Workspace
@@ -110,6 +110,7 @@ def run(
         done = folder.keys()
         todo = [job for job in jobs if job[0] not in done]
         progress = progress or base.Progress(is_quiet=True)
+        bound = [guard.bind(base_model.pipe) for guard in guards] if todo else []
         for key, prompt, image_seed, is_guarded in progress.track(todo, total=len(todo), description="sample"):
             row: dict[str, Any] = {
                 "key": key,
@@ -121,7 +122,7 @@ def run(
                 "model_fingerprint": base_model.fingerprint,
                 "settings": sampling,
             }
-            drawn, traces = _draw(base_model, guards if is_guarded else [], prompt, image_seed, sampling, context)
+            drawn, traces = _draw(base_model, bound if is_guarded else [], prompt, image_seed, sampling, context)
             if is_guarded:
                 row |= {
                     "mode": mode,
@@ -149,7 +150,7 @@ def run(
 
 def _draw(
     base_model: BaseModel,
-    guards: Sequence[Guard],
+    guards: Sequence[BoundGuard],
     prompt: str,
     seed: int,
     sampling: dict[str, Any],
@@ -162,7 +163,7 @@ def _draw(
     traces: list[Trace] = []
     try:
         with ExitStack() as stack:
-            traces += [stack.enter_context(guard.attach(base_model.pipe)) for guard in guards]
+            traces += [stack.enter_context(guard.run()) for guard in guards]
             [image] = generate_images(base_model, [prompt], [seed], settings=sampling, context=context)
     except ConceptFound:
         return None, traces
