@@ -83,7 +83,7 @@ def test_only_a_stamp_asks_for_the_time_of_day():
     clocks = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today", "time.time", "time.time_ns")
     assert modules_that_call(*clocks, "time.localtime", "time.gmtime", "time.strftime") == {"token/stamp"}
     stamped = {module for module, tree in TREES.items() for name, _ in calls(tree) if name in ("now", "stamp.now")}
-    assert stamped == {"optimization/training", "registry/publishing", "stages/evaluate"}  # record, index, figures
+    assert stamped == {"optimization/training", "registry/publishing", "evaluation/measuring"}  # record, index, figures
 
 
 def test_only_generation_draws_and_it_always_refuses():
@@ -150,3 +150,21 @@ def test_a_guarded_run_changes_no_weight():
         now = getattr(pipe, name).state_dict()
         assert now.keys() == state.keys()
         assert all(torch.equal(now[key], value) for key, value in state.items())
+
+
+LAYERS = {"to_k", "to_q", "heads", "attn2", "up_blocks", "down_blocks", "alphas_cumprod"}
+"""How one architecture calls its parts: only its own file in ``models`` may know."""
+
+
+@pytest.mark.parametrize(
+    "room", ["guard", "optimization", "evaluation", "proposers", "attention", "guidance", "engines", "stages", "token"]
+)
+def test_who_looks_for_a_concept_knows_no_layer(room: str):
+    names = {
+        name: {one.attr for one in ast.walk(tree) if isinstance(one, ast.Attribute)}
+        | {one.value for one in ast.walk(tree) if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+        for name, tree in TREES.items()
+        if name.split("/")[0] == room
+    }
+    assert names
+    assert {name: found & LAYERS for name, found in names.items() if found & LAYERS} == {}
