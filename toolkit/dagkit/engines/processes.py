@@ -89,8 +89,11 @@ class Processes:
                         finished[number] = item, worker.result(item)
                     except Exception as error:  # noqa: BLE001  # it is raised when what comes before it was given
                         failed[number] = error
+                        if isinstance(error, EngineError):
+                            self._workers.remove(worker)
+                            worker.end()
         finally:
-            if busy or failed:
+            if busy:
                 self.close()
 
     def _idle(self, busy: Iterable[_Worker]) -> _Worker:
