@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Final
 from dagkit.dataset.summary import SUMMARY, read_summary_file
 from dagkit.dataset.tables import read_json
 from dagkit.errors import DatasetError
+from dagkit.system import held_folder
 from dagkit.workspace import listed, sha256_file
 
 MARKER: Final = "made_by_dagkit.json"
@@ -171,7 +171,7 @@ def _mark(folder: Path, maker: Maker, files: Mapping[str, str]) -> None:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes nothing that is open for reading alone
         os.fsync(file.fileno())
 
 
@@ -180,26 +180,11 @@ def _partial(path: Path, maker: Maker) -> Iterator[Path]:
     """A folder beside ``path``, deleted in the end; marked and held, so that a later run knows what a dead one left."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        with _held(folder):
+        with held_folder(folder):
             _mark(folder, maker, {})
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Locks a folder, and says whether that is possible: another process may hold it, or the disk know no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
 
 
 def _is_dead(folder: Path, path: Path) -> bool:
@@ -207,7 +192,7 @@ def _is_dead(folder: Path, path: Path) -> bool:
     is_named = folder.name.startswith(f".{path.name}.") and folder.name.endswith(".partial")
     if not is_named or folder.is_symlink() or not folder.is_dir():
         return False
-    with _held(folder) as is_free:
+    with held_folder(folder) as is_free:
         return is_free and ((folder / MARKER).is_file() or not any(folder.iterdir()))
 
 
