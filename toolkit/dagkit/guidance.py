@@ -19,8 +19,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
+
+from dagkit.errors import required
 
 FORMS: Final = ("drop", "paper", "subtract")
 MASKS: Final = ("sld", "sega")
@@ -68,7 +69,11 @@ def area_scale(cam: Tensor, highlight: float = 0.5, gain: float = AREA_GAIN) -> 
 
     Returns:
         (B, H, W) float32: ``gain * area / (H * W)`` on each 4-connected component, 0 elsewhere.
+
+    Raises:
+        MissingPackage: scipy is not installed.
     """
+    ndimage = required("scipy.ndimage")
     scale = torch.zeros(cam.shape, dtype=torch.float32)
     for sample, regions in enumerate((cam >= highlight).cpu().numpy()):
         labels, count = ndimage.label(regions)

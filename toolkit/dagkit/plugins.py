@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal
 
-from dagkit.errors import PluginError
+from dagkit.errors import PluginError, required
 
 Kind = Literal["families", "proposers", "segmenters", "judges"]
 
@@ -54,6 +53,7 @@ def load(kind: Kind, name: str) -> Any:
     Raises:
         PluginError: the name is unknown (the message suggests near ones), or registered by two packages, or its module
             does not import.
+        MissingPackage: a library that it needs is not installed.
     """
     external = [entry for entry in _external(kind) if entry.name == name]
     if len(external) + (name in BUILTIN[kind]) > 1:
@@ -68,7 +68,7 @@ def load(kind: Kind, name: str) -> Any:
         raise PluginError(f"{name!r} is not a {_singular(kind)}.{hint} Available: {', '.join(names(kind)) or 'none'}.")
     module, _, attribute = target.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        return getattr(required(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PluginError(
             f"{_singular(kind)} {name!r} ({target}) does not import: {error}. Install its extra or fix the package."
