@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from dagkit import demo
 from dagkit.cli import command
 from dagkit.commands import OTHER_COMMANDS
 from dagkit.errors import DagkitError, WorkspaceError
@@ -47,18 +46,17 @@ def test_importing_and_guarding_load_nothing_of_the_toolkit():
     """Beside what the pipeline itself has loaded: diffusers takes scipy where it is."""
     script = """
 import sys
-from pathlib import Path
-from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
-before = set(sys.modules)
 import dagkit
-assert not any(name.startswith(("numpy", "torch")) for name in set(sys.modules) - before)
-with dagkit.load_token(sys.argv[2]).guard().attach(pipe):
+assert not any(name.startswith(("numpy", "torch")) for name in sys.modules)
+from dagkit import demo, models
+pipe = models.load(demo.model_path()).pipe
+before = {name for name in sys.modules if not name.startswith("dagkit.")}
+with dagkit.load_token(sys.argv[1]).guard().attach(pipe):
     pass
 print(sorted({".".join(name.split(".")[: 1 + name.startswith("dagkit")]) for name in set(sys.modules) - before}))
 """
-    model, token = demo.model_path(), Path(__file__).parents[1] / "tokens" / "weapon"
-    done = subprocess.run([sys.executable, "-c", script, model, token], capture_output=True, text=True, check=True)
+    token = Path(__file__).parents[1] / "tokens" / "weapon"
+    done = subprocess.run([sys.executable, "-c", script, token], capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
     assert "dagkit.guard" in loaded
     assert loaded & {"datasets", "label_studio_sdk", "scipy", "click", "rich", "httpx", "jinja2", "pyarrow"} == set()

@@ -124,7 +124,7 @@ _PACKAGES: Final = {"PIL": "pillow", "yaml": "pyyaml", "pyarrow": "datasets", "m
 
 
 def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
-    """What to install; None where the module that was not found is of no package that dagkit requires: that is a bug."""
+    """What to install; None where the module is of no package that dagkit requires, which is a bug."""
     module = (error.name or "").partition(".")[0]
     package = _PACKAGES.get(module, module.replace("_", "-"))
     try:
