@@ -169,8 +169,8 @@ def test_commands_take_one_file(demo_file: tuple[Path, Path], tmp_path: Path) ->
 
     done = CliRunner().invoke(command, ["token", "verify", token, *where])
     assert (done.exit_code, "base model: made for" in done.output) == (0, True), done.output
-    drawing = ["sample", "a cat on grass", "--guard", token, "--num-inference-steps", "2", "--workspace", str(tmp_path), "--json"]
-    done = CliRunner().invoke(command, [*drawing, *where], catch_exceptions=False)
+    drawing = ["sample", "a cat on grass", "--guard", token, "--num-inference-steps", "4"]
+    done = CliRunner().invoke(command, [*drawing, *where, "--workspace", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(command, [*drawing, "--model-config", str(config)])
     assert "demo: only a single .safetensors file takes a configuration" in str(done.exception)
