@@ -173,7 +173,7 @@ def test_commands_take_one_file(demo_file: tuple[Path, Path], tmp_path: Path) ->
     done = CliRunner().invoke(command, [*drawing, *where, "--workspace", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(command, [*drawing, "--model-config", str(config)])
-    assert "demo: only a single .safetensors file takes a configuration" in str(done.exception)
+    assert "only a single .safetensors file takes a configuration" in str(done.exception)
 
 
 def test_a_model_of_the_shape_of_sd15_in_one_file(sd15: tuple[Path, Path, Path]) -> None:
