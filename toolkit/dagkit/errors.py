@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires
 from typing import Any, Final
 
 MAX_QUOTED: Final = 200
@@ -125,6 +124,8 @@ _PACKAGES: Final = {"PIL": "pillow", "yaml": "pyyaml", "pyarrow": "datasets", "m
 
 def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
     """What to install; None where the module is of no package that dagkit requires, which is a bug."""
+    from importlib.metadata import PackageNotFoundError, requires  # not fast to import
+
     module = (error.name or "").partition(".")[0]
     package = _PACKAGES.get(module, module.replace("_", "-"))
     try:
