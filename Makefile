@@ -6,13 +6,26 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check format bench bench-quick clean
+OLDEST := .venv-oldest
+OLD_TESTS := $(addprefix tests/unit/, commands models proposers registry segmenters test_attention.py test_cli.py \
+	test_concept.py test_dataset.py test_dataset_strangers.py test_dataset_targets.py test_errors.py test_guard.py \
+	test_guidance.py test_optimization.py test_plugins.py test_system.py test_token.py test_workspace.py) \
+	$(addprefix tests/integration/, test_dataset_commands.py test_guard_pipelines.py test_guard_weapon.py test_sample.py)
+# SAM 2 came with transformers 4.56, signing and NudeNet are extras, and pydantic words the same schema in other ways.
+NOT_OLD := not (sam2 or test_sign_then_publish_then_verify or test_shipped_concepts_lack_weights_at_most \
+	or test_schema_is_the_published_one)
+
+.PHONY: demo test test-oldest check format bench bench-quick clean
 
 demo: .venv/.ready
 	$(BIN)/dagkit demo
 
 test: .venv/.ready
 	$(BIN)/pytest
+
+# With the lowest versions that pyproject.toml allows, on Python 3.11 or 3.12: docs/serving.md lists them.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/pytest $(OLD_TESTS) --ignore tests/unit/registry/test_signing.py -k "$(NOT_OLD)"
 
 check: .venv/.ready
 	$(BIN)/ruff format --check
@@ -31,6 +44,12 @@ format: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[test]"
+	touch $@
+
 bench: .venv/.ready
 	$(BIN)/python tests/benchmarks/bench.py
 
@@ -38,4 +57,4 @@ bench-quick: .venv/.ready
 	$(BIN)/python tests/benchmarks/bench.py --quick
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv $(OLDEST) build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

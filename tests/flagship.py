@@ -8,6 +8,7 @@ so every pickle holds rubbish. The checker flags every picture: whoever draws wi
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def write_part(folder: Path, module: Any) -> None:
 def first_name(part: str, name: str) -> str:
     """What a weight was called in 2022."""
     if part == "text_encoder":
-        return f"text_model.{name}"
+        return f"text_model.{name.removeprefix('text_model.')}"
     if part == "safety_checker":
-        return name.replace("vision_model.", "vision_model.vision_model.")
+        return re.sub(r"(vision_model\.)+", "vision_model.vision_model.", name)
     if part == "vae" and ".attentions." in name:
         for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             name = name.replace(f".{new}.", f".{old}.")

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-import boto3
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
-from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
 
 from dagkit.registry.locations.bucket import Bucket
 from dagkit.workspace import sha256_json
@@ -50,6 +47,8 @@ class BucketPlace:
     writes = ((Bucket, "_put"), (Bucket, "_replace"))
 
     def __init__(self, bucket: str) -> None:
+        import boto3
+
         self.s3, self.bucket, self.url = boto3.client("s3"), bucket, f"s3://{bucket}/team/weapon"
         self.s3.create_bucket(Bucket=bucket)
 
@@ -91,6 +90,8 @@ class HubPlace:
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -108,13 +109,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # what diffusers asks
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True, raising=False)
         monkeypatch.setenv("HF_TOKEN", ACCESS_TOKEN)
         yield hub
 
 
 @pytest.fixture
 def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BucketPlace:
+    from s3fs import S3FileSystem
+
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-that-must-not-be-shown")

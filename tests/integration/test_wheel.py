@@ -1,14 +1,17 @@
 """The wheel carries all it needs: built, installed outside the repository, and walked through."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +75,93 @@ def test_installed_wheel_runs_the_demo_outside_the_repository(wheel: Path, tmp_p
     report = Path(run("demo", "--quick", "--quiet").splitlines()[-1])
     assert report.is_relative_to(tmp_path)
     assert "weapon 1.0.0" in report.read_text()
+
+
+GUARDING = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub", "pydantic", "numpy")
+NOT_FOR_GUARDING = ("accelerate", "datasets", "label_studio_sdk", "pyarrow", "scipy", "torchvision")
+
+
+def link_packages(names: tuple[str, ...], folder: Path) -> None:
+    """Links packages of the environment that runs the tests, and what they require, into a folder; nothing else."""
+    todo, seen = list(names), set[str]()
+    while todo:
+        name = todo.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:  # of another system
+            continue
+        for line in package.requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                todo.append(requirement.name)
+        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(package.locate_file(top))
+
+
+@pytest.fixture(scope="module")
+def guarding(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel, without what the wheel requires, beside what guarding needs."""
+    folder = tmp_path_factory.mktemp("guarding") / "venv"
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(command, check=True)
+    purelib = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    link_packages(GUARDING, Path(purelib.strip()))
+    return folder
+
+
+GUARD = f"""
+import importlib.util, sys, torch
+import dagkit
+from dagkit import demo, errors, guidance, models
+
+assert dagkit.__file__.startswith(sys.prefix)
+assert [name for name in {NOT_FOR_GUARDING} if importlib.util.find_spec(name)] == []
+guard = dagkit.load_token(sys.argv[1]).guard()
+pipe = models.load(demo.model_path()).pipe
+with guard.attach(pipe) as trace:
+    image = pipe("a cat and a bomb on grass", num_inference_steps=6, guidance_scale=5.0).images[0]
+try:
+    dagkit.guidance.area_scale(torch.ones(1, 2, 2))
+except dagkit.errors.MissingPackage as error:
+    print(error)
+print(image.size, trace.summary(0)['is_firing'], len(trace.of(0)))
+"""
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+
+
+def test_guarding_needs_seven_packages_and_theirs(guarding: Path, tmp_path: Path):
+    token = ROOT / "tests" / "tokens" / "weapon"
+    command = [guarding / "bin" / "python", "-c", GUARD, token]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    advice, drawn = done.stdout.splitlines()
+    assert re.fullmatch(r"this needs scipy, which is not installed. Run: pip install 'scipy>=[\d.]+'", advice)
+    assert drawn == "(64, 64) True 6"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [
+        ("dataset check .", "scipy>="),
+        ("export --concept weapon", "datasets>="),
+        ("premask --concept weapon", "scipy>="),
+    ],
+)
+def test_a_command_whose_package_is_missing_says_what_to_install(
+    arguments: str, package: str, guarding: Path, tmp_path: Path
+):
+    command = [guarding / "bin" / "dagkit", *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert f"is not installed. Run: pip install '{package}" in done.stderr

@@ -1,5 +1,6 @@
 """The command line: light, helpful, and one line for an error that a user can mend."""
 
+import ast
 import json
 import os
 import resource
@@ -39,6 +40,27 @@ def test_help_is_light(name: str):
     assert "Usage:" in done.stdout
     assert done.stdout.splitlines()[-1] == "0 []"
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 0.3
+
+
+def test_importing_and_guarding_load_nothing_of_the_toolkit():
+    """Beside what the pipeline itself has loaded: diffusers takes scipy where it is."""
+    script = """
+import sys
+import dagkit
+assert not any(name.startswith(("numpy", "torch")) for name in sys.modules)
+from dagkit import demo, models
+pipe = models.load(demo.model_path()).pipe
+before = {name for name in sys.modules if not name.startswith("dagkit.")}
+with dagkit.load_token(sys.argv[1]).guard().attach(pipe):
+    pass
+print(sorted({".".join(name.split(".")[: 1 + name.startswith("dagkit")]) for name in set(sys.modules) - before}))
+"""
+    token = Path(__file__).parents[1] / "tokens" / "weapon"
+    done = subprocess.run([sys.executable, "-c", script, token], capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert "dagkit.guard" in loaded
+    assert loaded & {"datasets", "label_studio_sdk", "scipy", "click", "rich", "httpx", "jinja2", "pyarrow"} == set()
+    assert loaded & {f"dagkit.{name}" for name in ("cli", "commands", "dataset", "labelstudio", "stages")} == set()
 
 
 def test_every_command_is_listed_with_help():

@@ -46,3 +46,18 @@ def test_no_message_is_endless_or_moves_the_cursor(error: type[DagkitError]):
     assert "characters left out" in message
     assert message.encode()
     assert str(error("as it is")) == "as it is"
+
+
+def test_what_to_install_for_a_module_that_is_missing():
+    def advice(module: str) -> str:
+        return str(errors.missing_package(ModuleNotFoundError(f"No module named {module!r}", name=module)))
+
+    start = "this needs {0}, which is not installed. Run: pip install '{0}>="
+    assert advice("scipy.ndimage").startswith(start.format("scipy"))
+    assert advice("label_studio_sdk").startswith(start.format("label-studio-sdk"))
+    assert advice("PIL").startswith(start.format("pillow"))
+    assert advice("torchmetrics.image").startswith(start.format("torchmetrics"))  # of an extra
+    for bug in ("dagkit.nowhere", "colections", ""):
+        assert advice(bug) == "None"
+    with pytest.raises(ModuleNotFoundError, match="colections"):
+        errors.required("colections")

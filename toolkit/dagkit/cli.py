@@ -7,11 +7,15 @@ import io
 import os
 import sys
 
-import click
-
 from dagkit._version import __version__
+from dagkit.errors import DagkitError, missing_package
+
+try:
+    import click
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {missing_package(error) or error}") from error
+
 from dagkit.commands import OTHER_COMMANDS
-from dagkit.errors import DagkitError
 from dagkit.resources import source_date
 from dagkit.stages import STAGES
 
@@ -68,6 +72,12 @@ def main() -> None:
         command(prog_name="dagkit")
     except DagkitError as error:
         click.echo(f"{click.style('error:', fg='red')} {error}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        click.echo(f"{click.style('error:', fg='red')} {missing}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

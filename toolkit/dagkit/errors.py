@@ -12,6 +12,7 @@
     ├── TokenError          a guideline token is damaged, or made for another base model
     ├── GuardError          the guard cannot see or cannot act, so nothing is generated
     ├── EngineError         a worker process ended, or there is work that none can do
+    ├── MissingPackage      a library that only some of dagkit needs is not installed
     └── PublishError        a token could not be published
 
 The command line prints one line for these and exits with status 1; anything else is a bug and keeps its traceback.
@@ -22,7 +23,8 @@ long even so is cut in the middle.
 from __future__ import annotations
 
 import re
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 
 MAX_QUOTED: Final = 200
 """Characters of foreign text that a message shows."""
@@ -115,6 +117,46 @@ class GuardError(DagkitError):
 
 class EngineError(DagkitError):
     """A worker process ended, or there is work that no other process can do."""
+
+
+class MissingPackage(DagkitError):
+    """A library that only some of dagkit needs is not installed, as where it was installed for guarding alone."""
+
+
+_PACKAGES: Final = {"PIL": "pillow", "yaml": "pyyaml", "pyarrow": "datasets", "markupsafe": "jinja2"}
+"""Who brings a module that is called otherwise."""
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
+    """What to install; None where the module is of no package that dagkit requires, which is a bug."""
+    from importlib.metadata import PackageNotFoundError, requires  # not fast to import
+
+    module = (error.name or "").partition(".")[0]
+    package = _PACKAGES.get(module, module.replace("_", "-"))
+    try:
+        lines = requires("dagkit") or ()
+    except PackageNotFoundError:  # run from its sources
+        lines = ()
+    for line in lines if module not in ("", "dagkit") else ():
+        wanted = line.partition(";")[0].strip()
+        if re.split(r"[^\w.-]", wanted)[0].lower() == package:
+            return MissingPackage(f"this needs {package}, which is not installed. Run: pip install '{wanted}'")
+    return None
+
+
+def required(module: str) -> Any:
+    """Imports a module that only some of dagkit needs.
+
+    Raises:
+        MissingPackage: its package is not installed.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        raise missing from error
 
 
 class PublishError(DagkitError):

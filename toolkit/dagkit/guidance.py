@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dagkit.errors import required
+
 MASKS: Final = ("sld", "sega")
 MEMORY_LEVELS: Final = 0.04
 """After so much of the noise, one step of a run of 25, the share ``memory`` of a gate is left."""
@@ -68,9 +70,11 @@ def area_scale(cam: Tensor, highlight: float = 0.5, gain: float = AREA_GAIN) -> 
 
     Returns:
         (B, H, W) float32: ``gain * area / (H * W)`` on each 4-connected component, 0 elsewhere.
-    """
-    from scipy import ndimage  # the paper's form alone needs it
 
+    Raises:
+        MissingPackage: scipy is not installed.
+    """
+    ndimage = required("scipy.ndimage")
     scale = torch.zeros(cam.shape, dtype=torch.float32)
     for sample, regions in enumerate((cam >= highlight).cpu().numpy()):
         labels, count = ndimage.label(regions)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal
 
-from dagkit.errors import PluginError
+from dagkit.errors import PluginError, required
 
 Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
@@ -67,6 +66,7 @@ def load(kind: Kind, name: str) -> Any:
     Raises:
         PluginError: the name is unknown (the message suggests near ones), or registered by two packages, or its module
             does not import, or it does not have the base class of its kind.
+        MissingPackage: a library that it needs is not installed.
     """
     external = [entry for entry in _external(kind) if entry.name == name]
     if len(external) + (name in BUILTIN[kind]) > 1:
@@ -96,7 +96,7 @@ def load(kind: Kind, name: str) -> Any:
 
 def _attribute(target: str) -> Any:
     module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
+    return getattr(required(module), name)
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
-from dagkit import manifests
+from dagkit import manifests, system
 from dagkit.errors import WorkspaceError, quoted
 from dagkit.png import picture_png
 
@@ -332,9 +331,9 @@ def open_plain(path: Path, mode: Literal["rb", "a+b"] = "rb") -> Iterator[Binary
         yield file
 
 
-def _open(path: Path, flags: int) -> int:
+def _open(path: Path, flags: int, *, follows_links: bool = True) -> int:
     """Opens a plain file and returns its descriptor."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    descriptor = system.open_at_once(path, flags, follows_links=follows_links)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise WorkspaceError(
@@ -408,8 +407,11 @@ def _locked_file(folder: Path, patience_s: float) -> Iterator[None]:
     while True:
         with _named_errors(folder):
             descriptor = _open_lock(path)
-        with os.fdopen(descriptor):
-            if not _is_free(descriptor, folder):
+        is_ours = False
+        try:
+            with _named_errors(folder):
+                is_free = system.is_locked_now(descriptor)
+            if not is_free:
                 if time.monotonic() >= deadline:
                     raise WorkspaceError(
                         f"{_shown(folder)}: another dagkit process is writing here. Wait for it, or use another "
@@ -420,9 +422,14 @@ def _locked_file(folder: Path, patience_s: float) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    if os.pread(descriptor, len(_LOCK) + 1, 0) == _LOCK:  # else it is another program's
-                        path.unlink(missing_ok=True)
+                    os.lseek(descriptor, 0, os.SEEK_SET)
+                    is_ours = os.read(descriptor, len(_LOCK) + 1) == _LOCK  # else it is another program's
                 return
+        finally:
+            if is_ours:
+                system.close_and_delete(descriptor, path)
+            else:
+                os.close(descriptor)
 
 
 def checked_root(path: Path) -> Path:
@@ -489,9 +496,9 @@ def _open_lock(path: Path) -> int:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+                descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, follows_links=False)
             except FileExistsError:
-                return _open(path, os.O_RDWR | os.O_NOFOLLOW)
+                return _open(path, os.O_RDWR, follows_links=False)
             with contextlib.suppress(OSError):  # on a full disk the file stays behind, and locks as well
                 os.write(descriptor, _LOCK)
             return descriptor
@@ -500,16 +507,6 @@ def _open_lock(path: Path) -> int:
                 raise
             time.sleep(pause_s)
     raise AssertionError
-
-
-def _is_free(descriptor: int, folder: Path) -> bool:
-    """Whether nobody held the lock, which this writer holds now."""
-    with _named_errors(folder):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

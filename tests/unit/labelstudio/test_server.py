@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dagkit import system
 from dagkit.errors import LabelStudioError
 from dagkit.labelstudio import access, server
 from dagkit.labelstudio.server import EmbeddedServer, Login
@@ -96,7 +97,7 @@ def test_the_process_is_known_without_ps_or_without_proc(
     if tool != "ps":
         monkeypatch.setenv("PATH", str(tmp_path))
     if tool != "/proc":
-        monkeypatch.setattr(server, "_PROC", tmp_path / "no-proc")
+        monkeypatch.setattr(system, "_PROC", tmp_path / "no-proc")
     embedded = EmbeddedServer(tmp_path)
     code = "import time; print(flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code, "--data-dir", str(tmp_path / "data")]

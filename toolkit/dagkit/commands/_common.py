@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_MODEL_CONFIG: Final = "dagkit.model_config"
+"""Where click keeps ``--model-config``."""
+
 
 def show(result: StageResult, as_json: bool) -> None:
     """Prints what a stage did: one line, or one JSON object."""
@@ -84,10 +87,30 @@ def workspace_option(command: Command) -> Command:
 
 
 def model_option(command: Command) -> Command:
-    """``--model X``."""
+    """``--model X`` and, for `load_base_model`, ``--model-config Y``."""
+    command = model_config_option(command)
     return click.option(
-        "--model", metavar="MODEL", help="Base model: 'demo', a diffusers folder or a Hub id. Default: the concept's."
+        "--model",
+        metavar="MODEL",
+        help="Base model: 'demo', a diffusers folder, a Hub id or one .safetensors file. Default: the concept's.",
     )(command)
+
+
+def model_config_option(command: Command) -> Command:
+    """``--model-config Y``, which `model_config` tells."""
+    return click.option(
+        "--model-config",
+        metavar="FOLDER_OR_ID",
+        expose_value=False,
+        callback=lambda ctx, _, value: ctx.meta.update({_MODEL_CONFIG: value}),
+        help="Where one .safetensors file has its configuration, tokenizer and scheduler from. Default: the cache.",
+    )(command)
+
+
+def model_config() -> str | None:
+    """What ``--model-config`` says in the command that runs."""
+    value: str | None = click.get_current_context().meta.get(_MODEL_CONFIG)
+    return value
 
 
 def device_option(command: Command) -> Command:
@@ -210,7 +233,7 @@ def open_engine(workers: int, device: str) -> AbstractContextManager[Engine]:
 
 
 def load_base_model(concept: Concept, model: str | None, device: str) -> BaseModel:
-    """Loads the base model that a concept names, or the one that overrides it.
+    """Loads the base model that a concept names, or the one that overrides it, as ``--model-config`` says.
 
     Args:
         concept: names the default model.
@@ -225,4 +248,4 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     name, device = model or concept.model, resolve_device(device)
     if models.is_hub_id(name) and not models.is_cached(name):
         click.echo(f"{name} is downloaded from the Hub, once. This can take minutes.", err=True)
-    return demo.load_model(name, device)
+    return demo.load_model(name, device, model_config())

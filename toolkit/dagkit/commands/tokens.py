@@ -109,7 +109,8 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="PEM file: the token must be signed with this key.",
 )
-@click.option("--model", metavar="MODEL", help="Also compare fingerprints with this base model ('demo', folder or id).")
+@click.option("--model", metavar="MODEL", help="Also compare fingerprints with this base model: as for sample.")
+@common.model_config_option
 @common.workspace_option
 @_json
 def verify_command(
@@ -212,7 +213,7 @@ def _model_check(token: GuidelineToken, model: str) -> Check:
     from dagkit.errors import GuardError
     from dagkit.registry import Check
 
-    base = demo.load_model(model)
+    base = demo.load_model(model, config=common.model_config())
     try:
         token.guard().prepare(base.family, base.pipe)
     except GuardError as error:

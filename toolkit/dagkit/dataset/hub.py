@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-import httpx
-
 from dagkit.dataset.pictures import first_line
 from dagkit.dataset.replacing import MARKER
 from dagkit.dataset.summary import SUMMARY
@@ -33,11 +31,12 @@ def download(url: str) -> Path:
         DatasetError: there is none, or it cannot be fetched.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx, httpx2 or requests, as it uses
 
     repository = _repository(url)
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=_FILES))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise DatasetError(f"{url}: cannot be fetched from the Hub: {first_line(error)}. Check the name.") from error
 
 
@@ -53,7 +52,7 @@ def upload(folder: Path, url: str, *, private: bool) -> None:
         DatasetError: the Hub refused, or the repository holds something that is no dataset of dagkit.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     repository, api = _repository(url), HfApi()
     try:
@@ -78,7 +77,7 @@ def upload(folder: Path, url: str, *, private: bool) -> None:
             f"{url}: the Hub refused ({error.response.status_code}). Is the name right, and are you logged in? "
             "See: hf auth login"
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise DatasetError(f"{url}: cannot be brought to the Hub: {first_line(error)}. Try again.") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from dagkit.dataset.summary import SUMMARY, read_summary_file
 from dagkit.dataset.tables import read_json
 from dagkit.errors import DatasetError
 from dagkit.folders import atomic_folder, folder_beside
+from dagkit.system import held_folder
 from dagkit.workspace import listed, sha256_file
 
 MARKER: Final = "made_by_dagkit.json"
@@ -165,24 +165,9 @@ def _mark(folder: Path, writer: Writer, files: Mapping[str, str]) -> None:
 @contextmanager
 def _marked(folder: Path, writer: Writer) -> Iterator[None]:
     """Marks a folder that is being written and holds it, so that a later run knows what a dead one left."""
-    with _held(folder):
+    with held_folder(folder):
         _mark(folder, writer, {})
         yield
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Locks a folder, and says whether that is possible: another process may hold it, or the disk know no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
 
 
 def _is_dead(folder: Path, path: Path) -> bool:
@@ -190,7 +175,7 @@ def _is_dead(folder: Path, path: Path) -> bool:
     is_named = folder.name.startswith(f".{path.name}.") and folder.name.endswith(".partial")
     if not is_named or folder.is_symlink() or not folder.is_dir():
         return False
-    with _held(folder) as is_free:
+    with held_folder(folder) as is_free:
         return is_free and ((folder / MARKER).is_file() or not any(folder.iterdir()))
 
 

@@ -55,10 +55,15 @@ def claim(folder: Path, *marks: str) -> None:
         raise click.ClickException(str(error).replace("--workspace", "--out")) from error
 
 
-def load_model(name: str = "demo", device: str = "cpu") -> BaseModel:
+def load_model(name: str = "demo", device: str = "cpu", config: str | None = None) -> BaseModel:
     """A base model by name: ``demo`` is the bundled one, anything else is for `dagkit.models.load`.
 
     The bundled one is called ``demo`` in all that is written with it, wherever dagkit is installed.
+
+    Args:
+        name: of the model.
+        device: e.g. ``"cpu"`` or ``"cuda"``.
+        config: of a single file, as for `dagkit.models.load`.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -66,8 +71,8 @@ def load_model(name: str = "demo", device: str = "cpu") -> BaseModel:
     from dagkit import models
 
     if name != "demo":
-        return models.load(name, device=device)
-    return replace(models.load(model_path(), device=device), source=name)
+        return models.load(name, device=device, config=config)
+    return replace(models.load(model_path(), device=device, config=config), source=name)
 
 
 def load_judge(device: str = "cpu") -> DemoJudge:

@@ -192,6 +192,7 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # as transformers before 5.0 reads it
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in folder.rglob("*.json"):

@@ -15,14 +15,12 @@ Nothing secret is passed on a command line (other users see those), printed or l
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import httpx
 from pydantic import Field, TypeAdapter
 
+from dagkit import system
 from dagkit.errors import LabelStudioError, WorkspaceError
 from dagkit.manifests import parse_json
 from dagkit.resources import expanded, user_cache_folder
@@ -46,7 +45,6 @@ VERSION: Final = "1.23.2"
 """The release of Label Studio that dagkit installs and is tested with."""
 
 DEFAULT_PORT: Final = 8080
-_PROC: Final = Path("/proc")
 _BEGUN: Final = "made_by_dagkit"  # in a folder that dagkit began: an interrupted one may be deleted
 _COMPLETE: Final = "complete"  # in a virtual environment that dagkit made, in the end
 _USERNAME: Final = "dagkit@localhost"
@@ -135,7 +133,7 @@ class EmbeddedServer:
             return None
         if self._process is not None and self._process.poll() is None and self._process.pid == pid:
             return pid  # polled, else it would stay a zombie and look alive
-        return pid if pid > 0 and str(self.folder / "data") in _command_line(pid) else None
+        return pid if pid > 0 and str(self.folder / "data") in system.command_line(pid) else None
 
     def login(self) -> Login | None:
         """The saved login, or None before the first start."""
@@ -275,9 +273,8 @@ class EmbeddedServer:
         if pid is None:
             self._pid_file.unlink(missing_ok=True)
             return False
-        for signal_number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal_number)
+        for at_once in (False, True):
+            system.end_process(pid, at_once=at_once)
             end = time.monotonic() + _STOP_TIMEOUT_S
             while time.monotonic() < end:
                 if self.pid is None:
@@ -349,23 +346,6 @@ def _read_json(path: Path) -> Any:
             return parse_json(file.read(1 << 20))
     except WorkspaceError as error:
         raise ValueError(str(error)) from error
-
-
-def _command_line(pid: int) -> str:
-    """How a process was started; empty where there is none, or nobody can tell.
-
-    Containers often have no ``ps``, and other systems than Linux no ``/proc``.
-    """
-    if (_PROC / "self" / "cmdline").exists():
-        try:
-            return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            return ""
-    command = ["ps", "-ww", "-p", str(pid), "-o", "command="]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
-    except OSError:
-        return ""
 
 
 def _environment(data: Path) -> dict[str, str]:

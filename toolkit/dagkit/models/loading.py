@@ -1,4 +1,4 @@
-"""How a folder or a Hub id becomes a base model."""
+"""How a folder, a Hub id or a single file becomes a base model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from dagkit.errors import ModelError
-from dagkit.models import checker
+from dagkit.models import checker, single_file
 from dagkit.models.base import BaseModel, match
 from dagkit.provenance import is_repository
+from dagkit.workspace import sha256_file
 
 DENOISERS: Final = ("unet", "transformer")
 FINGERPRINTED: Final = (*DENOISERS, "text_encoder", "text_encoder_2")
@@ -30,25 +33,39 @@ _NO_SAFETENSORS: Final = (
 )
 
 
-def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> BaseModel:
-    """Loads a diffusers pipeline from a folder or the Hub and freezes it.
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    config: str | Path | None = None,
+) -> BaseModel:
+    """Loads a diffusers pipeline from a folder, the Hub or a single file and freezes it.
 
     Safety checker and watermarker are left out, and not downloaded: see `dagkit.models.checker`. The weights are the
-    plain safetensors on every device, never a variant, so that the fingerprint is the same everywhere.
+    plain safetensors on every device, never a variant, so that the fingerprint is the same everywhere. That of a single
+    file is the SHA-256 of the file, as Civitai shows it: another one than that of the same weights in a folder, whose
+    files are hashed one by one. ``family.fingerprints``, by which guards know a model, are the same for both.
 
     Args:
-        model: folder in diffusers' format, or Hub id.
+        model: folder in diffusers' format, Hub id, or ``.safetensors`` file with a whole model.
         device: e.g. ``"cpu"`` or ``"cuda"``.
         dtype: of the weights; float32 on a CPU and float16 elsewhere where not given.
+        config: of a single file: folder in diffusers' format or Hub id that has configuration, tokenizer and scheduler;
+            where not given, that of diffusers' guess, if it is in the user's cache.
 
     Raises:
-        ModelError: there is no such folder or id, a part is missing, unreadable or not in safetensors, or no family
-            knows this architecture.
+        ModelError: there is no such folder, id or file, a part is missing, unreadable or not in safetensors, or no
+            family knows this architecture.
     """
     import diffusers
     from diffusers import DiffusionPipeline
 
-    folder = _folder(model)
+    is_file = single_file.is_single_file(model)
+    if config is not None and not is_file:
+        raise ModelError(f"{model}: only a single .safetensors file takes a configuration ({config}). Leave it out.")
+    folder = _config_folder(single_file.checked(model), config) if is_file else _folder(model)
+    index = _index(folder)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     precision = {
         "dtype"
@@ -57,24 +74,32 @@ def load(model: str | Path, *, device: str | torch.device = "cpu", dtype: torch.
     }
     try:
         with _no_progress_bars():
-            pipe = DiffusionPipeline.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, **checker.left_out(_index(folder)), **precision
-            )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+            if is_file:
+                pipe = single_file.pipeline(Path(model), folder, index, dtype)
+            else:
+                pipe = DiffusionPipeline.from_pretrained(
+                    folder, use_safetensors=True, local_files_only=True, **checker.left_out(index), **precision
+                )
+                _fill_text_encoder(pipe, folder)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        advice = "Check the file and --model-config" if is_file else "Check the folder"
         raise ModelError(
-            f"{model}: diffusers cannot load this model: {_in_short(error)}. Check the folder, or download it again."
+            f"{model}: diffusers cannot load this model: {_in_short(error)}. {advice}, or download it again."
         ) from error
     family = match(pipe)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    return BaseModel(pipe.to(device), family, str(model), _fingerprint(folder))
+    fingerprint = sha256_file(Path(model)) if is_file else _fingerprint(folder)
+    return BaseModel(pipe.to(device), family, str(model), fingerprint)
 
 
 def is_hub_id(model: str | Path) -> bool:
     """Whether a model's name means a repository on the Hub: ``org/name``, and no such folder here."""
-    return isinstance(model, str) and is_repository(model) and not Path(model).is_dir()
+    if not isinstance(model, str) or single_file.is_single_file(model):
+        return False
+    return is_repository(model) and not Path(model).is_dir()
 
 
 def is_cached(hub_id: str) -> bool:
@@ -104,6 +129,38 @@ def _folder(model: str | Path) -> Path:
     return folder
 
 
+def _config_folder(file: Path, config: str | Path | None) -> Path:
+    """The local folder with the configuration of a single file, downloaded if a Hub id is named."""
+    try:
+        name = str(config) if config is not None else single_file.architecture(file)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ModelError(f"{file}: not a model in safetensors: {_in_short(error)}. Download it again.") from error
+    folder = Path(name)
+    if is_hub_id(name):
+        places = (True,) if config is None else (True, False)
+        folder = next(filter(None, (_snapshot(name, is_local=is_local) for is_local in places)), folder)
+    if not (folder / "model_index.json").is_file():
+        what = "it looks like a model whose configuration is" if config is None else "its configuration is to be"
+        raise ModelError(
+            f"{file}: {what} {name}, but no such folder with a model_index.json is here or in the cache. Name one, or "
+            "a Hub id (weights are not needed): --model-config FOLDER_OR_ID"
+        )
+    return folder
+
+
+def _snapshot(model: str, *, is_local: bool) -> Path | None:
+    """The folder of a Hub id's configuration in the user's cache; None where it is not to be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet_hub():
+            patterns = ["*.json", "*.txt", "*.model"]
+            folder = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=is_local))
+    except (OSError, ValueError):
+        return None
+    return folder if (folder / "model_index.json").is_file() else None
+
+
 def _downloaded(model: str) -> Path:
     """The folder of a Hub id in the user's cache, filled with the plain safetensors and configs of what is loaded."""
     from diffusers import DiffusionPipeline
@@ -130,6 +187,21 @@ def _index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict):
         raise ModelError(f"{path}: expected a JSON object, but got {type(index).__name__}. Download the model again.")
     return dict(index)
+
+
+def _fill_text_encoder(pipe: Any, folder: Path) -> None:
+    """Reads a text encoder that transformers has left random: before 5.6 it calls weights ``text_model.…``.
+
+    Files that a newer one wrote have other names, and are then taken for those of another model.
+    """
+    encoder: Any = getattr(pipe, "text_encoder", None)
+    if not hasattr(encoder, "text_model"):
+        return
+    weights = {
+        name: weight for file in _plain_weights(folder / "text_encoder") for name, weight in load_file(file).items()
+    }
+    if not any(name.startswith("text_model.") for name in weights):
+        encoder.text_model.load_state_dict(weights)
 
 
 def _plain_weights(part: Path) -> list[Path]:

@@ -96,7 +96,7 @@ class GroundingDinoProposer(Proposer):
             (result,) = self._processor.post_process_grounded_object_detection(
                 self._model(**inputs),
                 inputs["input_ids"],
-                threshold=self._threshold,
+                self._threshold,  # of boxes, by a name that transformers 4.51 changed
                 text_threshold=self._threshold,
                 target_sizes=[(image.height, image.width)],
             )

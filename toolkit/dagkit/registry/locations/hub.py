@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -25,12 +25,17 @@ from huggingface_hub import (
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or httpx2, as it uses
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+try:
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+except ImportError:  # before 1.0 it was called so
+    from huggingface_hub.errors import EntryNotFoundError as RemoteEntryNotFoundError  # type: ignore[assignment]
 
 from dagkit.errors import PublishError
 from dagkit.registry.index import (
@@ -205,7 +210,12 @@ class Hub:
                 f"{self.url}: {name} has {size:,} bytes, but {limit:,} were expected. Do not use it."
             )
         with tempfile.TemporaryDirectory() as folder:
-            return Path(hf_hub_download(self._repo, name, revision=revision, local_dir=folder)).read_bytes()
+            try:
+                return Path(hf_hub_download(self._repo, name, revision=revision, local_dir=folder)).read_bytes()
+            except (
+                LocalEntryNotFoundError
+            ) as error:  # the Hub was not reached, which before 1.0 passes for a missing file
+                raise OSError(str(error)) from error
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -225,7 +235,8 @@ class Hub:
                 409: "Somebody else published there at the same time. Run the same command again.",
                 412: "Somebody else published there at the same time. Run the same command again.",
             }.get(status, "Try again later.")
-            reason = error.server_message or error.response.reason_phrase
+            response: Any = error.response  # of httpx, or before 1.0 of requests
+            reason = error.server_message or getattr(response, "reason_phrase", None) or response.reason
             kind = ConflictError if status in (409, 412) else PublishError
             raise kind(f"{self.url} cannot be {what}: HTTP {status} {_short(reason)}. {advice}") from error
         except RuntimeError as error:  # huggingface_hub and hf_xet, when an upload fails
