@@ -7,10 +7,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
 OLDEST := .venv-oldest
-OLD_TESTS := $(addprefix tests/unit/, commands models proposers registry segmenters test_attention.py test_cli.py \
+OLD_TESTS := $(addprefix tests/unit/, commands concept models proposers registry segmenters test_attention.py test_cli.py \
 	test_concept.py test_dataset.py test_dataset_strangers.py test_dataset_targets.py test_errors.py test_guard.py \
 	test_guidance.py test_optimization.py test_plugins.py test_system.py test_token.py test_workspace.py) \
-	$(addprefix tests/integration/, test_dataset_commands.py test_guard_pipelines.py test_guard_weapon.py test_sample.py)
+	$(addprefix tests/integration/, test_bind.py test_dataset_commands.py test_guard_pipelines.py test_guard_weapon.py test_sample.py \
+	test_toy_family.py)
 # SAM 2 came with transformers 4.56, signing and NudeNet are extras, and pydantic words the same schema in other ways.
 NOT_OLD := not (sam2 or test_sign_then_publish_then_verify or test_shipped_concepts_lack_weights_at_most \
 	or test_schema_is_the_published_one)

@@ -186,7 +186,7 @@ def test_every_sexual_word_is_refused_beside_a_child():
 
 
 def words_of(kind: str) -> list[str]:
-    text = (Path(__file__).parent / "prompts" / "words.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "words.txt").read_text(encoding="utf-8")
     return text.split(f"# {kind}\n")[1].split("#")[0].splitlines()
 
 

@@ -133,7 +133,7 @@ def test_agreement_and_detection_are_shown_where_they_were_measured(
     share = figures["results"]["named"]["dagkit"]["erase_rate"]
     pair = {"first": "demo", "second": "clip", "share": share, "kappa": 0.5, "first_only": 1, "second_only": 0}
     names = ("iou", "precision", "recall", "image_recall", "false_trigger")
-    detection = {"words": "2 images", "dataset": "sha256:0", "rows": [{"timestep": 700, **dict.fromkeys(names, share)}]}
+    detection = {"words": "2 images", "dataset": "sha256:0", "rows": [{"level": 0.7, **dict.fromkeys(names, share)}]}
     losses = {"denoising_first": 0.1, "denoising_last": 0.05, "score_first": 1.5, "score_last": 0.9}
     attack = {
         "settings": {"num_steps": 60},
