@@ -144,7 +144,7 @@ def test_agreement_and_detection_are_shown_where_they_were_measured(
     assert "Against an adversary" in text
     assert "Against an adversary" not in html
     assert "demo, clip" in text
-    assert "timestep 700" in text
+    assert "noise level 0.7" in text
 
 
 def test_the_version_before_stands_beside(figures_and_examples: tuple[dict, list], html: str) -> None:
