@@ -138,27 +138,6 @@ def test_a_killed_run_of_two_workers_ends_like_an_undisturbed_one(
     assert files(tmp_path / "reports") == files(serial / "reports")
 
 
-@pytest.mark.parametrize("num_batches", [1, 4, 9])
-def test_an_evaluation_that_ends_anywhere_is_gone_on_with_by_anyone(
-    two: Engine, tmp_path: Path, num_batches: int
-) -> None:
-    prompts = evaluation.concept_prompts(load_concept("weapon"), 4)
-    judges = {JUDGE: DemoJudge.from_concept()}
-    whole, broken = (EvaluationRun(StageFolder(tmp_path / name), prompts, 3) for name in ("whole", "broken"))
-    for _ in evaluation.draw_columns(whole, scene_columns(), judges):
-        pass
-    with closing(evaluation.draw_columns(broken, scene_columns(), judges, two, build_scenes)) as steps:
-        for _ in range(num_batches):
-            next(steps)
-    torn = broken.column_folder(scene_columns()[0])
-    lines = torn.manifest.read_bytes().splitlines(keepends=True)
-    torn.manifest.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # in the middle of a batch
-    for _ in evaluation.draw_columns(broken, scene_columns(), judges, two if num_batches < 9 else None, build_scenes):
-        pass
-    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
-
-
 def test_pictures_do_not_depend_on_where_a_run_was_interrupted(
     concept: Concept, base_model: models.BaseModel, serial: Path, tmp_path: Path
 ) -> None:
@@ -225,3 +204,25 @@ def test_the_work_refuses_a_prompt_by_itself(base_model: models.BaseModel, two: 
                 list(engine.results([item], work, build))
             said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_an_evaluation_that_ends_anywhere_is_gone_on_with_by_anyone(
+    two: Engine, tmp_path: Path, is_first: bool
+) -> None:
+    prompts = evaluation.concept_prompts(load_concept("weapon"), 4)
+    judges = {JUDGE: DemoJudge.from_concept()}
+    whole, broken = (EvaluationRun(StageFolder(tmp_path / name), prompts, 3) for name in ("whole", "broken"))
+    for _ in evaluation.draw_columns(whole, scene_columns(), judges):
+        pass
+    first, second = (two, None) if is_first else (None, two)
+    with closing(evaluation.draw_columns(broken, scene_columns(), judges, first, build_scenes)) as steps:
+        for _ in range(7):
+            next(steps)
+    torn = broken.column_folder(scene_columns()[0]).manifest
+    lines = torn.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # in the middle of a batch
+    for _ in evaluation.draw_columns(broken, scene_columns(), judges, second, build_scenes):
+        pass
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
