@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 from huggingface_hub import HfApi
 
@@ -106,6 +107,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         default = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
         template = hub.url + default.removeprefix(huggingface_hub.constants.ENDPOINT)
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # as HF_ENDPOINT does
+        monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # what diffusers asks
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

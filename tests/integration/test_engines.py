@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -13,26 +16,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from dagkit import engines, evaluation, models
+import scene_work
+from dagkit import engines, models
 from dagkit.cli import command
 from dagkit.concept import Concept, load_concept
 from dagkit.engines import Engine
 from dagkit.engines.source import ModelSource
 from dagkit.errors import EngineError, ModelError, PromptRefused
-from dagkit.evaluation import EvaluationRun
 from dagkit.judges import Judgement
-from dagkit.judges.demo import DemoJudge
 from dagkit.proposers import build_proposers
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import evaluate, generate, premask
 from dagkit.token import GuidelineToken
-from dagkit.workspace import StageFolder, Workspace
-from interruption import content, kill_when
-from scene_columns import JUDGE, scene_columns
-from scene_work import build as build_scenes
+from dagkit.workspace import Workspace
+from interruption import DEADLINE_S, content
+from scene_columns import scene_columns
 from tiny_world import make_world
 
-COLUMNS = ("negative_prompt", "sld_weak")
+COLUMNS = ("sld_weak",)
 TIMES = ("manifest.jsonl", "figures.json", "figures.csv", "report.html")
 
 
@@ -92,7 +93,7 @@ def measure(
     workspace: Workspace, world: Path, concept: Concept, base_model: models.BaseModel, engine: Engine | None
 ) -> None:
     token, other = (GuidelineToken.load(world / "tokens" / "tiny" / version) for version in ("1.0.0", "1.1.0"))
-    options = {"token": token, "other_tokens": [other], "columns": COLUMNS, "num_prompts": 4, "batch_size": 2}
+    options = {"token": token, "other_tokens": [other], "columns": COLUMNS, "num_prompts": 3, "batch_size": 2}
     evaluate.run(workspace, concept, base_model, engine=engine, num_examples=1, **options)
 
 
@@ -111,52 +112,11 @@ def test_rows_and_pictures_are_the_same_from_two_workers(
     world: Path, concept: Concept, base_model: models.BaseModel, serial: Path, two: Engine, tmp_path: Path
 ) -> None:
     walk(Workspace(tmp_path), world, concept, base_model, two)
-    assert len(rows(tmp_path)) == 2 + 5
+    assert len(rows(tmp_path)) == 2 + 4
     assert rows(tmp_path) == rows(serial)
     assert files(tmp_path) == files(serial)
     figures = json.loads((tmp_path / "reports" / "tiny" / "1.0.0" / "figures.json").read_text())
     assert all(cost["cpu_s_per_image"]["value"] > 0 for cost in figures["cost"].values())
-
-
-@pytest.mark.slow
-def test_a_killed_run_of_two_workers_ends_like_an_undisturbed_one(
-    world: Path, concept: Concept, base_model: models.BaseModel, serial: Path, two: Engine, tmp_path: Path
-) -> None:
-    shutil.copytree(serial / "candidates", tmp_path / "candidates")  # what its prompts are compared with
-    tokens = world / "tokens" / "tiny"
-    given = ["--token", tokens / "1.0.0", "--other-token", tokens / "1.1.0", "--concept", world / "tiny.yaml"]
-    given += [part for column in COLUMNS for part in ("--column", column)]
-    more = ["--workspace", tmp_path, "--num-prompts", 4, "--batch-size", 2, "--workers", 2, "--quiet"]
-
-    def num_drawn() -> int:
-        return sum(data.count(b"\n") for data in rows(tmp_path / "reports").values())
-
-    kill_when(lambda: num_drawn() >= 5, "evaluate", *given, *more)
-    assert 5 <= num_drawn() < 5 * 2 * 4
-    measure(Workspace(tmp_path), world, concept, base_model, two)
-    assert rows(tmp_path / "reports") == rows(serial / "reports")
-    assert files(tmp_path / "reports") == files(serial / "reports")
-
-
-@pytest.mark.parametrize("num_batches", [1, 4, 9])
-def test_an_evaluation_that_ends_anywhere_is_gone_on_with_by_anyone(
-    two: Engine, tmp_path: Path, num_batches: int
-) -> None:
-    prompts = evaluation.concept_prompts(load_concept("weapon"), 4)
-    judges = {JUDGE: DemoJudge.from_concept()}
-    whole, broken = (EvaluationRun(StageFolder(tmp_path / name), prompts, 3) for name in ("whole", "broken"))
-    for _ in evaluation.draw_columns(whole, scene_columns(), judges):
-        pass
-    with closing(evaluation.draw_columns(broken, scene_columns(), judges, two, build_scenes)) as steps:
-        for _ in range(num_batches):
-            next(steps)
-    torn = broken.column_folder(scene_columns()[0])
-    lines = torn.manifest.read_bytes().splitlines(keepends=True)
-    torn.manifest.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # in the middle of a batch
-    for _ in evaluation.draw_columns(broken, scene_columns(), judges, two if num_batches < 9 else None, build_scenes):
-        pass
-    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
 
 
 def test_pictures_do_not_depend_on_where_a_run_was_interrupted(
@@ -225,3 +185,39 @@ def test_the_work_refuses_a_prompt_by_itself(base_model: models.BaseModel, two: 
                 list(engine.results([item], work, build))
             said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+def test_a_killed_run_of_two_workers_ends_like_an_undisturbed_one(two: Engine, tmp_path: Path) -> None:
+    killed, num = tmp_path / "killed", 24
+    program = subprocess.Popen([sys.executable, scene_work.__file__, killed, str(num)])
+
+    def num_drawn() -> int:
+        return sum(data.count(b"\n") for data in rows(killed).values())
+
+    deadline = time.monotonic() + DEADLINE_S
+    while num_drawn() < 20:
+        assert program.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "it never came half-way"
+        time.sleep(0.002)
+    program.kill()
+    assert program.wait() == -signal.SIGKILL
+    assert 20 <= num_drawn() < 3 * 3 * num
+    scene_work.draw(killed, num, two)
+    scene_work.draw(tmp_path / "whole", num, None)
+    assert rows(killed) == rows(tmp_path / "whole")
+    assert files(killed) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_an_evaluation_that_ends_anywhere_is_gone_on_with_by_anyone(
+    two: Engine, tmp_path: Path, is_first: bool
+) -> None:
+    scene_work.draw(tmp_path / "whole", 4, None)
+    first, second = (two, None) if is_first else (None, two)
+    broken = scene_work.draw(tmp_path / "broken", 4, first, num_batches=7)
+    torn = broken.column_folder(scene_columns()[0]).manifest
+    lines = torn.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # in the middle of a batch
+    scene_work.draw(tmp_path / "broken", 4, second)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
