@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 import dagkit
 from dagkit.cli import command
-from dagkit.concept import Concept, Labels, Prompts, Sampling, Thresholds, files, load_concept
+from dagkit.concept import Concept, Labels, Prompts, Sampling, ThresholdSettings, files, load_concept
 from tiny_clip import save_tiny_clip
 
 README = Path(__file__).parents[2] / "README.md"
-CLASSES = (Concept, Labels, Prompts, Thresholds, Sampling)
+CLASSES = (Concept, Labels, Prompts, ThresholdSettings, Sampling)
 PROMPTS = """\
 prompts:
   unsafe: ["a {blade} on {place}", "a {object} and a {blade} on {place}"]
