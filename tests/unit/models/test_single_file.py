@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import dagkit
 import tiny_pipelines as tiny
 from dagkit import demo, models
 from dagkit.cli import command
+from dagkit.engines.source import ModelSource
 from dagkit.errors import ModelError
 from dagkit.workspace import sha256_file
 
@@ -174,6 +176,14 @@ def test_commands_take_one_file(demo_file: tuple[Path, Path], tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(command, [*drawing, "--model-config", str(config)])
     assert "only a single .safetensors file takes a configuration" in str(done.exception)
+
+
+def test_a_worker_finds_one_file_and_its_configuration_again(demo_file: tuple[Path, Path]) -> None:
+    file, config = demo_file
+    base = models.load(file, config=config)
+    again = pickle.loads(pickle.dumps(ModelSource.of(base))).load()
+    assert again is not base
+    assert (again.fingerprint, again.config) == (base.fingerprint, str(config))
 
 
 def test_a_model_of_the_shape_of_sd15_in_one_file(sd15: tuple[Path, Path, Path]) -> None:

@@ -22,19 +22,21 @@ class ModelSource:
     """Where a base model is from, and what it must be like when it is loaded again.
 
     Attributes:
-        name: ``demo``, a folder or a Hub id.
+        name: ``demo``, a folder, a single file or a Hub id.
+        config: of a single file.
         device: where it is loaded to.
         looks: JSON of what can be compared at little cost: fingerprint, scheduler, precision and layers.
     """
 
     name: str
+    config: str | None
     device: str
     looks: str
 
     @classmethod
     def of(cls, base_model: BaseModel) -> Self:
         """The source of a model that is loaded."""
-        return cls(base_model.source, str(base_model.device), json.dumps(_looks(base_model)))
+        return cls(base_model.source, base_model.config, str(base_model.device), json.dumps(_looks(base_model)))
 
     def load(self) -> BaseModel:
         """The model, loaded once a process.
@@ -48,7 +50,7 @@ class ModelSource:
 
 @lru_cache(maxsize=1)
 def _load(source: ModelSource) -> BaseModel:
-    base_model = demo.load_model(source.name, source.device)
+    base_model = demo.load_model(source.name, source.device, source.config)
     there, here = json.loads(source.looks), json.loads(json.dumps(_looks(base_model)))
     different = [name for name in there if there[name] != here[name]]
     if different:

@@ -191,12 +191,14 @@ class BaseModel:
         family: what knows its parts.
         source: folder or Hub id that it was loaded from.
         fingerprint: ``sha256:...`` over the safetensors files of denoiser and text encoders.
+        config: where a single file's configuration is from, as it was named; None otherwise.
     """
 
     pipe: Any
     family: Family
     source: str
     fingerprint: str
+    config: str | None = None
 
     @property
     def sites(self) -> Sites:

@@ -92,7 +92,7 @@ def load(
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     fingerprint = sha256_file(Path(model)) if is_file else _fingerprint(folder)
-    return BaseModel(pipe.to(device), family, str(model), fingerprint)
+    return BaseModel(pipe.to(device), family, str(model), fingerprint, None if config is None else str(config))
 
 
 def is_hub_id(model: str | Path) -> bool:
