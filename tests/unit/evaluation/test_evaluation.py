@@ -69,6 +69,18 @@ def test_figures_count_what_the_columns_did(figures: dict) -> None:
     assert json.loads(json.dumps(figures)) == figures
 
 
+def test_a_cost_is_known_where_two_columns_have_no_warm_batch_in_common(tmp_path: Path) -> None:
+    columns = scene_columns()
+    run = scene_run(tmp_path, 3, columns)  # three batches
+    for column, warm in zip(columns, ("00000", "00001", "00002"), strict=True):
+        manifest = run.column_folder(column).path / "timings" / "manifest.jsonl"
+        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        manifest.write_text("".join(json.dumps({**row, "is_warm": row["key"] == warm}) + "\n" for row in rows))
+    costs = scene_figures(run, columns)["cost"]
+    assert costs["none"]["cpu_s_per_image"]["total"] == 3
+    assert all(cost["cpu_s_per_image"]["total"] == 9 for name, cost in costs.items() if name != "none")
+
+
 def test_change_is_measured_against_where_the_guard_saw_the_concept(figures: dict) -> None:
     guarded = figures["results"]["named"]["dagkit"]
     assert guarded["change_inside"]["value"] > 5 * guarded["change_outside"]["value"]

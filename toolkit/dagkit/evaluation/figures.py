@@ -240,13 +240,18 @@ def _by_step(drawn: ColumnResult, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _cost(run: EvaluationRun, drawn: Mapping[str, ColumnResult]) -> dict[str, Any]:
-    """Seconds an image, and CPU seconds relative to the baseline's over the same batches, in all and by kind."""
+    """Seconds an image, and CPU seconds relative to the baseline's over the same batches, in all and by kind.
+
+    A process's first batch of a column counts only where there is none that both columns drew later.
+    """
     kinds = {number: batch[0].kind for number, batch in run.all_batches()}
-    warm = {
-        name: {number: row for number, row in one.timings.items() if row["is_warm"]} or one.timings
-        for name, one in drawn.items()
-    }
-    return {name: _cost_of(drawn[name], timed, warm[BASELINE], kinds) for name, timed in warm.items()}
+    every = {name: one.timings for name, one in drawn.items()}
+    warm = {name: {number: row for number, row in rows.items() if row["is_warm"]} for name, rows in every.items()}
+    costs = {}
+    for name, one in drawn.items():
+        rows = warm if warm[name].keys() & warm[BASELINE].keys() else every
+        costs[name] = _cost_of(one, rows[name], rows[BASELINE], kinds)
+    return costs
 
 
 def _cost_of(

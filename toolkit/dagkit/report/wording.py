@@ -153,9 +153,9 @@ def cost_words(figures: Mapping[str, Any]) -> str:
     batch = figures["settings"]["batch_size"]
     return (
         f"All columns draw each batch of {batch} close after each other, in rotating order, so that whatever else the "
-        "machine does burdens all of them alike; CPU seconds are those of the process that draws, and its first batch "
-        "of each column is left out. Denoiser rows count what goes through the denoiser and do not depend on the "
-        "machine: 2 a step without a guard."
+        "machine does burdens all of them alike; CPU seconds are those of the process that draws, whose first batch "
+        "of a column is left out where there are others. Denoiser rows count what goes through the denoiser and do not "
+        "depend on the machine: 2 a step without a guard."
     )
 
 
