@@ -12,9 +12,13 @@ OLD_TESTS := $(addprefix tests/unit/, commands concept models proposers registry
 	test_guidance.py test_optimization.py test_plugins.py test_system.py test_token.py test_workspace.py) \
 	$(addprefix tests/integration/, test_bind.py test_dataset_commands.py test_guard_pipelines.py test_guard_weapon.py test_sample.py \
 	test_toy_family.py)
-# SAM 2 came with transformers 4.56, signing and NudeNet are extras, and pydantic words the same schema in other ways.
+# SAM 2 came with transformers 4.56, signing and NudeNet are extras, pydantic words the same schema in other ways, the text
+# encoders of transformers 4 do not run in float64, and what older releases draw as random weights fires at other steps
+# than the last four of these tests look at.
 NOT_OLD := not (sam2 or test_sign_then_publish_then_verify or test_shipped_concepts_lack_weights_at_most \
-	or test_schema_is_the_published_one)
+	or test_schema_is_the_published_one or equals_diffusers_own_pipeline or test_equals_the_plain_form_with_a_peers_mask \
+	or test_equals_the_plain_form_at_any_strength or (test_reduced_precision and dtype1) \
+	or test_each_guard_has_its_own_safety_condition_and_rows)
 
 .PHONY: demo test test-oldest check format bench bench-quick clean
 
