@@ -23,7 +23,7 @@ from dagkit.concept import Concept, load_concept
 from dagkit.engines import Engine
 from dagkit.engines.source import ModelSource
 from dagkit.errors import EngineError, ModelError, PromptRefused
-from dagkit.judges import Judgement
+from dagkit.judges import Judge, Judgement
 from dagkit.proposers import build_proposers
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import evaluate, generate, premask
@@ -151,7 +151,7 @@ def test_a_model_that_was_changed_since_it_was_loaded_is_no_source(base_model: m
 def test_a_judge_that_nobody_else_can_make_needs_one_worker(
     world: Path, concept: Concept, base_model: models.BaseModel, two: Engine, tmp_path: Path
 ) -> None:
-    class Blind:
+    class Blind(Judge):
         def judge(self, images: list) -> list[Judgement]:
             return [Judgement(False, 0.0) for _ in images]
 

@@ -288,7 +288,7 @@ def test_whatever_is_wrong_is_found_before_anything_is_drawn(world: Path, finish
     assert isinstance(refused(world, tmp_path / "runs", "--model", "demo"), GuardError)  # not the token's model
     sdxl().save_pretrained(tmp_path / "sdxl")
     attack = ["--attack", 1, "--model", tmp_path / "sdxl"]
-    assert "the soft-prompt attack knows Stable Diffusion 1.x and 2.x" in str(
+    assert "the soft-prompt attack knows models whose prompts are one embedding" in str(
         refused(world, tmp_path / "runs", *attack)
     )
 

@@ -15,7 +15,7 @@ from dagkit.errors import GuardError
 from dagkit.evaluation import score_detection
 from dagkit.evaluation.adversary import Attack, Target, attack_guard
 from dagkit.guard import SLDGuard
-from dagkit.judges import Judgement
+from dagkit.judges import Judge, Judgement
 from dagkit.optimization import Example, OptimizationResult, Recipe, optimize
 
 LAYOUTS = ("batched", "conditional first", "unconditional first", "no guidance")
@@ -124,7 +124,7 @@ def test_a_guidance_that_leaves_nothing_to_guide_with_is_refused() -> None:
         run(pipe, guidance_scale=1.0)
 
 
-class RedJudge:
+class RedJudge(Judge):
     """Says whether much is red."""
 
     name, version = "red", "1"

@@ -149,7 +149,7 @@ def test_detection_is_scored_against_the_masks(measured: Path) -> None:
     """IoU, precision, recall and false triggers on the test split of the renderer's masks (``--dataset``)."""
     detection = figures(measured, "1.0.0")["detection"]
     assert detection["dataset"] != figures(measured, "1.1.0")["detection"]["dataset"]
-    assert [row["timestep"] for row in detection["rows"]] == [900, 700, 500, 300, 100]
+    assert [row["level"] for row in detection["rows"]] == [0.9, 0.7, 0.5, 0.3, 0.1]
     for row in detection["rows"]:
         assert row["iou"]["total"] + row["false_trigger"]["total"] == detection_size(detection["words"])
     best = max(detection["rows"], key=lambda row: row["iou"]["value"])

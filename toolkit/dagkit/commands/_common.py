@@ -164,6 +164,12 @@ def selection_options(command: Command) -> Command:
     return command
 
 
+def check_selection(selection: str | None, token: str | None) -> None:
+    """Refuses ``--token`` without ``--select uncertain``."""
+    if token is not None and selection != "uncertain":
+        raise click.UsageError("--token says what is uncertain: add --select uncertain, or leave it out.")
+
+
 def storage_options(command: Command) -> Command:
     """``--storage`` and ``--s3-endpoint``, for `dagkit.labelstudio.storage.parse_storage`."""
     command = click.option("--s3-endpoint", metavar="URL", help="Of an S3-compatible store. Default: AWS.")(command)

@@ -75,6 +75,7 @@ def command(
     from dagkit.stages import generate, premask
     from dagkit.workspace import Workspace
 
+    common.check_selection(selection, token)
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
     progress = base.Progress(is_quiet)
     device = common.resolve_device(device)

@@ -68,6 +68,7 @@ def command(
     from dagkit.labelstudio.storage import parse_storage
     from dagkit.workspace import Workspace
 
+    common.check_selection(selection, token)
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
     place = parse_storage(storage, s3_endpoint)
     base_model = common.load_base_model(concept, model, device) if model or token else None
