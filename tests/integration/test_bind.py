@@ -15,7 +15,7 @@ import dagkit
 import tiny_pipelines as tiny
 from dagkit import demo, models
 from dagkit.errors import GuardError
-from dagkit.guard import SLDGuard
+from dagkit.guard import ConceptFound, SLDGuard
 from dagkit.models.seal import Seal
 from dagkit.token import Thresholds
 from guarded import draw, leftovers
@@ -167,6 +167,24 @@ def test_two_threads_inside_one_run_are_not_mixed(pipe: Any) -> None:
         thread.join()
     assert len(errors) == 1
     assert "is drawing in another thread" in errors[0]
+
+
+def test_a_run_that_a_guard_stopped_is_over_for_other_threads(pipe: Any) -> None:
+    """In mode ``stop``, by one ``attach`` that threads share."""
+    stopped: list[bool] = []
+
+    def work() -> None:
+        try:
+            draw(pipe)
+        except ConceptFound:
+            stopped.append(True)
+
+    with tiny.token(pipe, thresholds=ALWAYS).guard(mode="stop").attach(pipe):
+        for _ in range(2):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+    assert stopped == [True, True]
 
 
 TOKENS = Path(__file__).parents[1] / "tokens"

@@ -114,28 +114,36 @@ class Chain:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.call = None
         self.common.stop()
+        self._check_thread(self.sessions[0])
+        with self._ends_with_an_error():
+            self._enter(dict(zip(self.names, args, strict=False)) | kwargs)
+        # the U-Net pops from this list; the safety forward needs it whole
+        fresh = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+        return args, fresh
+
+    def _enter(self, arguments: dict[str, Any]) -> None:
         first = self.sessions[0]
-        self._check_thread(first)
         layout = first.bound.layout
         layout.check(first.pipe, self.denoiser)
         step, self._step = self._step, Step()  # a step that is refused is not gone on with
         if step.num_calls >= layout.num_calls:
             step = self._step
-        self.call = call = layout.enter(first.kind, step, dict(zip(self.names, args, strict=False)) | kwargs)
+        self.call = call = layout.enter(first.kind, step, arguments)
         for session in self.sessions:
             session.enter(step, call)
         self._step = step
         self.common = Common(first.bound.family.before_condition(first.pipe))
-        # the U-Net pops from this list; the safety forward needs it whole
-        fresh = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
-        return args, fresh
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        call, self.call, step = self.call, None, self._step
+        call, self.call = self.call, None
         self.common.stop()
         if call is None:
             raise GuardError(_NOT_ENTERED)
-        first = self.sessions[0]
+        with self._ends_with_an_error():
+            return self._leave(call, output)
+
+    def _leave(self, call: Call, output: Any) -> Any:
+        first, step = self.sessions[0], self._step
         layout = first.bound.layout
         layout.leave(step, call, output)
         if step.p is not None and step.p.call is call:
@@ -149,13 +157,23 @@ class Chain:
         self.common = Common()  # lets go of what it kept
         for session in self.sessions:
             session.watch.is_seen = True
-        self._let_go_of_thread(first)
+        if first.is_over:
+            self._thread = None  # any thread may begin the next run
         if not changes:
             return output
         assert step.eps_p is not None
         guided = _combined(step.eps_p, changes)
         scale = first.guidance_scale if layout.num_calls > 1 else 1.0
         return layout.returned(output, layout.fold(step, guided, scale))
+
+    @contextmanager
+    def _ends_with_an_error(self) -> Iterator[None]:
+        """An error that a guard raises ends the run of its thread."""
+        try:
+            yield
+        except BaseException:
+            self._thread, self._step = None, Step()
+            raise
 
     def _check_thread(self, session: Session) -> None:
         """Refuses a call from another thread than that whose run is under way: their steps would be mixed."""
@@ -167,13 +185,6 @@ class Chain:
                 "bound.run():` in every thread, which waits its turn."
             )
         self._thread = thread
-
-    def _let_go_of_thread(self, session: Session) -> None:
-        """After the last step of a run any thread may begin the next one."""
-        run = session.run
-        assert run is not None
-        if run.level <= run.schedule[-2]:
-            self._thread = None
 
 
 def _combined(eps_p: Tensor, changes: Sequence[Change]) -> Tensor:

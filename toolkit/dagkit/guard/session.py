@@ -217,6 +217,11 @@ class Session:
             )
         return float(scale)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether this was the last step of the run."""
+        return self.run is not None and self.run.level <= self.run.schedule[-2]
+
     def conditions(self, lora_scale: float) -> Conditions:
         """The safety condition and the neutral ones, encoded as the pipeline encodes the prompts of this run."""
         return self.bound.encoded(
