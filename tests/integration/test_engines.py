@@ -19,11 +19,11 @@ from click.testing import CliRunner
 import scene_work
 from dagkit import engines, models
 from dagkit.cli import command
-from dagkit.concept import Concept, load_concept
+from dagkit.concept import Concept, Plugin, load_concept
 from dagkit.engines import Engine
 from dagkit.engines.source import ModelSource
 from dagkit.errors import EngineError, ModelError, PromptRefused
-from dagkit.judges import Judge, Judgement
+from dagkit.judges import Judge, Judgement, build_judge
 from dagkit.proposers import build_proposers
 from dagkit.segmenters import build_segmenter
 from dagkit.stages import evaluate, generate, premask
@@ -146,6 +146,17 @@ def test_a_model_that_was_changed_since_it_was_loaded_is_no_source(base_model: m
             ModelSource.of(base_model).load()
     finally:
         base_model.pipe.scheduler = before
+
+
+def test_a_judge_elsewhere_has_the_options_of_the_concept(world: Path, base_model: models.BaseModel) -> None:
+    concept = load_concept("weapon").model_copy(update={"judge": Plugin(name="nudenet", threshold=0.4)})
+    token = GuidelineToken.load(world / "tokens" / "tiny" / "1.0.0")
+    here = build_judge(concept)
+    build = evaluate._build(concept, base_model, token, (), (), {"nudenet": here})
+    assert build is not None
+    [there] = build()._judges.values()
+    assert there.settings == here.settings
+    assert there.settings["threshold"] == 0.4
 
 
 def test_a_judge_that_nobody_else_can_make_needs_one_worker(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import numpy as np
@@ -31,12 +32,12 @@ Length = Annotated[float, Field(gt=0, le=10_000)]
 Angle = Annotated[float, Field(ge=-36_000, le=36_000)]
 
 
-class _Shape(BaseModel):
+class _Shape(BaseModel, ABC):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
+    @abstractmethod
     def mask(self, width: int, height: int) -> NDArray[np.bool_]:
         """(H, W) bool: what it marks of an image of this size, pixels."""
-        raise NotImplementedError
 
 
 class Rectangle(_Shape):

@@ -189,12 +189,12 @@ def _elsewhere(
     columns: Sequence[str],
     judges: Sequence[str],
 ) -> Work:
-    from dagkit import plugins
     from dagkit.evaluation import ColumnWork
+    from dagkit.judges import build_judge
 
     base_model = source.load()
     first, *others = (_unflat(fields) for fields in tokens)
-    made = {name: plugins.load("judges", name).from_concept(concept, source.device) for name in judges}
+    made = {name: build_judge(concept, source.device, name=name) for name in judges}
     return ColumnWork(_columns(concept, base_model, first, columns, others), made)
 
 
