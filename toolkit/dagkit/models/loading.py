@@ -75,7 +75,7 @@ def load(
     try:
         with _no_progress_bars():
             if is_file:
-                pipe = single_file.pipeline(Path(model), folder, index, dtype)
+                pipe = single_file.read_pipeline(Path(model), folder, index, dtype)
             else:
                 pipe = DiffusionPipeline.from_pretrained(
                     folder, use_safetensors=True, local_files_only=True, **checker.left_out(index), **precision

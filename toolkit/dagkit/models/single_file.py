@@ -48,7 +48,7 @@ def architecture(path: Path) -> str:
     return str(fetch_diffusers_config(load_file(path))["pretrained_model_name_or_path"])
 
 
-def pipeline(path: Path, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def read_pipeline(path: Path, folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The pipeline of a file.
 
     Args:
