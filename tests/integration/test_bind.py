@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -66,11 +67,12 @@ def fuse(weight: torch.Tensor) -> None:
         lambda pipe, layer: fuse(layer.to_k.weight),
         lambda pipe, layer: layer.to_k.weight.mul_(1.1),
         lambda pipe, layer: setattr(layer.to_k, "weight", torch.nn.Parameter(layer.to_k.weight * 1.1)),
+        lambda pipe, layer: setattr(layer, "to_k", torch.nn.Linear(*layer.to_k.weight.shape[::-1], bias=False)),
         lambda pipe, layer: setattr(pipe, "text_encoder", tiny.text_encoder()),
         lambda pipe, layer: fuse(next(p for p in pipe.text_encoder.parameters() if p.dim() == 2)),
         lambda pipe, layer: pipe.text_encoder.load_state_dict(tiny.text_encoder().state_dict()),
     ],
-    ids=["fused", "in place", "replaced", "other encoder", "fused encoder", "loaded"],
+    ids=["fused", "in place", "replaced", "other projection", "other encoder", "fused encoder", "loaded"],
 )
 def test_a_model_that_changed_since_is_refused(pipe: Any, change: Any) -> None:
     token = tiny.token(pipe)
@@ -87,6 +89,15 @@ def test_another_denoiser_must_be_bound_anew(pipe: Any) -> None:
     bound = tiny.token(pipe).guard().bind(pipe)
     pipe.unet = tiny.unet().requires_grad_(False)
     with pytest.raises(GuardError, match="got another denoiser since the guard was bound"), bound.run():
+        pass
+
+
+def test_a_scheduler_that_tells_no_noise_level_is_refused_when_the_guard_is_bound(pipe: Any) -> None:
+    bound = tiny.token(pipe).guard().bind(pipe)
+    pipe.scheduler = diffusers.CMStochasticIterativeScheduler()
+    with pytest.raises(GuardError, match="CMStochasticIterativeScheduler does not tell how noisy"):
+        bound.guard.bind(pipe)
+    with pytest.raises(GuardError, match="CMStochasticIterativeScheduler does not tell how noisy"), bound.run():
         pass
 
 

@@ -23,6 +23,7 @@ from dagkit.models.seal import Seal
 
 if TYPE_CHECKING:
     from dagkit.guard.trace import Trace
+    from dagkit.models.noise import NoiseSchedule
     from dagkit.models.sites import Sites
 
 
@@ -124,6 +125,17 @@ class BoundGuard:
             yield session.trace
             session.check_scheduler()
 
+    def noise(self) -> NoiseSchedule:
+        """How noisy the pipeline's latents are, by its scheduler of now.
+
+        Raises:
+            GuardError: the scheduler does not tell.
+        """
+        try:
+            return self.family.noise(self.pipe)
+        except ModelError as error:
+            raise GuardError(f"{type(self.pipe).__name__} cannot be guarded: {error}") from error
+
     @torch.no_grad()
     def encoded(self, how: Encoding) -> Conditions:
         """The safety condition and the neutral ones, encoded in one way.
@@ -152,11 +164,11 @@ class BoundGuard:
                 "pipe.unet = torch.compile(pipe.unet) instead."
             )
         self.sites = self.guard.prepare(self.family, self.pipe)
+        self.noise()
         self._conditions.clear()
         self.encoded(Encoding())
-        self._encoders = self.family.text_encoders(self.pipe)
-        projections = [site.projection for site in self.sites.values()] if self.sites else []
-        self._seal = Seal([*self._encoders, *projections])
+        self._weighed = self._modules()
+        self._seal = Seal(self._weighed)
 
     def _check_again(self) -> None:
         """Whether pipeline and model are still those that were checked; checks them once more where they changed.
@@ -168,11 +180,16 @@ class BoundGuard:
             raise GuardError(
                 f"{type(self.pipe).__name__} got another denoiser since the guard was bound. Bind the guard again."
             )
-        encoders = self.family.text_encoders(self.pipe)
-        is_same = len(encoders) == len(self._encoders) and all(map(_is, encoders, self._encoders))
+        modules = self._modules()
+        is_same = len(modules) == len(self._weighed) and all(map(_is, modules, self._weighed))
         is_compiled = getattr(self.denoiser, "_compiled_call_impl", None) is not None
         if is_compiled or not is_same or not self._seal.is_whole():
             self._check()
+
+    def _modules(self) -> list[nn.Module]:
+        """Those whose weights the guard belongs to, as the pipeline has them now."""
+        parts = self.family.weighed(self.pipe, self.sites or {})
+        return [module for modules in parts.values() for module in modules]
 
 
 class GuardContext:

@@ -146,13 +146,14 @@ class Chain:
         first, step = self.sessions[0], self._step
         layout = first.bound.layout
         layout.leave(step, call, output)
-        if step.p is not None and step.p.call is call:
+        is_conditional = step.is_conditional(call)
+        if is_conditional:
             # every guard lets go of its features before the first safety forward
             for session in self.sessions:
                 session.see(step)
         if step.num_calls < layout.num_calls:
             return output
-        self.offset = step.p.start if step.p is not None and step.p.call is call else 0
+        self.offset = step.p.start if is_conditional and step.p else 0
         changes = [change for session in self.sessions if (change := session.change()) is not None]
         self.common = Common()  # lets go of what it kept
         for session in self.sessions:

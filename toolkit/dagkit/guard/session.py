@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dagkit.errors import GuardError, ModelError
+from dagkit.errors import GuardError
 from dagkit.guard.chain import Chain
 from dagkit.guard.trace import Trace
 from dagkit.guard.watch import StepWatch
@@ -188,10 +188,7 @@ class Session:
         self.trace = Trace()
         self.run: Run | None = None
         self.context: Context | None = None
-        try:
-            self.noise = bound.family.noise(self.pipe)
-        except ModelError as error:
-            raise GuardError(f"{self.kind} cannot be guarded: {error}") from error
+        self.noise = bound.noise()
         self.tap = stack.enter_context(Tap(bound.sites or {}))
         self.chain = Chain.of(bound.denoiser)
         self.chain.sessions.append(self)
@@ -250,7 +247,7 @@ class Session:
         if step.num_calls == 1:
             self.check_scheduler()
             self.run = self._current_run(call.timestep, (step.p or step.u).num)  # type: ignore[union-attr]
-        if step.p is not None and step.p.call is call:
+        if step.is_conditional(call):
             self.tap.start()
 
     def see(self, step: Step) -> None:

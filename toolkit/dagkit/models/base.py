@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -16,7 +16,7 @@ from dagkit import plugins
 from dagkit.errors import ModelError
 from dagkit.models.calls import Batched, CallLayout, Condition
 from dagkit.models.noise import NoiseSchedule, noise_schedule
-from dagkit.models.sites import Sites, Tap
+from dagkit.models.sites import Site, Sites, Tap
 from dagkit.models.sketch import sketch
 
 
@@ -162,7 +162,7 @@ class Family(ABC):
         """The text encoders whose outputs make ``encoder_hidden_states``."""
         return [pipe.text_encoder]
 
-    def weighed(self, pipe: Any, sites: Sites) -> dict[str, list[nn.Module]]:
+    def weighed(self, pipe: Any, sites: Mapping[str, Site]) -> dict[str, list[nn.Module]]:
         """The modules whose weights a token belongs to: ``text_encoder`` and ``key_projections``."""
         return {"text_encoder": self.text_encoders(pipe), "key_projections": [one.projection for one in sites.values()]}
 

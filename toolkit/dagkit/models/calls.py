@@ -202,6 +202,10 @@ class Step:
     eps_p: Tensor | None = None
     eps_u: Tensor | None = None
 
+    def is_conditional(self, call: Call) -> bool:
+        """Whether a call has the conditional rows."""
+        return self.p is not None and self.p.call is call
+
 
 class CallLayout(ABC):
     """How a pipeline calls its denoiser.
@@ -267,7 +271,7 @@ class CallLayout(ABC):
 
     def leave(self, step: Step, call: Call, output: Any) -> None:
         """After a call: takes the predictions of its halves into ``step``."""
-        prediction = (output[0] if isinstance(output, tuple) else output.sample)[:, : call.sample.shape[1]]
+        prediction = _whole(output)[:, : call.sample.shape[1]]
         if step.p is not None and step.p.call is call:
             step.eps_p = prediction[step.p.rows]
         if step.u is not None and step.u.call is call:
@@ -288,7 +292,7 @@ class CallLayout(ABC):
 
     def returned(self, output: Any, prediction: Tensor) -> Any:
         """The output of a call with another prediction; what else it holds (learned variances) stays."""
-        whole = output[0] if isinstance(output, tuple) else output.sample
+        whole = _whole(output)
         if whole.shape[1] > prediction.shape[1]:
             prediction = torch.cat([prediction, whole[:, prediction.shape[1] :]], 1)
         return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
@@ -365,6 +369,12 @@ class Single(CallLayout):
     def fold(self, step: Step, guided: Tensor, guidance_scale: float) -> Tensor:
         """``guided``."""
         return guided
+
+
+def _whole(output: Any) -> Tensor:
+    """What a denoiser predicts, learned variances included."""
+    whole: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return whole
 
 
 def is_close(hidden: Tensor, other: Tensor) -> Tensor:
