@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from dagkit.evaluation.columns import BindableGuard
+    from dagkit.guard import PipelineGuard
     from dagkit.judges import Judge
     from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
@@ -119,7 +119,7 @@ def check_attack(base_model: BaseModel) -> None:
 def attack_guard(
     base_model: BaseModel,
     token: GuidelineToken,
-    guard: BindableGuard,
+    guard: PipelineGuard,
     targets: Sequence[Target],
     judge: Judge,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dagkit.evaluation.prompts import EvalPrompt
+    from dagkit.guard import BoundGuard, PipelineGuard
     from dagkit.models import BaseModel
 
 
@@ -57,22 +58,6 @@ class Column(Protocol):
         ...
 
 
-class BoundGuard(Protocol):
-    """A guard that was checked against a pipeline, as `dagkit.guard.BoundGuard`."""
-
-    def run(self) -> AbstractContextManager[Any]:
-        """Guards the pipeline inside the context, whose value is a trace."""
-        ...
-
-
-class BindableGuard(Protocol):
-    """Anything that can be bound to a pipeline, as `dagkit.guard.Guard`."""
-
-    def bind(self, pipe: Any) -> BoundGuard:
-        """Checks the pipeline once."""
-        ...
-
-
 @dataclass(frozen=True)
 class PipelineColumn:
     """Draws with a base model, plain, with a negative prompt, or under a guard.
@@ -92,7 +77,7 @@ class PipelineColumn:
     sampling: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     negative_prompt: str | None = None
-    guard: BindableGuard | None = None
+    guard: PipelineGuard | None = None
     context: Sequence[str] = ()
 
     @cached_property

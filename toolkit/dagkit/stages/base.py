@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Progress:
     def __init__(self, is_quiet: bool = False) -> None:
         self.is_quiet = is_quiet or not sys.stderr.isatty() or bool(os.environ.get("CI"))
 
-    def track(self, items: Iterable[Item], *, total: int, description: str) -> Iterator[Item]:
+    def track(self, items: Iterable[T], *, total: int, description: str) -> Iterator[T]:
         """Yields ``items`` and moves the bar by one for each."""
         if self.is_quiet:
             yield from items
@@ -67,7 +67,7 @@ class Progress:
             )
 
 
-def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+def batches(items: list[T], size: int) -> Iterator[list[T]]:
     """Cuts a list into lists of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
