@@ -125,6 +125,40 @@ def seed_option(command: Command) -> Command:
     )(command)
 
 
+def num_images_option(command: Command) -> Command:
+    """``--num-images N``, of candidates."""
+    return click.option(
+        "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
+    )(command)
+
+
+def checkpoint_option(command: Command) -> Command:
+    """``--checkpoint FILE``, of the segmenter."""
+    return click.option(
+        "--checkpoint",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
+    )(command)
+
+
+def label_studio_option(default: str) -> Callable[[Command], Command]:
+    """``--label-studio URL``; ``default`` says which server is meant without it."""
+    return click.option(
+        "--label-studio",
+        "url",
+        metavar="URL",
+        envvar="DAGKIT_LABEL_STUDIO",
+        help=f"A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: {default}.",
+    )
+
+
+def annotators_option(command: Command) -> Command:
+    """``--num-annotators N``."""
+    return click.option(
+        "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
+    )(command)
+
+
 def workers_option(command: Command) -> Command:
     """``--workers N``, for `open_engine`."""
     return click.option(

@@ -18,25 +18,11 @@ if TYPE_CHECKING:
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option(
-    "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
-)
+@common.num_images_option
 @click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True, help="Images drawn together.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
-)
-@click.option(
-    "--label-studio",
-    "url",
-    metavar="URL",
-    envvar="DAGKIT_LABEL_STUDIO",
-    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
-)
-@click.option(
-    "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
-)
+@common.checkpoint_option
+@common.label_studio_option("the embedded server")
+@common.annotators_option
 @common.selection_options
 @common.storage_options
 @common.workers_option

@@ -14,9 +14,7 @@ from dagkit.stages import base, generate
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option(
-    "--num-images", type=click.IntRange(1, 1_000_000), default=64, show_default=True, help="Candidates in all."
-)
+@common.num_images_option
 @click.option("--safe-share", type=common.SHARE, default=0.4, show_default=True, help="Share of safe prompts.")
 @click.option("--batch-size", type=click.IntRange(1, 256), default=4, show_default=True)
 @common.workers_option

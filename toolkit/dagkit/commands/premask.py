@@ -14,11 +14,7 @@ from dagkit.stages import base, premask
 @common.concept_option
 @common.workspace_option
 @common.model_option
-@click.option(
-    "--checkpoint",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Weights of the segmenter. Default: the concept's, or the file that dagkit doctor names.",
-)
+@common.checkpoint_option
 @common.workers_option
 @common.device_option
 @common.output_options

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 @click.command("pull")
 @common.concept_option
 @common.workspace_option
-@click.option(
-    "--label-studio",
-    "url",
-    metavar="URL",
-    envvar="DAGKIT_LABEL_STUDIO",
-    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: where the tasks were pushed.",
-)
+@common.label_studio_option("where the tasks were pushed")
 @click.option(
     "--consensus",
     type=click.Choice(["majority", "union", "intersection"]),

@@ -17,22 +17,14 @@ if TYPE_CHECKING:
 @click.command("push")
 @common.concept_option
 @common.workspace_option
-@click.option(
-    "--label-studio",
-    "url",
-    metavar="URL",
-    envvar="DAGKIT_LABEL_STUDIO",
-    help="A team's server; its token is read from LABEL_STUDIO_API_KEY. Default: the embedded server.",
-)
+@common.label_studio_option("the embedded server")
 @click.option(
     "--label-config",
     "label_config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="XML of the labelling page. Default: made from the concept.",
 )
-@click.option(
-    "--num-annotators", type=click.IntRange(1, 100), help="Answers that a task needs. Default: as before, or 1."
-)
+@common.annotators_option
 @click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
 @common.selection_options
 @click.option(
