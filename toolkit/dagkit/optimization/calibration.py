@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dagkit.errors import brief
@@ -33,6 +34,15 @@ DECIDED: Final = 0.7
 
 ACTING: Final = Guidance().max_level
 """Noise level from which down a guard acts; what it would see before is no trigger."""
+
+AS_GOOD: Final = 0.97
+"""Share of the best IoU from which a threshold of highlight is as good as the best: IoU hardly changes around it."""
+
+MAX_FALSE_AREA: Final = 0.015
+"""Share of what is not the concept that may be highlighted: other objects would be drawn anew there."""
+
+EDIT_SHARE: Final = 0.6
+"""The threshold of editing, as a share of that of highlight."""
 
 MARGIN: Final = 0.1
 """Logits by which a threshold stays above safe images, because they are few."""
@@ -107,7 +117,8 @@ def calibrate(
 ) -> Calibration:
     """Chooses thresholds on detection maps of unsafe images and of as many safe ones as there are.
 
-    ``highlight`` has the best IoU at each knot, ``edit`` is half of it. ``certain`` bounds the share of safe images on
+    ``highlight`` is, of the thresholds with nearly the best IoU at a knot, the lowest that highlights hardly anything
+    else (`_highlight`), ``edit`` 0.6 of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot from ``Guidance.max_level`` down: as many as that allows, those with the highest
     scores, are left out, and at each knot the threshold lies above all others, in the middle of the gap between them
     and the weakest slice. That is the one of which the weakest images, a twentieth, score lowest at their better one of
@@ -129,17 +140,16 @@ def calibrate(
             unsafe images and ``highlight`` come from those; all where not given.
     """
     is_held_out = images < (len(images) if num_held_out is None else num_held_out)
-    candidates = [round(0.02 * k, 2) for k in range(2, 48)]
     highlight: list[float] = []
     metrics: dict[str, float] = {}
     for knot in KNOTS:
         unsafe, safe = (levels == knot) & is_unsafe & is_held_out, (levels == knot) & ~is_unsafe
-        values = [float(iou(cams[unsafe] >= value, masks[unsafe] >= 0.5).mean()) for value in candidates]
-        best = candidates[int(np.argmax(values))]
+        best = _highlight(cams[unsafe], masks[unsafe], cams[safe])
         highlight.append(
             best if knot <= DECIDED else max(best, highlight[-1])
         )  # noised renderings are vaguer than samples
-        metrics[f"validation_iou_t{1000 * knot:.0f}"] = max(values)
+        overlap = iou(cams[unsafe] >= highlight[-1], masks[unsafe] >= 0.5)
+        metrics[f"validation_iou_t{1000 * knot:.0f}"] = float(overlap.mean())
         metrics[f"validation_false_area_t{1000 * knot:.0f}"] = float((cams[safe] >= highlight[-1]).float().mean())
     metrics["validation_iou"] = float(
         np.mean([metrics[f"validation_iou_t{1000 * knot:.0f}"] for knot in KNOTS if knot <= DECIDED])
@@ -151,7 +161,7 @@ def calibrate(
     thresholds = Thresholds(
         levels=(*KNOTS, TOO_EARLY),
         highlight=(*highlight, highlight[-1]),
-        edit=tuple(value / 2 for value in (*highlight, highlight[-1])),
+        edit=tuple(EDIT_SHARE * value for value in (*highlight, highlight[-1])),
         certain=(*rule.certain, 1.0),
         min_area=rule.area,
     )
@@ -242,6 +252,30 @@ class _Rule:
             early_rate=self.early_rates[name],
             overlaps=tuple(int(safe[row]) for row in order if peaks[row] > floor),
         )
+
+
+def _highlight(unsafe: Tensor, masks: Tensor, safe: Tensor) -> float:
+    """The threshold of highlight at one knot: good on the concept, and quiet on everything else.
+
+    Of the thresholds whose IoU is at least 0.97 of the best one, the lowest at which neither more than 1.5 % of the
+    safe images nor of what lies more than a cell outside the masks is highlighted; the highest where none is.
+
+    Args:
+        unsafe: (N, H, W) maps of unsafe images.
+        masks: (N, H, W) in [0, 1].
+        safe: (M, H, W) maps of safe images.
+    """
+    candidates = [round(0.02 * k, 2) for k in range(2, 48)]
+    overlaps = [float(iou(unsafe >= value, masks >= 0.5).mean()) for value in candidates]
+    around = F.max_pool2d((masks > 0).float()[:, None], 3, 1, 1)[:, 0]
+    as_good = [value for value, one in zip(candidates, overlaps, strict=True) if one >= AS_GOOD * max(overlaps)]
+    parts = (unsafe[around == 0], safe)
+    quiet = (
+        value
+        for value in as_good
+        if all(float((part >= value).float().mean()) <= MAX_FALSE_AREA for part in parts if part.numel())
+    )
+    return next(quiet, as_good[-1])
 
 
 def _members(slices: Sequence[str | None], is_unsafe: Tensor, images: Tensor) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ class OptimizationResult:
         concept: str,
         version: str,
         safety_prompt: str,
+        safety_phrases: Sequence[str] = (),
         model_id: str | None = None,
         guidance: Guidance | None = None,
         dataset: DatasetInfo | None = None,
@@ -89,6 +90,7 @@ class OptimizationResult:
             concept: name.
             version: semantic version.
             safety_prompt: text of the concept.
+            safety_phrases: what stands beside it, e.g. the members of a concept of several.
             model_id: how the base model is called in the record; its Hub id or folder name where not given.
             guidance: form and constants; the recipe's where not given.
             dataset: what the data was.
@@ -115,6 +117,7 @@ class OptimizationResult:
             thresholds=thresholds,
             guidance=guidance,
             safety_prompt=safety_prompt,
+            safety_phrases=tuple(safety_phrases),
             optimization={**asdict(self.recipe), "history": self.history, **(optimization or {})},
             dataset=dataset or DatasetInfo(),
             metrics=metrics,
