@@ -588,7 +588,7 @@ def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> N
 
 
 def with_slices(heights: dict[str, float], safe_height: float, seed: int = 5) -> dict[str, Any]:
-    """Maps of 20 images a slice, each slice with squares of its own height, and of as many safe ones, up to a height."""
+    """Maps of 20 images a slice, each with squares of its own height, and as many safe ones up to another."""
     maps: dict[str, Any] = fake_maps(40 * len(heights), 0.0, 0.02, seed)
     names = list(heights)
     slices = [names[image // 2 % len(names)] if image % 2 else None for image in range(40 * len(names))]
