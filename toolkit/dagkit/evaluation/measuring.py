@@ -166,7 +166,8 @@ def detect(
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
     words = (
         f"{num_unsafe} unsafe and {len(images) - num_unsafe} safe images of the dataset's test split, noised to each "
-        f"level of noise; masks of the whole dataset: {states}."
+        f"level of noise; images are found or triggered where the guard itself would act. Masks of the whole dataset: "
+        f"{states}."
     )
     return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
 
