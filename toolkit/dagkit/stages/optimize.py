@@ -161,9 +161,7 @@ def run(
     if slices:
         figure += f", weakest member {slices[0].words()}"
     warnings = [
-        f"\nWARNING: {one.warning(token.name, result.overlaps.get(one.name, ()))}"
-        for one in slices
-        if one.is_weak and is_waiting
+        f"\nWARNING: {one.warning(result.overlaps.get(one.name, ()))}" for one in slices if one.is_weak and is_waiting
     ]
     return base.StageResult(
         "optimize",

@@ -130,7 +130,7 @@ def _slices(record: TokenRecord) -> str:
         f"{one.detection_rate:.0%} | {one.iou:.2f} |"
         for one in found
     ]
-    weak = [f"\n**Weak:** {one.warning(f'{record.concept}@{record.version}')}\n" for one in found if one.is_weak]
+    weak = [f"\n**Weak:** {one.warning()}\n" for one in found if one.is_weak]
     return _SLICES.format(rows="\n".join(rows)) + "".join(weak) if found else ""
 
 

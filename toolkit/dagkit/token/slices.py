@@ -43,11 +43,10 @@ class SliceFigures:
         seen = f"{round(self.early_rate * self.count)} of {self.count} seen in time"
         return f"{self.name}: {seen} ({self.num_held_out} held out), IoU {self.iou:.2f}"
 
-    def warning(self, token: str, overlaps: Sequence[str] = ()) -> str:
+    def warning(self, overlaps: Sequence[str] = ()) -> str:
         """What is wrong with a weak one, and what to do.
 
         Args:
-            token: its name.
             overlaps: prompts of safe images that score as high as the weakest ones of the slice.
         """
         near = (
@@ -55,8 +54,7 @@ class SliceFigures:
         )
         return (
             f"{self.name} is seen in time in only {round(self.early_rate * self.count)} of {self.count} images{near}. "
-            f"Annotate more of it (dagkit annotate --select weak --token {token}) and more safe images of what it "
-            "looks like, or make the concept narrower."
+            "Annotate more of it and more safe images of what it looks like, or make the concept narrower."
         )
 
 
