@@ -587,6 +587,77 @@ def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> N
         assert 0.15 < found.thresholds.certain_at(knot) < 0.38  # between safe maps and the faintest unsafe ones
 
 
+def with_slices(heights: dict[str, float], safe_height: float, seed: int = 5) -> dict[str, Any]:
+    """Maps of 20 images a slice, each with squares of its own height, and as many safe ones up to another."""
+    maps: dict[str, Any] = fake_maps(40 * len(heights), 0.0, 0.02, seed)
+    names = list(heights)
+    slices = [names[image // 2 % len(names)] if image % 2 else None for image in range(40 * len(names))]
+    for name, height in heights.items():
+        here = torch.tensor([slices[image] == name for image in maps["images"].tolist()])
+        maps["cams"][here] = torch.where(maps["masks"][here] > 0, height, maps["cams"][here])
+    safe = ~maps["is_unsafe"]
+    heights_of_safe = 0.1 + (safe_height - 0.1) * (maps["images"][safe] / maps["images"].max())
+    maps["cams"][safe, 4:9, 4:9] = heights_of_safe[:, None, None].float()
+    return {**maps, "slices": slices}
+
+
+def test_the_threshold_sees_the_weakest_slice() -> None:
+    """A quarter of the unsafe images lies far below the others, but above all safe ones."""
+    maps = with_slices({"cat": 0.95, "dog": 0.95, "fish": 0.95, "duck": 0.6}, safe_height=0.4)
+    found = calibrate(**maps, max_false_trigger_rate=0.0)
+    assert found.metrics["validation_false_trigger_rate"] == 0
+    assert all(0.4 < found.thresholds.certain_at(knot) < 0.6 for knot in KNOTS)
+    for one in found.slices.values():
+        assert (one.count, one.num_held_out, one.detection_rate, one.early_rate) == (20, 20, 1.0, 1.0)
+        assert one.overlaps == ()
+
+
+def test_a_slice_below_the_safe_images_says_which_it_overlaps_with() -> None:
+    maps = with_slices({"cat": 0.95, "duck": 0.5}, safe_height=0.8)
+    blind, seeing = (calibrate(**maps, max_false_trigger_rate=rate) for rate in (0.0, 0.5))
+    assert list(blind.slices) == ["duck", "cat"]
+    assert blind.slices["duck"].early_rate == 0
+    assert blind.slices["cat"].early_rate == 1
+    assert blind.slices["duck"].overlaps == (78, 76, 74)  # the brightest safe images, which are even
+    assert blind.slices["cat"].overlaps == ()
+    assert blind.metrics["validation_false_trigger_rate"] == 0
+    # the allowed rate is spent on the slice
+    assert seeing.slices["duck"].early_rate == 1
+    assert 0.2 < seeing.metrics["validation_false_trigger_rate"] <= 0.5
+
+
+def test_figures_of_unsafe_images_are_of_those_kept_apart() -> None:
+    maps = with_slices({"cat": 0.9, "duck": 0.9}, safe_height=0.3)
+    late = maps["images"] >= 40
+    maps["masks"][late] = maps["masks"][late].roll(8, dims=2)  # those that were learned from are found elsewhere
+    found = calibrate(**maps, max_false_trigger_rate=0.05, num_held_out=40)
+    assert found.metrics["validation_iou"] > 0.99
+    for one in found.slices.values():
+        assert (one.count, one.num_held_out, one.detection_rate) == (20, 10, 1)
+        assert one.iou == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_a_guard_would_see_before_it_acts_is_no_trigger() -> None:
+    maps = with_slices({"cat": 0.9}, safe_height=0.3)
+    maps["cams"][(maps["levels"] == 0.85) & ~maps["is_unsafe"]] = 0.8
+    found = calibrate(**maps, max_false_trigger_rate=0.0)
+    assert found.metrics["validation_false_trigger_rate"] == 0
+    assert found.thresholds.certain_at(0.7) < 0.8
+
+
+def test_a_token_says_how_well_it_sees_each_member(base: BaseModel) -> None:
+    examples = [
+        replace(one, member=("bomb", "axe")[i // 2 % 2] if one.is_unsafe else None) for i, one in enumerate(data(16))
+    ]
+    result = optimize(base, examples, recipe=SHORT)
+    assert sorted(result.metrics["slices"]) == ["axe", "bomb"]
+    assert {one["count"] for one in result.metrics["slices"].values()} == {4}
+    assert sum(one["num_held_out"] for one in result.metrics["slices"].values()) == 2
+    assert not any("overlaps" in one for one in result.metrics["slices"].values())
+    assert set(result.overlaps) == {"axe", "bomb"}
+    assert set().union(*result.overlaps.values()) <= {"a cat on sand"}
+
+
 def test_data_efficiency_has_one_point_a_size(base: BaseModel) -> None:
     points = data_efficiency(base, data(8), data(4, 100), sizes=(2, 4, 8, 32), recipe=SHORT)
     assert [point["num_images"] for point in points] == [2, 4, 8]  # 32 are not there

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dagkit.errors import brief
 from dagkit.guidance import score
 from dagkit.metrics import iou
 from dagkit.token import Guidance, Thresholds
@@ -47,8 +46,12 @@ EDIT_SHARE: Final = 0.6
 MARGIN: Final = 0.1
 """Logits by which a threshold stays above safe images, because they are few."""
 
-GAP_SHARE: Final = 0.5
-"""How far into the gap between safe images and the weakest slice the threshold goes, where there is one."""
+GAP_SHARE: Final = 0.7
+"""How far into the gap between safe images and the weakest slice the threshold goes, where there is one: nearer to the
+slice, for there are more safe things than the safe images show."""
+
+CLEAR: Final = 1.0
+"""Logits by which the weakest slice must lie above the safe images at a knot before certainty stays below it there."""
 
 RARE: Final = 0.05
 """Share of a slice's images that may lie below the gap's upper end."""
@@ -95,7 +98,7 @@ class Calibration:
             ``detection_rate`` (shares of safe and of held-out unsafe images on which that rule acts at any knot from
             ``Guidance.max_level`` down) and ``is_chosen``, True at x = 0, whose rates are
             ``validation_false_trigger_rate`` and ``validation_detection_rate``.
-        slices: by name, the weakest first.
+        slices: by name, the weakest first; empty where no image belongs to one.
     """
 
     thresholds: Thresholds
@@ -120,10 +123,11 @@ def calibrate(
     ``highlight`` is, of the thresholds with nearly the best IoU at a knot, the lowest that highlights hardly anything
     else (`_highlight`), ``edit`` 0.6 of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot from ``Guidance.max_level`` down: as many as that allows, those with the highest
-    scores, are left out, and at each knot the threshold lies above all others, in the middle of the gap between them
-    and the weakest slice. That is the one of which the weakest images, a twentieth, score lowest at their better one of
-    the knots 0.5 and 0.7: seen then, they are seen in time. Where no gap is left the threshold stays just above the
-    safe images, and the slice says which it overlaps with. At knots where unsafe images lie less than one deviation
+    scores, are left out, and at each knot the threshold lies above all others, well into the gap between them and the
+    weakest slice. That is the one of which the weakest images, a twentieth, score lowest: at their better one of the
+    knots 0.5 and 0.7, for seen then they are seen in time, and at any knot at which they are clear of the safe images.
+    Where no gap is left the threshold stays just above the safe images, and the slice says which of them it overlaps
+    with. At knots where unsafe images lie less than one deviation
     above safe ones nothing can be told yet, and the guard waits. ``certain`` never falls with the noise level: noised
     renderings are vaguer than samples, on which a low threshold would fire.
 
@@ -156,7 +160,7 @@ def calibrate(
     )
     data = _Data(is_unsafe, levels, images, is_held_out, _members(slices, is_unsafe, images))
     rules = [_Rule.of(score(cams, area), area, data, max_false_trigger_rate) for area in AREAS]
-    rule = max(rules, key=lambda rule: (min(rule.early_rates.values()), sum(rule.early_rates.values())))
+    rule = max(rules, key=lambda rule: (min(rule.early_rates.values()), sum(rule.early_rates.values()), -rule.rates[0]))
     metrics["validation_false_trigger_rate"], metrics["validation_detection_rate"] = rule.rates
     thresholds = Thresholds(
         levels=(*KNOTS, TOO_EARLY),
@@ -172,7 +176,7 @@ def calibrate(
         curve.append({"logit_shift": shift, "certain": moved.certain, **rates, "is_chosen": shift == 0})
     limits = torch.from_numpy(np.interp(levels.numpy(), KNOTS, highlight)).to(cams)[:, None, None]
     overlap = iou(cams >= limits, masks >= 0.5)
-    found = {name: rule.slice_of(name, overlap, data) for name in data.members if slices}
+    found = {name: rule.slice_of(name, overlap, data) for name in data.members if name}
     weakest_first = sorted(found.items(), key=lambda one: (one[1].early_rate, one[1].detection_rate, one[1].iou))
     return Calibration(thresholds, metrics, curve, dict(weakest_first))
 
@@ -211,12 +215,16 @@ class _Rule:
             if told[-1] and knot <= ACTING:
                 standardised[here] = (logits[here] - mean) / spread
         kept = _kept_silent(standardised, data, rate)
-        upper = min(_weakest(logits, data, name) for name in data.members)
-        lower, certain = -math.inf, []
-        for knot, is_told in zip(KNOTS, told, strict=True):
-            if is_told:
-                lower = max(lower, float(logits[kept & (data.levels == knot)].max()) + MARGIN)
-            certain.append(_sigmoid(lower + GAP_SHARE * max(upper - lower, 0)) if is_told else 1.0)
+        ceilings = [
+            float(logits[kept & (data.levels == knot)].max()) + MARGIN if is_told else -math.inf
+            for knot, is_told in zip(KNOTS, told, strict=True)
+        ]
+        lower = np.maximum.accumulate(ceilings).tolist()
+        upper = _reached(logits, data, lower[KNOTS.index(DECIDED)] + CLEAR)
+        certain = [
+            _sigmoid(low + GAP_SHARE * max(upper - low, 0)) if is_told else 1.0
+            for low, is_told in zip(lower, told, strict=True)
+        ]
         return cls.measured(area, np.maximum.accumulate(certain).tolist(), scores, data)
 
     @classmethod
@@ -299,6 +307,17 @@ def _kept_silent(standardised: Tensor, data: _Data, rate: float) -> Tensor:
     return torch.isin(data.images, safe[order[: len(safe) - allowed]])
 
 
+def _reached(logits: Tensor, data: _Data, clear: float) -> float:
+    """What the weakest slice reaches in time, and at each knot at which it is clear of the safe images as well."""
+    at_knots = [
+        min(float(logits[here & (data.levels == knot)].quantile(RARE)) for here in data.members.values())
+        for knot in KNOTS
+        if knot <= DECIDED
+    ]
+    in_time = min(_weakest(logits, data, name) for name in data.members)
+    return min([in_time, *(one for one in at_knots if one >= clear)])
+
+
 def _weakest(logits: Tensor, data: _Data, name: str) -> float:
     """What all but a few images of a slice reach at the better one of the knots at which they are seen in time."""
     in_time = (data.levels >= EARLY) & (data.levels <= DECIDED)
@@ -315,12 +334,11 @@ def _peaks(values: Tensor, images: Tensor, kind: Tensor) -> Tensor:
     return values.new_full((len(found),), -math.inf).scatter_reduce(0, position, values[kind], "amax")
 
 
-def summary(calibration: Calibration, prompts: Sequence[str]) -> dict[str, Any]:
-    """Metrics, curve and slices together, for the token's record; ``prompts`` are those of all images."""
-    slices = {
-        name: {**asdict(one), "overlaps": [brief(prompts[image], 100) for image in one.overlaps]}
-        for name, one in calibration.slices.items()
-    }
+def summary(calibration: Calibration) -> dict[str, Any]:
+    """Metrics, curve and slices together, for the token's record; which images a slice overlaps with stays out."""
+    slices = {name: asdict(one) for name, one in calibration.slices.items()}
+    for one in slices.values():
+        del one["overlaps"]
     return {**calibration.metrics, "calibration_curve": calibration.curve, "slices": slices}
 
 

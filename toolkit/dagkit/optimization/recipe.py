@@ -47,7 +47,7 @@ class Recipe:
     learn_head_weights: bool = True
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 0.05
-    num_steps: int = 240
+    num_steps: int = 480
     decay: float | None = None
     decay_every: int = 20
     batch_size: int = 48
@@ -58,7 +58,7 @@ class Recipe:
     positive_weight: float = 3.0
     leakage_weight: float = 0.0
     negative_weight: float = 1.0
-    recognition_weight: float = 0.5
+    recognition_weight: float = 0.2
     validate_every: int = 40
     patience: int = 2
     max_false_trigger_rate: float = 0.05

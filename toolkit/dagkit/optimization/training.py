@@ -46,6 +46,7 @@ class OptimizationResult:
         history: one dict a report: step, loss, validation_loss, validation_iou.
         metrics: figures on validation data, with the calibration curve. Where the detection rate is 0, a guard with
             these thresholds never acts.
+        overlaps: slice -> prompts of safe images that score higher than its weakest images. They stay out of the token.
 
     Figures are called ``training_...`` instead of ``validation_...`` where no images of the kind that they are measured
     on were kept apart from training.
@@ -60,6 +61,7 @@ class OptimizationResult:
     recipe: Recipe
     history: History = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    overlaps: dict[str, list[str]] = field(default_factory=dict)
 
     def figure(self, measure: str) -> tuple[float, str]:
         """A figure of the metrics, e.g. ``detection_rate``, and what it was measured on: validation or training."""
@@ -203,7 +205,7 @@ def optimize(
             slices=[example.member if example.is_unsafe else None for example in everything],
             num_held_out=len(validation),
         )
-        metrics = summary(calibration, [example.prompt for example in everything])
+        metrics = summary(calibration)
         if sizes:
             points = _efficiency(base, examples, sites, cache, held_out, sizes, recipe, seed)
             metrics["data_efficiency"] = [measured_names(point, learned_from) for point in points]
@@ -217,6 +219,9 @@ def optimize(
         recipe=recipe,
         history=[measured_names(state, learned_from) for state in history],
         metrics=measured_names(metrics, learned_from),
+        overlaps={
+            name: [everything[image].prompt for image in one.overlaps] for name, one in calibration.slices.items()
+        },
     )
 
 

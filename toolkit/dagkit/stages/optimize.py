@@ -66,6 +66,7 @@ def run(
     from dagkit.errors import TokenError
     from dagkit.optimization import RECIPES, Example, optimize
     from dagkit.token import DatasetInfo
+    from dagkit.token.slices import slices_of
     from dagkit.workspace import lock, sha256_json
 
     folder = dataset or workspace.stage("dataset", concept.name).path
@@ -157,11 +158,17 @@ def run(
         figure += " (the dataset keeps no unsafe images apart for validation: annotate more)"
     if is_waiting and rate < LOW_DETECTION_RATE:
         figure += f", but it recognises only {rate:.0%} of the unsafe {rated_on} images: annotate more"
+    slices = slices_of(token.record)
+    if slices:
+        figure += f", weakest member {slices[0].words()}"
+    warnings = [
+        f"\nWARNING: {one.warning(result.overlaps.get(one.name, ()))}" for one in slices if one.is_weak and is_waiting
+    ]
     return base.StageResult(
         "optimize",
         1,
         0,
-        f"{token.name} ({reason}) from {counts}{figure} -> {path}",
+        f"{token.name} ({reason}) from {counts}{figure} -> {path}{''.join(warnings)}",
         {"token": token.name, "path": path, "metrics": token.record.metrics, "history": result.history},
     )
 
