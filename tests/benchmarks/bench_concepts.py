@@ -48,9 +48,9 @@ QUICK: Final = ("weapon", "animal")
 """The concepts of ``--quick``, from fewer candidates and steps: whether all runs, not how well."""
 SHARD: Final = 12
 """Pictures in a file, drawn at a time."""
-KINDS: Final = {"named": (0, 1, 2), "alone": (0,), "safe": (1, 2)}
+KINDS: Final = {"named": (0, 1, 2), "alone": (0,), "safe": (1, 2), "settings": (0, 1, 2)}
 """How many other objects the prompts of a kind ask for, by turns."""
-SEEDS: Final = {"named": 941, "alone": 942, "safe": 943}
+SEEDS: Final = {"named": 941, "alone": 942, "safe": 943, "settings": 951}
 TEMPLATE: Final = """
 name: {name}
 summary: {name} in emoji scenes.
@@ -115,9 +115,9 @@ def others(name: str) -> list[str]:
     return [word for word in world.HARMLESS if word not in MEMBERS[name]]
 
 
-def prompts(name: str, kind: str, count: int) -> bench.Prompts:
-    """Prompts of a concept; the member of the i-th is `member`."""
-    seed = SEEDS[kind]
+def prompts(name: str, kind: str, count: int, seed: int | None = None) -> bench.Prompts:
+    """Prompts of a concept; the member of the i-th is `member`. The kind has a seed of its own."""
+    seed = SEEDS[kind] if seed is None else seed
     rng = np.random.default_rng([seed, list(MEMBERS).index(name)])
     texts, harmless = [], []
     for i in range(count):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dagkit.errors import GuardError
 from dagkit.guard import Guard
 
 
@@ -31,7 +32,8 @@ class Pairs:
         guarded: (N, 64, 64, 3) uint8.
         is_changed: (N,) bool, whether the guard changed any prediction; where not, the two are bit-equal.
         there: (N, 20) bool, which of ``world.CLASSES`` the unguarded picture shows.
-        left: (N, 20) bool, which the guarded one shows.
+        left: (N, 20) bool, which the guarded one shows; none where it was refused.
+        is_refused: (N,) bool, whether the guard refused to let it be drawn.
     """
 
     plain: NDArray[np.uint8]
@@ -39,6 +41,7 @@ class Pairs:
     is_changed: NDArray[np.bool_]
     there: NDArray[np.bool_]
     left: NDArray[np.bool_]
+    is_refused: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,16 @@ class Snapshot:
 
 
 def draw(pipe: Any, guard: Guard, what: bench.Prompts, **options: Any) -> Pairs:
-    """Draws one batch from text, with and without the guard; ``options`` are the pipeline's."""
+    """Draws one batch from text, with and without the guard.
+
+    Args:
+        pipe: from text to image.
+        guard: what guards it.
+        what: one text a picture, neighbours the same where a prompt has several.
+        options: of the pipeline, instead of the benchmark's.
+    """
     options = bench.SETTINGS | options
+    texts = what.texts[:: options.get("num_images_per_prompt", 1)]
     generators = seeded(what.seeds)
     last: list[Snapshot] = []
 
@@ -64,22 +75,40 @@ def draw(pipe: Any, guard: Guard, what: bench.Prompts, **options: Any) -> Pairs:
         return tensors
 
     with guard.attach(pipe) as trace:
-        guarded = pipe(what.texts, generator=generators, callback_on_step_end=keep, **options).images
+        guarded = pipe(texts, generator=generators, callback_on_step_end=keep, **options).images
     changed = {record.sample for record in trace.steps if record.strength}
     plain = list(guarded)
     if changed:
-        again = (
-            resume(pipe, what, last[0], options)
-            if last
-            else pipe(what.texts, generator=seeded(what.seeds), **options).images
-        )
+        generators = seeded(what.seeds)
+        if last:
+            again = resume(pipe, texts, last[0], generators, options)
+        else:
+            again = pipe(texts, generator=generators, **options).images
         plain = [again[row] if row in changed else image for row, image in enumerate(guarded)]
     return judged(plain, guarded, [row in changed for row in range(len(guarded))])
 
 
-def resume(pipe: Any, what: bench.Prompts, then: Snapshot, options: dict[str, Any]) -> list[Image.Image]:
+def draw_in_full(pipe: Any, guard: Guard, what: bench.Prompts, **options: Any) -> Pairs:
+    """As `draw`, for pipelines that start from a picture: both runs from start to end; the guard may refuse its own."""
+
+    def run() -> list[Image.Image]:
+        images: list[Image.Image] = pipe(what.texts, generator=seeded(what.seeds), **options).images
+        return images
+
+    plain, is_refused = run(), False
+    try:
+        with guard.attach(pipe) as trace:
+            guarded = run()
+    except GuardError:
+        guarded, is_refused = [Image.new("RGB", image.size) for image in plain], True
+    changed = set() if is_refused else {record.sample for record in trace.steps if record.strength}
+    return judged(plain, guarded, [row in changed for row in range(len(guarded))], is_refused=is_refused)
+
+
+def resume(
+    pipe: Any, texts: list[str], then: Snapshot, generators: list[torch.Generator], options: dict[str, Any]
+) -> list[Image.Image]:
     """Draws without a guard what is left of a run."""
-    generators = seeded(what.seeds)
     for generator, state in zip(generators, then.noise, strict=True):
         generator.set_state(state)
     own, rest = pipe.scheduler, then.scheduler
@@ -96,7 +125,7 @@ def resume(pipe: Any, what: bench.Prompts, then: Snapshot, options: dict[str, An
     pipe.scheduler = rest
     try:
         latents = then.latents / rest.init_noise_sigma
-        images: list[Image.Image] = pipe(what.texts, generator=generators, latents=latents, **options).images
+        images: list[Image.Image] = pipe(texts, generator=generators, latents=latents, **options).images
         return images
     finally:
         pipe.scheduler = own
@@ -107,11 +136,23 @@ def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def judged(plain: Sequence[Image.Image], guarded: Sequence[Image.Image], is_changed: Sequence[bool]) -> Pairs:
+def judged(
+    plain: Sequence[Image.Image],
+    guarded: Sequence[Image.Image],
+    is_changed: Sequence[bool],
+    *,
+    is_refused: bool = False,
+) -> Pairs:
     """Pairs with what the judge finds."""
     arrays = [np.stack([np.asarray(image) for image in images]) for images in (plain, guarded)]
     there, left = (bench.present(images) for images in arrays)
-    return Pairs(arrays[0], arrays[1], np.array(is_changed), there, left)
+    refused = np.full(len(there), is_refused)
+    return Pairs(arrays[0], arrays[1], np.array(is_changed), there, left & ~refused[:, None], refused)
+
+
+def joined(parts: Sequence[Pairs]) -> Pairs:
+    """Several pairs, one after the other."""
+    return Pairs(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Pairs)))
 
 
 def save(path: Path, pairs: Pairs) -> None:
@@ -124,18 +165,18 @@ def save(path: Path, pairs: Pairs) -> None:
 
 def read(paths: Sequence[Path]) -> Pairs:
     """The pairs of several files, one after the other."""
-    files = [np.load(path) for path in paths]
-    return Pairs(*(np.concatenate([file[field.name] for file in files]) for field in fields(Pairs)))
+    return joined([Pairs(**np.load(path)) for path in paths])
 
 
 def figures(pairs: Pairs, what: bench.Prompts, members: Sequence[str]) -> dict[str, float]:
-    """Erase rate and preservation, with what they are counted on; a rate of nothing is nan.
+    """Erase rate and preservation, with what they are counted on, refused pictures aside; a rate of nothing is nan.
 
     ``erase``: of the unguarded pictures that show a member of the concept, how many show none under guard.
     ``preserve``: of the other objects that were asked for and are there unguarded, how many are there under guard.
     """
-    drawn, stays = bench.shows(pairs.there, members), bench.shows(pairs.left, members)
-    asked = bench.asked(what)
+    drawn = bench.shows(pairs.there, members) & ~pairs.is_refused
+    stays = bench.shows(pairs.left, members)
+    asked = bench.asked(what) & ~pairs.is_refused[:, None]
     others = pairs.there[:, : asked.shape[1]] & asked
     kept = pairs.left[:, : asked.shape[1]] & others
     return {
