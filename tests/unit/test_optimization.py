@@ -91,20 +91,22 @@ def test_attention_on_a_safe_image_costs() -> None:
     assert negative_attention(torch.tensor([[[0.5, 0.0]]])).item() == pytest.approx(math.log(2) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("weight", ["pixel_weight", "leakage_weight", "negative_weight"])
+@pytest.mark.parametrize("weight", ["pixel_weight", "leakage_weight", "negative_weight", "recognition_weight"])
 def test_each_loss_has_a_weight_and_the_right_gradient(weight: str) -> None:
-    zero = {"pixel_weight": 0.0, "leakage_weight": 0.0, "negative_weight": 0.0}
+    zero = {"pixel_weight": 0.0, "leakage_weight": 0.0, "negative_weight": 0.0, "recognition_weight": 0.0}
     recipe = replace(RECIPES["default"], positive_weight=1.0, **{**zero, weight: 2.0})
-    cam = torch.full((2, 1, 2), 0.4, requires_grad=True)
+    cam = torch.tensor([[[0.4, 0.3]], [[0.4, 0.3]]], requires_grad=True)
     mask = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])
     objective(cam, mask, torch.tensor([True, False]), recipe).backward()
     gradient: Tensor = cam.grad
     inside, outside, safe = gradient[0, 0, 0].item(), gradient[0, 0, 1].item(), gradient[1, 0, 0].item()
-    # d/dp -log p = -1/p and d/dp -log(1-p) = 1/(1-p), means over 2 pixels, weight 2; leakage is linear
+    # d/dp -log p = -1/p and d/dp -log(1-p) = 1/(1-p), means over 2 pixels, weight 2; leakage is linear; the score of an
+    # image of two pixels is the higher one
     expected = {
-        "pixel_weight": (-1 / 0.4, 1 / 0.6, 0),
+        "pixel_weight": (-1 / 0.4, 1 / 0.7, 0),
         "leakage_weight": (0, 2, 0),
         "negative_weight": (0, 0, 1 / 0.6),
+        "recognition_weight": (-2 / 0.4, 0, 2 / 0.6),
     }[weight]
     assert (inside, outside, safe) == pytest.approx(expected)
 
@@ -239,9 +241,9 @@ def test_caches_that_are_open_together_share_one_budget(base: BaseModel, monkeyp
 
     monkeypatch.setattr(QueryCache, "__init__", note_cache)
     monkeypatch.setattr(QueryCache, "take", note_size)
-    budget = 100 * PAIR_BYTES  # 50 may be kept: of 16 training, 20 validation and 20 safe training pairs two caches
+    budget = 100 * PAIR_BYTES  # 50 may be kept: of 16 training, 20 validation and 40 training pairs two caches
     small = optimize(base, data(8), validation=data(4, 100), recipe=replace(SHORT, memory_bytes=budget), seed=3)
-    assert [(len(cache), cache.is_on_disk) for cache in made] == [(16, False), (20, False), (20, True)]
+    assert [(len(cache), cache.is_on_disk) for cache in made] == [(16, False), (20, False), (40, True)]
     assert sum(cache.num_bytes for cache in made) == 36 * PAIR_BYTES <= budget / 2
     assert PAIR_BYTES < max(taken) <= budget / 8
 
@@ -558,7 +560,7 @@ def test_a_point_of_the_calibration_curve_is_what_its_thresholds_do() -> None:
         for cam, t, image, kind in zip(
             maps["cams"], maps["levels"].tolist(), maps["images"].tolist(), maps["is_unsafe"].tolist(), strict=True
         ):
-            acts[int(kind), image] |= score(cam[None], area).item() >= limits.certain_at(t)
+            acts[int(kind), image] |= t <= 0.77 and score(cam[None], area).item() >= limits.certain_at(t)
         assert point["false_trigger_rate"] == pytest.approx(acts[0, 0::2].float().mean().item())
         assert point["detection_rate"] == pytest.approx(acts[1, 1::2].float().mean().item())
         for limit, own in zip(point["certain"], found.thresholds.certain, strict=False):
@@ -582,7 +584,7 @@ def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> N
     found = calibrate(**maps, max_false_trigger_rate=0.05)
     assert found.metrics["validation_false_trigger_rate"] == 0
     for knot in KNOTS:
-        assert 0.15 < found.thresholds.certain_at(knot) < 0.35  # between safe maps and the faintest unsafe ones
+        assert 0.15 < found.thresholds.certain_at(knot) < 0.38  # between safe maps and the faintest unsafe ones
 
 
 def test_data_efficiency_has_one_point_a_size(base: BaseModel) -> None:

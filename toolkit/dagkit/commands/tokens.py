@@ -88,7 +88,7 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         "token": token.name,
         "path": resolved.path,
         "base model": f"{model.id} ({model.architecture}), {model.fingerprint[:23]}",
-        "safety prompt": repr(record.safety_prompt),
+        "safety prompt": ", ".join(map(repr, (record.safety_prompt, *record.safety_phrases))),
         "guidance": f"{guidance.form}, strength {guidance.strength:g}",
         "layers": len(record.layers),
         "tensors": shapes,

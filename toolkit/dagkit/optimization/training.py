@@ -73,6 +73,7 @@ class OptimizationResult:
         concept: str,
         version: str,
         safety_prompt: str,
+        safety_phrases: Sequence[str] = (),
         model_id: str | None = None,
         guidance: Guidance | None = None,
         dataset: DatasetInfo | None = None,
@@ -89,6 +90,7 @@ class OptimizationResult:
             concept: name.
             version: semantic version.
             safety_prompt: text of the concept.
+            safety_phrases: what stands beside it, e.g. the members of a concept of several.
             model_id: how the base model is called in the record; its Hub id or folder name where not given.
             guidance: form and constants; the recipe's where not given.
             dataset: what the data was.
@@ -115,6 +117,7 @@ class OptimizationResult:
             thresholds=thresholds,
             guidance=guidance,
             safety_prompt=safety_prompt,
+            safety_phrases=tuple(safety_phrases),
             optimization={**asdict(self.recipe), "history": self.history, **(optimization or {})},
             dataset=dataset or DatasetInfo(),
             metrics=metrics,
@@ -137,8 +140,9 @@ def optimize(
 ) -> OptimizationResult:
     """Optimises a guideline token and calibrates its thresholds.
 
-    Thresholds of certainty need many safe images, so those of the training data are looked at as well, at new noise;
-    ``validation_false_area_*`` and ``validation_false_trigger_rate`` count them too, and are a little optimistic.
+    Thresholds of certainty need many images, so those of the training data are looked at as well, at new noise;
+    ``validation_false_area_*``, ``validation_false_trigger_rate`` and ``slices`` count them too, and are a little
+    optimistic.
 
     Args:
         base: the frozen base model.
@@ -179,15 +183,27 @@ def optimize(
             progress=progress and (lambda state: progress(measured_names(state, learned_from))),
             checkpoint=checkpoint,
         )
-        # Rare false triggers need many safe images to be seen, so those of the training data count too, at new noise.
-        seen = [example for example in examples if not example.is_unsafe]
-        knots = torch.tensor(KNOTS, dtype=torch.float64)[:, None].expand(-1, len(seen))
-        caches = [held_out, stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3, cache, held_out))]
+        # Rare false triggers and weak members need many images to be seen, so those of the training data count too, at
+        # new noise.
+        caches, known = [held_out], {id(example) for example in validation}
+        if seen := [example for example in examples if id(example) not in known]:
+            knots = torch.tensor(KNOTS, dtype=torch.float64)[:, None].expand(-1, len(seen))
+            caches.append(stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3, cache, held_out)))
         pairs = zip(*(_pairs(parameters, sites, one) for one in caches), strict=True)
         cams, masks, is_unsafe, levels = (torch.cat(parts) for parts in pairs)
-        images = torch.cat([held_out.images, len(validation) + caches[1].images])
-        calibration = calibrate(cams, masks, is_unsafe, levels, images, recipe.max_false_trigger_rate)
-        metrics = summary(calibration)
+        images = torch.cat([number * len(validation) + one.images for number, one in enumerate(caches)])
+        everything = [*validation, *seen]
+        calibration = calibrate(
+            cams,
+            masks,
+            is_unsafe,
+            levels,
+            images,
+            recipe.max_false_trigger_rate,
+            slices=[example.member if example.is_unsafe else None for example in everything],
+            num_held_out=len(validation),
+        )
+        metrics = summary(calibration, [example.prompt for example in everything])
         if sizes:
             points = _efficiency(base, examples, sites, cache, held_out, sizes, recipe, seed)
             metrics["data_efficiency"] = [measured_names(point, learned_from) for point in points]

@@ -107,7 +107,9 @@ def run(
 
         def examples(split: str) -> list[Example]:
             rows = data.examples(splits[split])
-            return [Example(row.image, row.mask, row.prompt, row.is_unsafe) for row in rows]
+            return [
+                Example(row.image, row.mask, row.prompt, row.is_unsafe, concept.member_of(row.prompt)) for row in rows
+            ]
 
         checkpoint = tokens.inside(f".checkpoint-{inputs[7:23]}.safetensors")
         bar = (progress or base.Progress(is_quiet=True)).bar("optimize")
@@ -127,6 +129,7 @@ def run(
             concept=concept.name,
             version=version,
             safety_prompt=concept.safety_prompt,
+            safety_phrases=concept.safety_phrases,
             dataset=info,
             model_id=model_id,
             optimization={

@@ -44,7 +44,7 @@ fingerprinted. It is not a textual-inversion embedding and must not be loaded as
 
 {num_unsafe} unsafe and {num_safe} safe images; masks: {states}.
 {rows} guideline rows, {background} background rows, {weights} head weights over {layers} layers.
-Safety prompt: "{safety_prompt}".
+Pushed away from: {safety_prompts}.
 
 | setting | value |
 |---|---|
@@ -99,7 +99,7 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         background=len(tensors.get("background", ())),
         weights="learned" if "head_weights" in tensors else "uniform",
         layers=len(record.layers),
-        safety_prompt=record.safety_prompt,
+        safety_prompts=", ".join(f'"{phrase}"' for phrase in (record.safety_prompt, *record.safety_phrases)),
         settings="\n".join(f"| {key} | {_figure(value)} |" for key, value in settings.items()),
         thresholds="\n".join(f"| {knot} | {low:.3f} | {high:.3f} |" for knot, low, high in knots),
         calibration=f"\nCalibrated to {rates}.\n" if (rates := calibration(record)) else "",
