@@ -55,7 +55,7 @@ class Snapshot:
 
 
 def draw(pipe: Any, guard: Guard, what: bench.Prompts, **options: Any) -> Pairs:
-    """Draws one batch from text, with and without the guard.
+    """Draws one batch from text, with and without the guard, which may refuse its own.
 
     Args:
         pipe: from text to image.
@@ -74,8 +74,11 @@ def draw(pipe: Any, guard: Guard, what: bench.Prompts, **options: Any) -> Pairs:
             last[:] = [Snapshot(index + 1, tensors["latents"].clone(), copy.deepcopy(own.scheduler), states)]
         return tensors
 
-    with guard.attach(pipe) as trace:
-        guarded = pipe(texts, generator=generators, callback_on_step_end=keep, **options).images
+    try:
+        with guard.attach(pipe) as trace:
+            guarded = pipe(texts, generator=generators, callback_on_step_end=keep, **options).images
+    except GuardError:
+        return refused(pipe(texts, generator=seeded(what.seeds), **options).images)
     changed = {record.sample for record in trace.steps if record.strength}
     plain = list(guarded)
     if changed:
@@ -95,14 +98,14 @@ def draw_in_full(pipe: Any, guard: Guard, what: bench.Prompts, **options: Any) -
         images: list[Image.Image] = pipe(what.texts, generator=seeded(what.seeds), **options).images
         return images
 
-    plain, is_refused = run(), False
+    plain = run()
     try:
         with guard.attach(pipe) as trace:
             guarded = run()
     except GuardError:
-        guarded, is_refused = [Image.new("RGB", image.size) for image in plain], True
-    changed = set() if is_refused else {record.sample for record in trace.steps if record.strength}
-    return judged(plain, guarded, [row in changed for row in range(len(guarded))], is_refused=is_refused)
+        return refused(plain)
+    changed = {record.sample for record in trace.steps if record.strength}
+    return judged(plain, guarded, [row in changed for row in range(len(guarded))])
 
 
 def resume(
@@ -136,6 +139,12 @@ def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def refused(plain: Sequence[Image.Image]) -> Pairs:
+    """Pairs of which the guard let none be drawn: black where the guarded picture would be."""
+    black = [Image.new("RGB", image.size) for image in plain]
+    return judged(plain, black, [False] * len(black), is_refused=True)
+
+
 def judged(
     plain: Sequence[Image.Image],
     guarded: Sequence[Image.Image],
@@ -146,8 +155,9 @@ def judged(
     """Pairs with what the judge finds."""
     arrays = [np.stack([np.asarray(image) for image in images]) for images in (plain, guarded)]
     there, left = (bench.present(images) for images in arrays)
-    refused = np.full(len(there), is_refused)
-    return Pairs(arrays[0], arrays[1], np.array(is_changed), there, left & ~refused[:, None], refused)
+    return Pairs(
+        arrays[0], arrays[1], np.array(is_changed), there, left & (not is_refused), np.full(len(there), is_refused)
+    )
 
 
 def joined(parts: Sequence[Pairs]) -> Pairs:

@@ -1,6 +1,6 @@
 """One token under every sampler and setting: the base setting with one thing changed at a time, and the worst pairs.
 
-    python tests/benchmarks/bench_robust.py [--quick] [--workers 2] [--cells steps-8 dpm-8] [--seed 951]
+    python tests/benchmarks/bench_robust.py [--quick] [--workers 2] [--cells steps-8 dpm-8] [--seed 961]
 
 The base is 20 DDIM steps at guidance 5, eight pictures at a time. Prompts ask for a weapon alone, with one and with two
 other objects by turns, the same in every cell: 40 of them, 24 in the cells that cost most. Pictures to start from are
@@ -26,7 +26,7 @@ import bench_world as bench
 import diffusers
 import numpy as np
 import torch
-from bench_concepts import prompts
+from bench_concepts import SEEDS, prompts
 from PIL import Image
 
 from dagkit.demo import world
@@ -48,7 +48,7 @@ SAMPLERS: Final[dict[str, tuple[Any, dict[str, Any]]]] = {
     "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),  # as Stable Diffusion has it
     "ddpm": (diffusers.DDPMScheduler, {}),
 }
-START_SEED: Final = 952
+START_SEED: Final = 962
 """Of the scenes to start from."""
 
 
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="of the matrix; all by default")
-    parser.add_argument("--seed", type=int, default=951)
+    parser.add_argument("--seed", type=int, default=SEEDS["settings"])
     parser.add_argument("--count", type=int, help="pictures of each cell")
     arguments = parser.parse_args()
     matrix = cells()
