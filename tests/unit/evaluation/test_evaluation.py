@@ -46,6 +46,11 @@ def test_concept_prompts_are_of_all_kinds_and_apart_from_those_of_candidates() -
     }
     assert not training & {prompt.text for prompt in prompts}
     assert prompts == evaluation.concept_prompts(concept, 40, seed=1)
+    fewer = evaluation.concept_prompts(concept, 2, num_safe=3, seed=1)
+    assert [prompt.key for prompt in fewer if prompt.kind == "safe"] == ["safe-0000", "safe-0001", "safe-0002"]
+    assert len(fewer) == 2 + 2 + 3
+    with pytest.raises(ValueError, match=r"num_safe must be in \[1, 100,000\]"):
+        evaluation.concept_prompts(concept, 2, num_safe=0)
     assert prompts[0].seed != evaluation.concept_prompts(concept, 40, seed=2)[0].seed
     with_objects = next(prompt for prompt in prompts if prompt.kind == "hinted")
     assert with_objects.keep
