@@ -24,7 +24,7 @@ ALL: Final = "all"
     "methods",
     multiple=True,
     type=click.Choice([*attack.METHODS, ALL]),
-    help="How to attack; repeatable. Default: seeds and words, which need pictures only.",
+    help="How to attack; repeatable. Default: seeds and words, which see pictures only. Others attack 'dagkit' alone.",
 )
 @click.option(
     "--column",
@@ -104,7 +104,7 @@ def command(
         concept,
         base_model,
         token,
-        methods=attack.METHODS if ALL in methods else methods or attack.DEFAULT_METHODS,
+        methods=attack.METHODS if ALL in methods else methods or attack.BLACK_BOX,
         columns=columns or attack.DEFAULT_COLUMNS,
         num_targets=num_targets,
         num_queries=num_queries,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from dagkit.errors import ConceptError
 from dagkit.stages import base
 from dagkit.stages.columns import GUARDED, build_columns
 
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
     from dagkit.token import GuidelineToken
     from dagkit.workspace import StageFolder
 
-METHODS: Final = ("seeds", "words")
-DEFAULT_METHODS: Final = ("seeds", "words")
+BLACK_BOX: Final = ("seeds", "words")
+"""Methods that see pictures only, so that they can attack any column."""
+WHITE_BOX: Final = ("soft", "noise", "soft_noise")
+"""Methods that know the token and its guard, and attack nothing else."""
+METHODS: Final = (*BLACK_BOX, *WHITE_BOX)
 DEFAULT_COLUMNS: Final = (GUARDED,)
 SECOND_LOOK: Final = "second_look"
 BATCH_SIZE: Final = 8
@@ -33,7 +38,7 @@ def run(
     base_model: BaseModel,
     token: GuidelineToken,
     *,
-    methods: Sequence[str] = DEFAULT_METHODS,
+    methods: Sequence[str] = BLACK_BOX,
     columns: Sequence[str] = DEFAULT_COLUMNS,
     num_targets: int = 8,
     num_queries: int = 24,
@@ -52,7 +57,7 @@ def run(
         concept: whose prompts are attacked, and whose sampling the pictures are drawn with.
         base_model: draws.
         token: of the guard.
-        methods: of `METHODS`.
+        methods: of `METHODS`; those of `WHITE_BOX` attack the column ``dagkit`` alone.
         columns: what is attacked, of `dagkit.stages.columns.COLUMNS`.
         num_targets: prompts that are drawn unguarded; those without the concept are no targets. In [1, 1e5].
         num_queries: pictures a target, method and column; >= 1.
@@ -69,12 +74,18 @@ def run(
     Raises:
         ConceptError: an unknown column or method, or no words.
         GuardError: the token cannot guard this model.
+        ModelError: a white-box method, and the base model's prompts are more than one embedding.
         PromptRefused: a target's prompt sexualises minors; candidates that do are not drawn, and counted.
         WorkspaceError: the folder is somebody else's, or cannot be written.
     """
     from dagkit.evaluation import attacks
     from dagkit.judges import build_judge
 
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise ConceptError(f"{unknown[0]!r} is not an attack. Available: {', '.join(METHODS)}.")
+    if set(methods) & set(WHITE_BOX):
+        attacks.check_evasion(base_model)
     made = {one.name: one for one in build_columns(concept, base_model, token, [*columns, "none"])}
     judges = judges or {concept.judge.name: build_judge(concept, str(base_model.device))}
     judge, *others = judges.values()
@@ -85,11 +96,12 @@ def run(
     targets = _targets(concept, made["none"], judge, num_targets, seed)
     progress = progress or base.Progress(is_quiet=True)
     results = []
+    attack = partial(_attack, concept, base_model, token, targets, words, num_queries, seed)
     for name in columns:
         defence = attacks.Defence(made[name], judge, filters)
-        for method in methods:
+        for method in methods if name == GUARDED else [one for one in methods if one not in WHITE_BOX]:
             with progress.bar(f"{method} against {name}") as report:
-                trails = _attack(method, defence, targets, words, num_queries, seed, concept.context, report)
+                trails = attack(method, defence, report)
             results.append(attacks.AttackResult(method, name, num_queries, trails))
     if folder is not None:
         _keep(folder, results)
@@ -120,25 +132,54 @@ def _targets(concept: Concept, column: PipelineColumn, judge: Judge, num: int, s
 
 
 def _attack(
-    method: str,
-    defence: Defence,
+    concept: Concept,
+    base_model: BaseModel,
+    token: GuidelineToken,
     targets: Sequence[Target],
     words: Sequence[str],
     num_queries: int,
     seed: int,
-    context: Sequence[str],
+    method: str,
+    defence: Defence,
     report: Callable[..., None],
 ) -> list[Trail]:
-    from dagkit.errors import ConceptError
+    """All trails of one method, a batch of targets after the other."""
     from dagkit.evaluation import attacks
 
-    if method == "seeds":
-        return attacks.repeat(defence, targets, num_queries=num_queries, progress=report)
-    if method == "words":
-        return attacks.climb(
-            defence, targets, words, num_queries=num_queries, seed=seed, context=context, progress=report
-        )
-    raise ConceptError(f"{method!r} is not an attack. Available: {', '.join(METHODS)}.")
+    trails: list[Trail] = []
+    guard = token.guard().bind(base_model.pipe) if method in WHITE_BOX else None
+    for part in base.batches(list(targets), BATCH_SIZE if guard is None else 1):
+        first = len(trails)
+
+        def progress(done: int, _total: int, first: int = first, num: int = len(part)) -> None:
+            report(first * num_queries + done * num, len(targets) * num_queries)
+
+        if method == "seeds":
+            trails += attacks.repeat(defence, part, num_queries=num_queries, progress=progress)
+        elif method == "words":
+            trails += attacks.climb(
+                defence,
+                part,
+                words,
+                num_queries=num_queries,
+                seed=seed + first,
+                context=concept.context,
+                progress=progress,
+            )
+        elif guard is not None:
+            trails += attacks.evade(
+                base_model,
+                token,
+                guard,
+                defence,
+                part,
+                sampling=concept.sampling.model_dump(),
+                num_queries=num_queries,
+                settings=attacks.Evasion(is_soft="soft" in method, is_noise="noise" in method),
+                context=concept.context,
+                progress=progress,
+            )
+    return trails
 
 
 def _words(result: AttackResult) -> str:
