@@ -1,10 +1,10 @@
 """Runs every benchmark, writes build/bench.json, prints the table.
 
-    python tests/benchmarks/bench.py [--quick] [--only detect optimize codec cost guide]
+    python tests/benchmarks/bench.py [--quick] [--only detect optimize codec cost guide attack]
 
 Each script runs in a process of its own and prints one JSON object with flat keys; bars are those of
-docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time; ``guide`` has two workers of its
-own, so it runs alone.
+docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time; ``guide`` and ``attack`` have two
+workers of their own, so they run alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SCRIPTS = ("detect", "optimize", "codec", "cost", "guide")
+SCRIPTS = ("detect", "optimize", "codec", "cost", "guide", "attack")
 JOBS = (
     ("detect",),
     ("cost", "--only", "large"),
@@ -28,8 +28,8 @@ JOBS = (
     ("cost", "--only", "bundled-safe"),
     ("codec",),
 )
-"""Script and options, in the order in which they begin; ``guide`` follows. ``detect`` makes the token that the rest
-take: at once, before ``optimize`` begins."""
+"""Script and options, in the order in which they begin; ``guide`` and ``attack`` follow. ``detect`` makes the token that
+the rest take: at once, before ``optimize`` begins."""
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost half of a small machine
     "GOMP_SPINCOUNT": "0",
@@ -52,6 +52,7 @@ BARS: dict[str, tuple[str, float]] = {
     "guide.outside": ("<=", 0.5),
     "peers.none_better": (">=", 1),
     "peers.none_more_local": (">=", 1),
+    "attack.joint": (">=", 0.95),
     "guard.cost_safe": ("<=", 1.03),
     "guard.cost_safe_bundled": ("<=", 1.03),
     "guard.cost_firing": ("<=", 1.5),
@@ -108,7 +109,7 @@ def main() -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     }
     failed = []
-    for group in (JOBS, (("guide",),)):
+    for group in (JOBS, (("guide",),), (("attack",),)):
         jobs = [job for job in group if job[0] in arguments.only]
         with ThreadPoolExecutor(2) as pool:
             for job, found in zip(jobs, pool.map(lambda job: run(*job, is_quick=arguments.quick), jobs), strict=True):

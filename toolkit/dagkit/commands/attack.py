@@ -108,10 +108,25 @@ def command(
         columns=columns or attack.DEFAULT_COLUMNS,
         num_targets=num_targets,
         num_queries=num_queries,
-        words=common.read_text(words_file).split() if words_file else (),
+        words=_words(words_file) if words_file else (),
         judges=judges,
         seed=seed,
         keep=keep,
         progress=base.Progress(is_quiet),
     )
     common.show(result, as_json)
+
+
+def _words(path: Path) -> list[str]:
+    """The words of a file.
+
+    Raises:
+        ConceptError: it holds none.
+        DagkitError: it is no text.
+    """
+    from dagkit.errors import ConceptError
+
+    words = common.read_text(path).split()
+    if not words:
+        raise ConceptError(f"{path}: expected words to attack with, but it is empty. Write some, or leave out --words.")
+    return list(dict.fromkeys(words))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dagkit.errors import ConceptError
@@ -96,12 +95,14 @@ def run(
     targets = _targets(concept, made["none"], judge, num_targets, seed)
     progress = progress or base.Progress(is_quiet=True)
     results = []
-    attack = partial(_attack, concept, base_model, token, targets, words, num_queries, seed)
     for name in columns:
         defence = attacks.Defence(made[name], judge, filters)
         for method in methods if name == GUARDED else [one for one in methods if one not in WHITE_BOX]:
             with progress.bar(f"{method} against {name}") as report:
-                trails = attack(method, defence, report)
+                trails = attack_targets(
+                    concept, base_model, token, method, defence, targets,
+                    words=words, num_queries=num_queries, seed=seed, progress=report,
+                )  # fmt: skip
             results.append(attacks.AttackResult(method, name, num_queries, trails))
     if folder is not None:
         _keep(folder, results)
@@ -131,19 +132,41 @@ def _targets(concept: Concept, column: PipelineColumn, judge: Judge, num: int, s
     return [target for target, query in zip(asked, drawn, strict=True) if query.is_present]
 
 
-def _attack(
+def attack_targets(
     concept: Concept,
     base_model: BaseModel,
     token: GuidelineToken,
-    targets: Sequence[Target],
-    words: Sequence[str],
-    num_queries: int,
-    seed: int,
     method: str,
     defence: Defence,
-    report: Callable[..., None],
+    targets: Sequence[Target],
+    *,
+    words: Sequence[str] = (),
+    num_queries: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Trail]:
-    """All trails of one method, a batch of targets after the other."""
+    """One method against one defence, a batch of targets after the other.
+
+    Args:
+        concept: whose sampling the white-box methods draw with.
+        base_model: draws.
+        token: that the white-box methods know.
+        method: of `METHODS`.
+        defence: answers the queries.
+        targets: where to start.
+        words: for the method ``words``.
+        num_queries: pictures a target; >= 1.
+        seed: of the choices.
+        progress: told pictures, and of how many at most.
+
+    Returns:
+        One trail a target, in order.
+
+    Raises:
+        GuardError: the token cannot guard this model.
+        ModelError: a white-box method, and the base model's prompts are more than one embedding.
+        PromptRefused: a target's prompt sexualises minors.
+    """
     from dagkit.evaluation import attacks
 
     trails: list[Trail] = []
@@ -151,11 +174,11 @@ def _attack(
     for part in base.batches(list(targets), BATCH_SIZE if guard is None else 1):
         first = len(trails)
 
-        def progress(done: int, _total: int, first: int = first, num: int = len(part)) -> None:
-            report(first * num_queries + done * num, len(targets) * num_queries)
+        def report(done: int, _total: int, first: int = first, num: int = len(part)) -> None:
+            progress(first * num_queries + done * num, len(targets) * num_queries)
 
         if method == "seeds":
-            trails += attacks.repeat(defence, part, num_queries=num_queries, progress=progress)
+            trails += attacks.repeat(defence, part, num_queries=num_queries, progress=report)
         elif method == "words":
             trails += attacks.climb(
                 defence,
@@ -164,7 +187,7 @@ def _attack(
                 num_queries=num_queries,
                 seed=seed + first,
                 context=concept.context,
-                progress=progress,
+                progress=report,
             )
         elif guard is not None:
             trails += attacks.evade(
@@ -177,7 +200,7 @@ def _attack(
                 num_queries=num_queries,
                 settings=attacks.Evasion(is_soft="soft" in method, is_noise="noise" in method),
                 context=concept.context,
-                progress=progress,
+                progress=report,
             )
     return trails
 

@@ -56,8 +56,8 @@ class Evasion:
     step_size: float = 0.05
     momentum: float = 0.7
     radius: float | None = None
-    fidelity: float = 2.0
-    max_loss: float = 0.25
+    fidelity: float = 3.0
+    max_loss: float = 0.2
     margin: float = 0.5
 
 
