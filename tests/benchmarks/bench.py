@@ -28,8 +28,8 @@ JOBS = (
     ("cost", "--only", "bundled-safe"),
     ("codec",),
 )
-"""Script and options, in the order in which they begin; ``guide`` and ``attack`` follow. ``detect`` makes the token that
-the rest take: at once, before ``optimize`` begins."""
+"""Script and options, in the order in which they begin; ``guide`` and ``attack`` follow. ``detect`` makes the token
+that the rest take: at once, before ``optimize`` begins."""
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost half of a small machine
     "GOMP_SPINCOUNT": "0",
