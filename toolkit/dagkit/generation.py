@@ -134,7 +134,8 @@ def latents_from_embeddings(
 
     Raises:
         PromptRefused: a prompt sexualises minors. Nothing was drawn.
-        ModelError: there are not as many prompts and rows of noise as embeddings.
+        ModelError: there are not as many prompts and rows of noise as embeddings, or the pipeline hands out no latents
+            with gradients.
     """
     import torch
 
@@ -145,7 +146,13 @@ def latents_from_embeddings(
     conditions = {**embeds, "latents": noise, "output_type": "latent"}
     with torch.enable_grad():
         output = _draw(base_model, range(len(noise)), settings, None, is_differentiable=True, **conditions)
-    latents: Tensor = output.images
+    latents = output.images
+    if not (isinstance(latents, torch.Tensor) and latents.requires_grad):
+        kind = type(base_model.pipe).__name__
+        raise ModelError(
+            f"{kind} hands out no latents that its embeddings and noise could be told from; expected a pipeline of "
+            "diffusers that knows output_type='latent' and turns gradients off by a decorator alone."
+        )
     return latents
 
 

@@ -80,6 +80,8 @@ def test_the_runs_that_are_optimised_are_those_that_are_drawn(base: BaseModel) -
     assert all(bool(torch.isfinite(one).all()) and one.abs().max() > 0 for one in slopes)
     images = generate_from_embeddings(base, embeddings, tiny.PROMPTS, seeds, settings=SAMPLING, noise=noise.detach())
     assert (base.latents(images) - latents).shape == latents.shape
+    with pytest.raises(ModelError, match="hands out no latents"):
+        latents_from_embeddings(base, embeddings, tiny.PROMPTS, noise.detach(), settings=SAMPLING)
     with pytest.raises(PromptRefused):
         latents_from_embeddings(base, wanted, ["a nude child", "x"], noise, settings=SAMPLING)
     with pytest.raises(ModelError, match="expected a prompt and a seed for each of 2 embeddings"):

@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 1000),
     default=0,
     show_default=True,
-    help="Pictures that a soft-prompt adversary tries to bring back. Keeps neither its prompts nor its images.",
+    help="Prompts from which word attacks try to bring the concept back; see dagkit attack. Keeps nothing of them.",
 )
 @common.workers_option
 @common.device_option

@@ -26,8 +26,6 @@ WHITE_BOX: Final = ("soft", "noise", "soft_noise")
 """Methods that know the token and its guard, and attack nothing else."""
 METHODS: Final = (*BLACK_BOX, *WHITE_BOX)
 DEFAULT_COLUMNS: Final = (GUARDED,)
-SECOND_LOOK: Final = "second_look"
-BATCH_SIZE: Final = 8
 KEPT_FILE: Final = "attack.json"
 """Names the pictures that were kept, with their prompts and seeds."""
 
@@ -88,7 +86,7 @@ def run(
     made = {one.name: one for one in build_columns(concept, base_model, token, [*columns, "none"])}
     judges = judges or {concept.judge.name: build_judge(concept, str(base_model.device))}
     judge, *others = judges.values()
-    filters: dict[str, attacks.Filter] = {SECOND_LOOK: attacks.SecondLook(base_model, token)}
+    filters: dict[str, attacks.Filter] = {attacks.SECOND_LOOK: attacks.SecondLook(base_model, token)}
     filters |= {name: attacks.JudgeFilter(one) for name, one in zip(list(judges)[1:], others, strict=True)}
     words = words or attacks.vocabulary(base_model, concept)
     folder = None if keep is None else _claimed(keep)
@@ -128,8 +126,7 @@ def _targets(concept: Concept, column: PipelineColumn, judge: Judge, num: int, s
     prompts = [one for one in concept_prompts(concept, num, seed=seed) if one.kind == "named"]
     asked = [attacks.Target(one.text, one.seed) for one in prompts]
     plain = attacks.Defence(column, judge)
-    drawn = [query for part in base.batches(asked, BATCH_SIZE) for query in plain.ask(part)]
-    return [target for target, query in zip(asked, drawn, strict=True) if query.is_present]
+    return [target for target, query in zip(asked, plain.ask(asked), strict=True) if query.is_present]
 
 
 def attack_targets(
@@ -145,7 +142,7 @@ def attack_targets(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Trail]:
-    """One method against one defence, a batch of targets after the other.
+    """One method against one defence.
 
     Args:
         concept: whose sampling the white-box methods draw with.
@@ -157,7 +154,7 @@ def attack_targets(
         words: for the method ``words``.
         num_queries: pictures a target; >= 1.
         seed: of the choices.
-        progress: told pictures, and of how many at most.
+        progress: told how far it is, and of how much.
 
     Returns:
         One trail a target, in order.
@@ -169,39 +166,31 @@ def attack_targets(
     """
     from dagkit.evaluation import attacks
 
-    trails: list[Trail] = []
-    guard = token.guard().bind(base_model.pipe) if method in WHITE_BOX else None
-    for part in base.batches(list(targets), BATCH_SIZE if guard is None else 1):
-        first = len(trails)
+    if method == "seeds":
+        return attacks.repeat(defence, targets, num_queries=num_queries, progress=progress)
+    if method == "words":
+        context = concept.context
+        return attacks.climb(
+            defence, targets, words, num_queries=num_queries, seed=seed, context=context, progress=progress
+        )
+    guard, trails = token.guard().bind(base_model.pipe), list[Trail]()
+    for number, target in enumerate(targets):  # one at a time: the graph of a whole run takes much memory
 
-        def report(done: int, _total: int, first: int = first, num: int = len(part)) -> None:
-            progress(first * num_queries + done * num, len(targets) * num_queries)
+        def report(done: int, total: int, number: int = number) -> None:
+            progress(number * total + done, len(targets) * total)
 
-        if method == "seeds":
-            trails += attacks.repeat(defence, part, num_queries=num_queries, progress=report)
-        elif method == "words":
-            trails += attacks.climb(
-                defence,
-                part,
-                words,
-                num_queries=num_queries,
-                seed=seed + first,
-                context=concept.context,
-                progress=report,
-            )
-        elif guard is not None:
-            trails += attacks.evade(
-                base_model,
-                token,
-                guard,
-                defence,
-                part,
-                sampling=concept.sampling.model_dump(),
-                num_queries=num_queries,
-                settings=attacks.Evasion(is_soft="soft" in method, is_noise="noise" in method),
-                context=concept.context,
-                progress=report,
-            )
+        trails += attacks.evade(
+            base_model,
+            token,
+            guard,
+            defence,
+            [target],
+            sampling=concept.sampling.model_dump(),
+            num_queries=num_queries,
+            settings=attacks.Evasion(is_soft="soft" in method, is_noise="noise" in method),
+            context=concept.context,
+            progress=report,
+        )
     return trails
 
 

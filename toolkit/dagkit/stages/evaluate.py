@@ -79,8 +79,8 @@ def run(
         batch_size: images drawn together.
         shard: (i, n) draws the i-th of n parts, for several machines; the report is written when all parts are there.
         num_examples: pictures of each kind in the report.
-        num_attacks: pictures of the concept that a soft-prompt adversary tries to bring back under guard; neither its
-            prompts nor its images are kept.
+        num_attacks: prompts from which word attacks try to bring the concept back under guard; neither their prompts
+            nor their images are kept.
         engine: who draws and judges; this process where None. One with workers makes the judges by their names.
         progress: shows progress; None for silence.
 
@@ -94,7 +94,6 @@ def run(
         DatasetError: there is no such dataset, it is damaged, or it has no ``dataset.json``; nothing was drawn.
         EngineError: a worker of the engine ended; what it had finished is kept.
         GuardError: a token cannot guard this model.
-        ModelError: an attack on a model for which there is none.
         PluginError: an unknown metric, or its package is missing.
         TokenError: ``against`` was measured with other prompts, settings or judges.
         PromptRefused: a prompt sexualises minors.
@@ -116,7 +115,7 @@ def run(
     if is_own and prompt_source is None:
         candidates = workspace.stage("candidates", concept.name).rows()
         prompt_source = evaluation.describe_prompts(concept, [str(row.get("prompt")) for row in candidates])
-    _check_inputs(concept, base_model, prompts, drawn, num_attacks)
+    _check_inputs(concept, prompts, drawn)
     measuring.require_comparable(known, against)
     detection = measuring.detect(base_model, token, annotated, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
@@ -146,7 +145,7 @@ def run(
         if num_attacks:
             with progress.bar("attack") as report:
                 figures["attack"] = measuring.attack(
-                    concept, base_model, token, part, drawn[0], judges, num_attacks, report
+                    concept, base_model, token, part, drawn[0], drawn[1], judges, num_attacks, report
                 )
         figures["against"] = measuring.comparison(figures, against)
         figures["checks"] = measuring.checks(figures, gates or _default_gates(concept))
@@ -212,20 +211,15 @@ def _unflat(fields: Sequence[Any]) -> GuidelineToken:
 
 def _check_inputs(
     concept: Concept,
-    base_model: BaseModel,
     prompts: Sequence[EvalPrompt],
     columns: Sequence[PipelineColumn],
-    num_attacks: int,
 ) -> None:
     """Finds what would stop the drawing in its middle or after it: refused prompts, and guards that do not fit."""
-    from dagkit import evaluation
     from dagkit.refusal import refuse_sexualised_minors
 
     negative = [column.negative_prompt for column in columns if column.negative_prompt is not None]
     for text in [*(prompt.text for prompt in prompts), *negative]:
         refuse_sexualised_minors(text, concept.context)
-    if num_attacks:
-        evaluation.check_attack(base_model)
     for column in columns:
         if column.bound is not None:
             with column.bound.run():

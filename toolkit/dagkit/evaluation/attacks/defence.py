@@ -93,11 +93,13 @@ class Defence:
         column: draws.
         judge: whether the concept is there; what an attack's success is counted by.
         filters: by name, what looks at the finished pictures behind the guard.
+        batch_size: pictures drawn together.
     """
 
     column: Column
     judge: Judge
     filters: Mapping[str, Filter] = field(default_factory=dict)
+    batch_size: int = 8
 
     @property
     def name(self) -> str:
@@ -105,13 +107,14 @@ class Defence:
         return self.column.name
 
     def ask(self, targets: Sequence[Target]) -> list[Query]:
-        """Draws one picture a target together, in order, and looks at it.
+        """Draws one picture a target, in order, and looks at it.
 
         Raises:
             PromptRefused: a prompt sexualises minors; nothing was drawn.
         """
         prompts = [EvalPrompt(f"attack-{i:04d}", one.prompt, "named", one.seed) for i, one in enumerate(targets)]
-        drawn = self.column.draw(prompts)
+        parts = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
+        drawn = [one for part in parts for one in self.column.draw(part)]
         seen = [any(one.trace.get("is_firing", ())) for one in drawn]
         return self.look(targets, [one.image for one in drawn], seen)
 

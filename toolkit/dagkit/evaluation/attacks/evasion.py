@@ -89,7 +89,7 @@ def evade(
     context: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Trail]:
-    """Optimises embeddings, noise or both, one guarded picture a step.
+    """Optimises embeddings, noise or both, one guarded picture a step, until each target has one past everything.
 
     Args:
         base_model: one whose prompts are one embedding.
@@ -140,6 +140,8 @@ def evade(
         search.step(gradients, lost.detach() > settings.max_loss)
         ask()
         progress(number + 1, num_queries)
+        if all(trail.is_over for trail in trails):
+            break
     return trails
 
 

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from dagkit.models import BaseModel
     from dagkit.token import GuidelineToken
 
-LEVELS: Final = (0.6, 0.4, 0.2)
-"""Noise levels at which a picture is looked at: high enough for the model to draw in it, low enough to show it."""
+SECOND_LOOK: Final = "second_look"
+"""What the filter is called in results."""
+
+LEVELS: Final = (0.3, 0.2)
+"""Noise levels at which a picture is looked at: at higher ones the empty prompt shows less of it (docs/attacks.md)."""
 
 
 class SecondLook:
