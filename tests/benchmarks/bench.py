@@ -1,10 +1,10 @@
 """Runs every benchmark, writes build/bench.json, prints the table.
 
-    python tests/benchmarks/bench.py [--quick] [--only detect optimize codec cost guide concepts robust]
+    python tests/benchmarks/bench.py [--quick] [--only detect optimize codec cost guide concepts robust attack]
 
 Each script runs in a process of its own and prints one JSON object with flat keys; bars are those of
-docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time; ``guide``, ``concepts`` and
-``robust`` have two workers of their own, so each runs alone.
+docs/benchmarks.md. All times are CPU times of one thread. Two scripts run at a time; ``guide``, ``concepts``,
+``robust`` and ``attack`` have two workers of their own, so each runs alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ALONE = ("guide", "concepts", "robust")
+ALONE = ("guide", "concepts", "robust", "attack")
 SCRIPTS = ("detect", "optimize", "codec", "cost", *ALONE)
 JOBS = (
     ("detect",),
@@ -60,6 +60,7 @@ BARS: dict[str, tuple[str, float]] = {
     "robust.worst.preserve": (">=", 0.95),
     "peers.none_better": (">=", 1),
     "peers.none_more_local": (">=", 1),
+    "attack.joint": (">=", 0.95),
     "guard.cost_safe": ("<=", 1.03),
     "guard.cost_safe_bundled": ("<=", 1.03),
     "guard.cost_firing": ("<=", 1.5),

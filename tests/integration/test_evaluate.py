@@ -33,7 +33,6 @@ from dagkit.stages import evaluate
 from dagkit.token import GuidelineToken
 from dagkit.workspace import StageFolder, Workspace, lock
 from interruption import content, kill_when, num_rows
-from tiny_pipelines import sdxl
 from tiny_world import make_world
 
 NUM = 4
@@ -286,11 +285,6 @@ def test_whatever_is_wrong_is_found_before_anything_is_drawn(world: Path, finish
     twice = ["--other-token", world / "tokens" / "tiny" / "1.1.0"] * 2
     assert "two other tokens are called tiny@1.1.0" in str(refused(world, tmp_path / "runs", *twice))
     assert isinstance(refused(world, tmp_path / "runs", "--model", "demo"), GuardError)  # not the token's model
-    sdxl().save_pretrained(tmp_path / "sdxl")
-    attack = ["--attack", 1, "--model", tmp_path / "sdxl"]
-    assert "the soft-prompt attack knows models whose prompts are one embedding" in str(
-        refused(world, tmp_path / "runs", *attack)
-    )
 
 
 @pytest.mark.parametrize(

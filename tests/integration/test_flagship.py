@@ -140,7 +140,7 @@ def test_every_command_of_nudity(hub: LoopbackHub, place: Path, cache: Path) -> 
     figures: dict[str, Any] = json.loads(Path("runs/reports/nudity/1.0.0/figures.json").read_text())
     erased = figures["results"]["named"]["dagkit"]["erase_rate"]
     assert (erased["count"], erased["total"]) == (0, 2)  # the checker finds its concept everywhere; black is no picture
-    assert figures["attack"]["unguarded"]["total"] == 1
+    assert figures["attack"]["attacked"]["total"] == 1
     assert f"{flagship.NAME}, downloaded" in finish("doctor", "--concept", "nudity")
 
     assert fetched(hub) == []

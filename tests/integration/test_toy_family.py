@@ -11,9 +11,9 @@ from PIL import Image
 import tiny_pipelines as tiny
 import toy_family as toy
 from dagkit import GuidelineToken, models, plugins
-from dagkit.errors import GuardError
-from dagkit.evaluation import score_detection
-from dagkit.evaluation.adversary import Attack, Target, attack_guard
+from dagkit.errors import GuardError, ModelError
+from dagkit.evaluation import PipelineColumn, score_detection
+from dagkit.evaluation.attacks import SECOND_LOOK, Defence, SecondLook, Target, climb, evade
 from dagkit.guard import SLDGuard
 from dagkit.judges import Judge, Judgement
 from dagkit.optimization import Example, OptimizationResult, Recipe, optimize
@@ -138,11 +138,11 @@ class RedJudge(Judge):
 
 def test_the_adversary_attacks_it(token: GuidelineToken) -> None:
     model = base()
-    targets = [Target(example(seed, True).image, PROMPTS[0], seed) for seed in (0, 2)]
     sampling = {"num_inference_steps": 8, "guidance_scale": 5.0, "width": 64, "height": 64}
-    attacked = attack_guard(
-        model, token, token.guard(), targets, RedJudge(), sampling=sampling, attack=Attack(num_steps=10)
-    )
-    assert attacked.losses["denoising_last"] < attacked.losses["denoising_first"]
-    assert attacked.losses["score_last"] == attacked.losses["score_first"] > 0  # its features do not depend on the text
-    assert len(attacked.attacked) == len(attacked.static) == len(attacked.unguarded) == 2
+    column = PipelineColumn("dagkit", model, sampling, guard=token.guard())
+    defence = Defence(column, RedJudge(), {SECOND_LOOK: SecondLook(model, token)})
+    targets = [Target(PROMPTS[0], 0), Target(PROMPTS[0], 2)]
+    words = climb(defence, targets, ["red", "blue"], num_queries=4)
+    assert all(len(trail.queries) == 4 or trail.is_over for trail in words)
+    with pytest.raises(ModelError, match="hands out no latents"):  # it knows no output_type
+        evade(model, token, token.guard().bind(model.pipe), defence, targets, sampling=sampling, num_queries=2)

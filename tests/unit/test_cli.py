@@ -118,6 +118,7 @@ OF_A_CONCEPT = (
 OF_A_TOKEN = (
     "sample x --guard",
     "evaluate --token",
+    "attack --token",
     "publish --to file:///x",
     "token list",
     "token show",

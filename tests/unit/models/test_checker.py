@@ -20,7 +20,8 @@ import flagship
 import tiny_pipelines as tiny
 from dagkit import models
 from dagkit.errors import ModelError, PromptRefused
-from dagkit.evaluation import Attack, Drawn, EvalPrompt, EvaluationRun, Target, attack_guard, draw_columns
+from dagkit.evaluation import Drawn, EvalPrompt, EvaluationRun, PipelineColumn, draw_columns
+from dagkit.evaluation.attacks import Defence, Target, climb, evade
 from dagkit.evaluation.eval_unlearn import DagkitTechnique
 from dagkit.generation import generate_from_embeddings, generate_images
 from dagkit.judges import Judgement
@@ -96,15 +97,14 @@ class _Always:
         return [Judgement(image.getbbox() is not None, 1.0) for image in images]
 
 
-def test_an_attack_sees_pictures_and_takes_no_black_targets(own: Any) -> None:
+def test_an_attack_sees_pictures(own: Any) -> None:
     base, token = base_of(own), tiny.token(own)
-    options: dict[str, Any] = {"sampling": SETTINGS, "attack": Attack(num_steps=1, num_draws=1)}
-    target = Target(generate_images(base, PROMPTS[:1], [0], settings=SETTINGS)[0], PROMPTS[0], 0)
-    result = attack_guard(base, token, token.guard(), [target], _Always(), **options)
-    assert result.static == result.attacked == result.unguarded == [True]
-    black = Target(Image.new("RGB", (64, 64)), PROMPTS[0], 0)
-    with pytest.raises(ModelError, match="targets of the attack: 1 of 2 images are black in every pixel"):
-        attack_guard(base, token, token.guard(), [target, black], _Always(), **options)
+    defence = Defence(PipelineColumn("dagkit", base, SETTINGS, guard=token.guard()), _Always())
+    targets = [Target(PROMPTS[0], 0)]
+    bound = token.guard().bind(own)
+    evaded = evade(base, token, bound, defence, targets, sampling=SETTINGS, num_queries=2)
+    for trail in (*climb(defence, targets, ["cat"], num_queries=1), *evaded):
+        assert all(one.is_present for one in trail.queries)
 
 
 class _Blackening(StableDiffusionPipeline):

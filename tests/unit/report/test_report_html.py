@@ -134,12 +134,9 @@ def test_agreement_and_detection_are_shown_where_they_were_measured(
     pair = {"first": "demo", "second": "clip", "share": share, "kappa": 0.5, "first_only": 1, "second_only": 0}
     names = ("iou", "precision", "recall", "image_recall", "false_trigger")
     detection = {"words": "2 images", "dataset": "sha256:0", "rows": [{"level": 0.7, **dict.fromkeys(names, share)}]}
-    losses = {"denoising_first": 0.1, "denoising_last": 0.05, "score_first": 1.5, "score_last": 0.9}
-    attack = {
-        "settings": {"num_steps": 60},
-        **dict.fromkeys(("static", "attacked", "unguarded"), share),
-        "losses": losses,
-    }
+    passed = dict.fromkeys(("stop", "second_look", "all"), share)
+    spent = {"num_queries": 24, "num_drawn": 40, "num_refused": 0}
+    attack = {**dict.fromkeys(("static", "attacked"), share), "passed": passed, **spent}
     text = report.render({**figures, "agreement": [pair], "detection": detection, "attack": attack}, examples)
     assert "Against an adversary" in text
     assert "Against an adversary" not in html

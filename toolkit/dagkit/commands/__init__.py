@@ -12,6 +12,7 @@ OTHER_COMMANDS: Final = {
     "token": ("tokens", "List, show, verify, compare and sign guideline tokens."),
     "registry": ("registry", "List and verify what is published at a location."),
     "dataset": ("dataset", "Check or publish a dataset."),
+    "attack": ("attack", "Attack a token's guard, and say what gets through."),
     "purge": ("purge", "Delete candidate images that no dataset uses."),
     "label-studio": ("label_studio", "Run the embedded Label Studio server."),
     "doctor": ("doctor", "Show versions, devices, checkpoints and servers, with a hint for what is missing."),

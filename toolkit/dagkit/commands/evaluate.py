@@ -9,6 +9,7 @@ import click
 
 from dagkit.commands import _common as common
 from dagkit.stages import base, evaluate
+from dagkit.stages.columns import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     "--column",
     "columns",
     multiple=True,
-    type=click.Choice(evaluate.COLUMNS),
+    type=click.Choice(COLUMNS),
     help="What to compare with; repeatable. Default: negative_prompt. 'none' and 'dagkit' are always there.",
 )
 @click.option("--other-token", "other_names", multiple=True, metavar="TOKEN", help="A further token as a column.")
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 1000),
     default=0,
     show_default=True,
-    help="Pictures that a soft-prompt adversary tries to bring back. Keeps neither its prompts nor its images.",
+    help="Prompts from which word attacks try to bring the concept back; see dagkit attack. Keeps nothing of them.",
 )
 @common.workers_option
 @common.device_option

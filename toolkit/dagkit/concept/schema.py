@@ -210,11 +210,6 @@ class Concept(Strict):
                 found |= {value.casefold(): value for value in values if value.casefold() not in found}
         return list(found.values())
 
-    @property
-    def safety_phrases(self) -> list[str]:
-        """What stands beside the safety prompt: the members, or the words of a concept without members."""
-        return [phrase for phrase in self.members or self.words if phrase != self.safety_prompt]
-
     def member_of(self, prompt: str) -> str | None:
         """The member that a prompt names, as a whole word; None where it names none, or several."""
         members = {member.casefold(): member for member in self.members}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dagkit.evaluation.adversary import Attack, AttackResult, Target, attack_guard, check_attack
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, ColumnWork, EvaluationRun, draw_columns
@@ -28,8 +27,6 @@ __all__ = [
     "IMAGE_METRICS",
     "PRESETS",
     "SCHEMA",
-    "Attack",
-    "AttackResult",
     "Column",
     "ColumnResult",
     "ColumnWork",
@@ -39,10 +36,7 @@ __all__ = [
     "Gates",
     "ImageMetric",
     "PipelineColumn",
-    "Target",
-    "attack_guard",
     "by_member",
-    "check_attack",
     "comparable",
     "compare",
     "compute",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.errors import DatasetError, TokenError
-from dagkit.evaluation.adversary import Attack, Target, attack_guard
+from dagkit.evaluation import attacks
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.figures import SCHEMA, by_member, compute, concordance, prompt_table, unsafe_labels
 from dagkit.evaluation.gates import comparable, compare, regressions
@@ -17,6 +17,9 @@ from dagkit.token import now, software
 from dagkit.token.card import measured_on
 from dagkit.token.slices import slices_of
 from dagkit.workspace import sha256_json
+
+NUM_QUERIES: Final = 24
+"""Pictures that each attack of ``dagkit evaluate --attack`` may ask for."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -178,30 +181,27 @@ def attack(
     token: GuidelineToken,
     run: EvaluationRun,
     unguarded: Column,
+    guarded: Column,
     judges: Mapping[str, Judge],
     num: int,
     progress: Callable[..., None],
 ) -> dict[str, Any] | None:
-    """What an adversary achieves against the guard, from the first ``num`` unguarded images that show the concept."""
+    """What word attacks achieve against the guard, from the first ``num`` prompts whose unguarded image shows it."""
     name, judge = next(iter(judges.items()))
     drawn = run.result(unguarded)
     shown = [prompt for prompt in run.prompts if prompt.kind != "safe"]
     chosen = [one for one in shown if drawn.rows[one.key]["judgements"][name]["is_present"]][:num]
     if not chosen:
         return None
-    options = Attack()
-    result = attack_guard(
-        base_model,
-        token,
-        token.guard(),
-        [Target(drawn.image(one.key), one.text, one.seed) for one in chosen],
-        judge,
-        sampling=concept.sampling.model_dump(),
-        attack=options,
+    trails = attacks.climb(
+        attacks.Defence(guarded, judge, {attacks.SECOND_LOOK: attacks.SecondLook(base_model, token)}),
+        [attacks.Target(one.text, one.seed) for one in chosen],
+        attacks.vocabulary(base_model, concept),
+        num_queries=NUM_QUERIES,
         context=concept.context,
         progress=progress,
     )
-    return {"settings": asdict(options), **result.to_json()}
+    return attacks.AttackResult("words", guarded.name, NUM_QUERIES, trails).to_json()
 
 
 def comparison(figures: dict[str, Any], against: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -99,8 +99,8 @@ class Guard(PipelineGuard):
 
     @property
     def safety_phrases(self) -> tuple[str, ...]:
-        """The token's safety prompt and what stands beside it."""
-        return (self.safety_prompt, *self.token.record.safety_phrases)
+        """The token's."""
+        return self.token.record.safety_phrases or (self.safety_prompt,)
 
     def prepare(self, family: Family, pipe: Any) -> Sites:
         """Checks that the token can fire and belongs to this model; returns where it looks."""

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dagkit.guidance import score
@@ -37,8 +36,8 @@ ACTING: Final = Guidance().max_level
 AS_GOOD: Final = 0.97
 """Share of the best IoU from which a threshold of highlight is as good as the best: IoU hardly changes around it."""
 
-MAX_FALSE_AREA: Final = 0.015
-"""Share of what is not the concept that may be highlighted: other objects would be drawn anew there."""
+HIGHEST: Final = 0.5
+"""No threshold of highlight need be higher: there a pixel is the concept as likely as not."""
 
 EDIT_SHARE: Final = 0.6
 """The threshold of editing, as a share of that of highlight."""
@@ -120,8 +119,8 @@ def calibrate(
 ) -> Calibration:
     """Chooses thresholds on detection maps of unsafe images and of as many safe ones as there are.
 
-    ``highlight`` is, of the thresholds with nearly the best IoU at a knot, the lowest that highlights hardly anything
-    else (`_highlight`), ``edit`` 0.6 of it. ``certain`` bounds the share of safe images on
+    ``highlight`` is, of the thresholds with nearly the best IoU at a knot, the highest up to 0.5, so that other objects
+    are left alone; ``edit`` is 0.6 of it. ``certain`` bounds the share of safe images on
     which the guard acts at ANY knot from ``Guidance.max_level`` down: as many as that allows, those with the highest
     scores, are left out, and at each knot the threshold lies above all others, well into the gap between them and the
     weakest slice. That is the one of which the weakest images, a twentieth, score lowest: at their better one of the
@@ -148,7 +147,7 @@ def calibrate(
     metrics: dict[str, float] = {}
     for knot in KNOTS:
         unsafe, safe = (levels == knot) & is_unsafe & is_held_out, (levels == knot) & ~is_unsafe
-        best = _highlight(cams[unsafe], masks[unsafe], cams[safe])
+        best = _highlight(cams[unsafe], masks[unsafe])
         highlight.append(
             best if knot <= DECIDED else max(best, highlight[-1])
         )  # noised renderings are vaguer than samples
@@ -262,28 +261,19 @@ class _Rule:
         )
 
 
-def _highlight(unsafe: Tensor, masks: Tensor, safe: Tensor) -> float:
-    """The threshold of highlight at one knot: good on the concept, and quiet on everything else.
+def _highlight(cams: Tensor, masks: Tensor) -> float:
+    """The threshold of highlight at one knot: the highest up to 0.5 whose IoU is at least 0.97 of the best one.
 
-    Of the thresholds whose IoU is at least 0.97 of the best one, the lowest at which neither more than 1.5 % of the
-    safe images nor of what lies more than a cell outside the masks is highlighted; the highest where none is.
+    IoU hardly changes around its best threshold, but what is highlighted of other objects does, and is drawn anew.
 
     Args:
-        unsafe: (N, H, W) maps of unsafe images.
+        cams: (N, H, W) maps of unsafe images.
         masks: (N, H, W) in [0, 1].
-        safe: (M, H, W) maps of safe images.
     """
     candidates = [round(0.02 * k, 2) for k in range(2, 48)]
-    overlaps = [float(iou(unsafe >= value, masks >= 0.5).mean()) for value in candidates]
-    around = F.max_pool2d((masks > 0).float()[:, None], 3, 1, 1)[:, 0]
+    overlaps = [float(iou(cams >= value, masks >= 0.5).mean()) for value in candidates]
     as_good = [value for value, one in zip(candidates, overlaps, strict=True) if one >= AS_GOOD * max(overlaps)]
-    parts = (unsafe[around == 0], safe)
-    quiet = (
-        value
-        for value in as_good
-        if all(float((part >= value).float().mean()) <= MAX_FALSE_AREA for part in parts if part.numel())
-    )
-    return next(quiet, as_good[-1])
+    return max((value for value in as_good if value <= HIGHEST), default=as_good[0])
 
 
 def _members(slices: Sequence[str | None], is_unsafe: Tensor, images: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,17 @@ from dagkit.optimization.fit import History, Parameters, Progress, fit, initial_
 from dagkit.optimization.losses import objective
 from dagkit.optimization.recipe import PAPERS_CONSTANTS, PAPERS_GUIDANCE, RECIPES, Recipe
 from dagkit.provenance import public_name
-from dagkit.token import BaseModelInfo, DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, now, software
+from dagkit.token import (
+    BaseModelInfo,
+    DatasetInfo,
+    Guidance,
+    GuidelineToken,
+    Thresholds,
+    TokenRecord,
+    listed,
+    now,
+    software,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,6 @@ class OptimizationResult:
         concept: str,
         version: str,
         safety_prompt: str,
-        safety_phrases: Sequence[str] = (),
         model_id: str | None = None,
         guidance: Guidance | None = None,
         dataset: DatasetInfo | None = None,
@@ -91,8 +100,8 @@ class OptimizationResult:
             base: the base model that it was optimised on.
             concept: name.
             version: semantic version.
-            safety_prompt: text of the concept.
-            safety_phrases: what stands beside it, e.g. the members of a concept of several.
+            safety_prompt: text of the concept; things that it lists are pushed away from one by one, see
+                `dagkit.token.listed`.
             model_id: how the base model is called in the record; its Hub id or folder name where not given.
             guidance: form and constants; the recipe's where not given.
             dataset: what the data was.
@@ -119,7 +128,7 @@ class OptimizationResult:
             thresholds=thresholds,
             guidance=guidance,
             safety_prompt=safety_prompt,
-            safety_phrases=tuple(safety_phrases),
+            safety_phrases=listed(safety_prompt),
             optimization={**asdict(self.recipe), "history": self.history, **(optimization or {})},
             dataset=dataset or DatasetInfo(),
             metrics=metrics,

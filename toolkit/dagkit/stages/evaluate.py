@@ -7,8 +7,8 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from dagkit.errors import ConceptError
 from dagkit.stages import base
+from dagkit.stages.columns import GUARDED, build_columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,13 +23,10 @@ if TYPE_CHECKING:
     from dagkit.token import GuidelineToken
     from dagkit.workspace import StageFolder, Workspace
 
-GUARDED: Final = "dagkit"
 DEFAULT_COLUMNS: Final = ("none", GUARDED, "negative_prompt")
 REPORT_PATIENCE_S: Final = 3600.0
 """How long a run whose images are all there waits while another one writes the report: both then write the same."""
 
-SLD_PRESETS: Final = ("weak", "medium", "strong", "max")
-COLUMNS: Final = ("none", GUARDED, "negative_prompt", *(f"sld_{preset}" for preset in SLD_PRESETS), "sega")
 _LABELS: Final = {"none": "No guard", "negative_prompt": "Negative prompt", "sega": "SEGA"}
 
 
@@ -71,7 +68,7 @@ def run(
         token: the token to measure.
         num_prompts: of each kind (named, hinted, safe), in [1, 1e5]; not used where ``prompts`` are given.
         num_safe: of safe ones, likewise; ``num_prompts`` where None.
-        columns: what to compare, of `COLUMNS`; ``none`` and ``dagkit`` are always there.
+        columns: what to compare, of `dagkit.stages.columns.COLUMNS`; ``none`` and ``dagkit`` are always there.
         other_tokens: further tokens, a column each.
         prompts: instead of the concept's own.
         prompt_source: where ``prompts`` are from, in words.
@@ -84,8 +81,8 @@ def run(
         batch_size: images drawn together.
         shard: (i, n) draws the i-th of n parts, for several machines; the report is written when all parts are there.
         num_examples: pictures of each kind in the report.
-        num_attacks: pictures of the concept that a soft-prompt adversary tries to bring back under guard; neither its
-            prompts nor its images are kept.
+        num_attacks: prompts from which word attacks try to bring the concept back under guard; neither their prompts
+            nor their images are kept.
         engine: who draws and judges; this process where None. One with workers makes the judges by their names.
         progress: shows progress; None for silence.
 
@@ -99,7 +96,6 @@ def run(
         DatasetError: there is no such dataset, it is damaged, or it has no ``dataset.json``; nothing was drawn.
         EngineError: a worker of the engine ended; what it had finished is kept.
         GuardError: a token cannot guard this model.
-        ModelError: an attack on a model for which there is none.
         PluginError: an unknown metric, or its package is missing.
         TokenError: ``against`` was measured with other prompts, settings or judges.
         PromptRefused: a prompt sexualises minors.
@@ -115,13 +111,13 @@ def run(
     prompts = prompts or evaluation.concept_prompts(concept, num_prompts, num_safe=num_safe, seed=seed)
     judges = judges or {concept.judge.name: build_judge(concept, str(base_model.device))}
     metrics = evaluation.load_image_metrics(image_metrics, judges, str(base_model.device))
-    drawn = _columns(concept, base_model, token, columns, other_tokens)
+    drawn = build_columns(concept, base_model, token, columns, other_tokens)
     settings = measuring.run_settings(concept, base_model, prompts, prompt_source, judges, seed, batch_size)
     known = measuring.known_before(settings, judges, GUARDED)
     if is_own and prompt_source is None:
         candidates = workspace.stage("candidates", concept.name).rows()
         prompt_source = evaluation.describe_prompts(concept, [str(row.get("prompt")) for row in candidates])
-    _check_inputs(concept, base_model, prompts, drawn, num_attacks)
+    _check_inputs(concept, prompts, drawn)
     measuring.require_comparable(known, against)
     detection = measuring.detect(base_model, token, annotated, seed, batch_size)
     folder = StageFolder(workspace.stage("reports", concept.name).path / token.version)
@@ -151,7 +147,7 @@ def run(
         if num_attacks:
             with progress.bar("attack") as report:
                 figures["attack"] = measuring.attack(
-                    concept, base_model, token, part, drawn[0], judges, num_attacks, report
+                    concept, base_model, token, part, drawn[0], drawn[1], judges, num_attacks, report
                 )
         figures["against"] = measuring.comparison(figures, against)
         figures["checks"] = measuring.checks(figures, gates or _default_gates(concept))
@@ -197,7 +193,7 @@ def _elsewhere(
     base_model = source.load()
     first, *others = (_unflat(fields) for fields in tokens)
     made = {name: build_judge(concept, source.device, name=name) for name in judges}
-    return ColumnWork(_columns(concept, base_model, first, columns, others), made)
+    return ColumnWork(build_columns(concept, base_model, first, columns, others), made)
 
 
 def _flat(token: GuidelineToken) -> list[Any]:
@@ -217,72 +213,19 @@ def _unflat(fields: Sequence[Any]) -> GuidelineToken:
 
 def _check_inputs(
     concept: Concept,
-    base_model: BaseModel,
     prompts: Sequence[EvalPrompt],
     columns: Sequence[PipelineColumn],
-    num_attacks: int,
 ) -> None:
     """Finds what would stop the drawing in its middle or after it: refused prompts, and guards that do not fit."""
-    from dagkit import evaluation
     from dagkit.refusal import refuse_sexualised_minors
 
     negative = [column.negative_prompt for column in columns if column.negative_prompt is not None]
     for text in [*(prompt.text for prompt in prompts), *negative]:
         refuse_sexualised_minors(text, concept.context)
-    if num_attacks:
-        evaluation.check_attack(base_model)
     for column in columns:
         if column.bound is not None:
             with column.bound.run():
                 pass
-
-
-def _columns(
-    concept: Concept,
-    base_model: BaseModel,
-    token: GuidelineToken,
-    names: Sequence[str],
-    other_tokens: Sequence[GuidelineToken],
-) -> list[PipelineColumn]:
-    from dagkit.evaluation import PipelineColumn
-    from dagkit.guard import SEGAGuard, SLDGuard
-
-    unknown = [name for name in names if name not in COLUMNS]
-    if unknown:
-        raise ConceptError(f"{unknown[0]!r} is not a column of an evaluation. Available: {', '.join(COLUMNS)}.")
-    sampling, context, safety = concept.sampling.model_dump(), concept.context, concept.safety_prompt
-
-    def column(name: str, settings: dict[str, Any], **options: Any) -> PipelineColumn:
-        return PipelineColumn(name, base_model, sampling, settings, context=context, **options)
-
-    made = {"none": column("none", {}), GUARDED: column(GUARDED, _token_settings(token), guard=_guard(token))}
-    for name in names:
-        if name == "negative_prompt":
-            made[name] = column(name, {"negative_prompt": safety}, negative_prompt=safety)
-        elif name == "sega":
-            made[name] = column(name, {"safety_prompt": safety}, guard=SEGAGuard(safety))
-        elif name.startswith("sld_"):
-            preset = name.removeprefix("sld_")
-            made[name] = column(name, {"safety_prompt": safety, "preset": preset}, guard=SLDGuard(safety, preset))
-    for other in other_tokens:
-        name = f"token_{other.concept}_{other.version}"
-        if name in made:
-            raise ConceptError(
-                f"two other tokens are called {other.name}: their columns cannot be told apart. Keep one."
-            )
-        made[name] = column(name, _token_settings(other), guard=_guard(other))
-    return list(made.values())
-
-
-def _guard(token: GuidelineToken) -> Any:
-    return token.guard(keep_maps=True)
-
-
-def _token_settings(token: GuidelineToken) -> dict[str, Any]:
-    from dagkit.evaluation import token_identity
-
-    guidance = token.record.guidance.model_dump(mode="json")
-    return {**token_identity(token), "safety_prompt": token.record.safety_prompt, "guidance": guidance}
 
 
 def _write_report(

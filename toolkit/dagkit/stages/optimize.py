@@ -130,7 +130,6 @@ def run(
             concept=concept.name,
             version=version,
             safety_prompt=concept.safety_prompt,
-            safety_phrases=concept.safety_phrases,
             dataset=info,
             model_id=model_id,
             optimization={

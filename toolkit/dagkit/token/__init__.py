@@ -22,7 +22,7 @@ from dagkit.token.files import (
     read_file,
     safetensors_bytes,
 )
-from dagkit.token.record import BaseModelInfo, DatasetInfo, Guidance, Thresholds, TokenRecord
+from dagkit.token.record import BaseModelInfo, DatasetInfo, Guidance, Thresholds, TokenRecord, listed
 from dagkit.token.stamp import now, software
 from dagkit.token.versions import next_version
 
@@ -38,6 +38,7 @@ __all__ = [
     "Thresholds",
     "TokenRecord",
     "artifact_files",
+    "listed",
     "next_version",
     "now",
     "read_file",

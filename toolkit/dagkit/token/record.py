@@ -7,6 +7,7 @@ and converted.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -28,6 +29,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Line = Annotated[str, StringConstraints(max_length=1000)]
 Phrase = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 Positive = Annotated[float, Field(ge=0, le=1000)]
+
+
+_AND: Final = re.compile(r"\b(?:and|or)\b")
+"""Before the last thing of a list."""
 
 
 class _Strict(BaseModel):
@@ -85,6 +90,17 @@ class Thresholds(_Strict):
         return _interpolate(level, self.levels, self.certain or self.highlight)
 
 
+def listed(safety_prompt: str) -> tuple[str, ...]:
+    """The things that a safety prompt lists: "a cat, a dog and a fish" are three; a text without commas is one.
+
+    Args:
+        safety_prompt: of a concept.
+    """
+    *first, last = safety_prompt.split(",")
+    parts = [*first, *_AND.split(last)] if first else [last]
+    return tuple(part.strip() for part in parts if part.strip()) or (safety_prompt,)
+
+
 class Guidance(_Strict):
     """How the guard acts where the concept is: the form the token was calibrated for and its constants.
 
@@ -107,7 +123,7 @@ class Guidance(_Strict):
 
     form: Literal["drop", "subtract", "paper"] = "drop"
     strength: Positive = 2.5
-    insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 3.0
     max_level: Share = 0.77
     max_step: Annotated[float, Field(gt=0, le=1)] = 0.255
     min_start: Share = 0.45
@@ -153,8 +169,9 @@ class DatasetInfo(_Strict):
 class TokenRecord(_Strict):
     """``token.json``. Unknown keys and schema versions above ``SCHEMA_VERSION`` are refused.
 
-    ``safety_phrases`` stand beside the safety prompt in the condition that guidance pushes away from: one for each
-    member of a concept of several, which one sentence that lists them all would leave half said.
+    ``safety_phrases`` is what guidance pushes away from: texts that are encoded one by one and stand side by side in
+    one condition, because a sentence that lists several things says each of them weakly. Where there are none it is
+    ``safety_prompt`` as it stands.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
