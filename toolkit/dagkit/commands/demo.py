@@ -172,8 +172,11 @@ def run(
     help="Processes that work at once, each with one thread. Default: one a core, at most 4; 1 on other devices.",
 )
 @common.device_option
+@common.seed_option
 @click.option("--quiet", "is_quiet", is_flag=True, help="No progress bars.")
-def command(is_quick: bool, workspace_path: Path | None, workers: int | None, device: str, is_quiet: bool) -> None:
+def command(
+    is_quick: bool, workspace_path: Path | None, workers: int | None, device: str, seed: int, is_quiet: bool
+) -> None:
     """Walk the whole way on the bundled model, offline, and write a report.
 
     The world is one of emoji scenes in which the weapon plays the unsafe concept.
@@ -189,6 +192,7 @@ def command(is_quick: bool, workspace_path: Path | None, workers: int | None, de
             Workspace(path),
             size=QUICK if is_quick else FULL,
             device=device,
+            seed=seed,
             engine=engine,
             progress=base.Progress(is_quiet),
         )
