@@ -4,7 +4,8 @@ The image is noised a little and shown to the denoiser, which need not draw it b
 cross-attention layer the concept's words compete for every pixel with the start-of-text row and with the other words of
 the image's prompt; each word is encoded by itself, because a text encoder mixes a prompt's words into each other. Heads
 differ a lot in how well they see a thing: those with the larger contrast between peak and median count more (see
-`contrast_map`).
+`contrast_map`). Where a prompt names some of a label's words only those are looked up, because each of the others may
+find something that merely resembles it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class AttentionProposer(Proposer):
     name = "attention"
     Options = AttentionOptions
     needs_base_model = True
-    version = "1"
+    version = "2"
 
     def __init__(
         self,
@@ -120,7 +121,8 @@ class AttentionProposer(Proposer):
         sites = model.sites
         features = model.features(latents, torch.tensor(LEVELS, dtype=torch.float64), condition, seed=seed, sites=sites)
 
-        words = [word for listed in self._words.values() for word in listed]
+        listed = {label: _named(words, prompt) for label, words in self._words.items()}
+        words = [word for ones in listed.values() for word in ones]
         sequence = self.word_sequence(words, prompt)
         size = (latents.shape[-2], latents.shape[-1])
         shares = word_shares(sites, features, sequence, len(words))
@@ -130,7 +132,7 @@ class AttentionProposer(Proposer):
         ]
         word_maps = contrast_map(grids, size)
         maps = F.interpolate(word_maps[:, None], (image.height, image.width), mode="bicubic")[:, 0].clamp(0, 1)
-        owners = [label for label, listed in self._words.items() for _ in listed]
+        owners = [label for label, ones in listed.items() for _ in ones]
         return {
             label: maps[[i for i, owner in enumerate(owners) if owner == label]].amax(0).cpu().numpy()
             for label in self._words
@@ -197,6 +199,12 @@ def contrast_map(shares: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         total = total.to(pooled) + F.interpolate(pooled[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         weight = weight.to(pooled) + peak.sum(1)
     return total / weight.clamp(min=1e-6)
+
+
+def _named(words: Sequence[str], prompt: str) -> Sequence[str]:
+    """Those of the words that a prompt names; all of them where it names none."""
+    said = set(_content_words(prompt))
+    return [word for word in words if (parts := _content_words(word)) and said.issuperset(parts)] or words
 
 
 def _content_words(text: str) -> list[str]:
