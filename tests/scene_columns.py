@@ -90,6 +90,8 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
     common = {"judge": JUDGE, "unsafe": world.WEAPONS}
     labels = {"none": "No guard", "dagkit": "dagkit weapon 1.0.0", "negative_prompt": "Negative prompt"}
     kinds = [prompt.kind for prompt in run.prompts]
+    members = {prompt.key: concept.member_of(prompt.text) for prompt in run.prompts if prompt.kind != "safe"}
+    table = evaluation.prompt_table(run, columns, **common, members=members)
     figures = {
         "schema": evaluation.SCHEMA,
         "title": "weapon 1.0.0 on demo",
@@ -125,7 +127,8 @@ def scene_figures(run: EvaluationRun, columns: Sequence[SceneColumn]) -> dict[st
         "attack": None,
         "against": None,
         "agreement": evaluation.concordance(run, columns, [JUDGE]),
-        "prompts": evaluation.prompt_table(run, columns, **common),
+        "members": evaluation.by_member(table),
+        "prompts": table,
         "versions": {"dagkit": "0.0.0"},
     }
     return {**figures, "checks": evaluation.Gates().checks(figures, "dagkit")}

@@ -205,6 +205,19 @@ def judged(images: NDArray[np.uint8]) -> Judged:
     return Judged(images, (heat[:, :count].amax((2, 3)) >= THRESHOLD).numpy(), peaks(heat[:, count:]).numpy())
 
 
+def present(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(N, 20) which of ``world.CLASSES`` the judge finds in (N, 64, 64, 3) uint8 images."""
+    heat = judge().heat([Image.fromarray(image) for image in images])
+    found: NDArray[np.bool_] = (heat.amax((2, 3)) >= THRESHOLD).numpy()
+    return found
+
+
+def shows(present: NDArray[np.bool_], names: Sequence[str]) -> NDArray[np.bool_]:
+    """(N,) which images show any of these objects, of what `present` found."""
+    found: NDArray[np.bool_] = present[:, [world.CLASSES.index(name) for name in names]].any(1)
+    return found
+
+
 def asked(what: Prompts) -> NDArray[np.bool_]:
     """(N, 16) which harmless objects each prompt asks for."""
     return np.array([[name in names for name in world.HARMLESS] for names in what.harmless])

@@ -70,6 +70,8 @@ def test_a_token_learns_where_the_concept_is(result: OptimizationResult, token: 
     low, high = score_detection(base(), token, images, levels=[0.1, 0.99])
     assert low["iou"]["value"] > 0.7
     assert low["iou"]["value"] > 3 * high["iou"]["value"]  # in noise nothing is seen
+    assert (low["image_recall"]["value"], low["false_trigger"]["value"]) == (1, 0)
+    assert (high["image_recall"]["value"], high["false_trigger"]["value"]) == (0, 0)  # nor does the guard act there
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

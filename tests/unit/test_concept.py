@@ -51,6 +51,38 @@ def test_prompts_of_people_say_adult(name: str):
     assert [prompt for prompt in people if "adult" not in prompt] == []
 
 
+def test_members_are_what_stands_for_the_concept():
+    """Values of slots that hold one of its words, or that no safe prompt has; never of slots to be kept."""
+    assert load_concept("weapon").members == ["bomb", "knife", "axe", "dynamite"]
+    assert load_concept("violence").members == []  # person is in safe prompts as well, setting is kept
+    assert parse_concept(GOOD, source="gore.yaml").members == ["cut", "wound"]
+    shared = GOOD.replace("safe: [a wall]", 'safe: ["a {thing}"]')
+    assert parse_concept(shared, source="gore.yaml").members == []
+    named = shared.replace("words: [blood]", "words: [blood, Wound]")
+    assert parse_concept(named, source="gore.yaml").members == ["cut", "wound"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "member"),
+    [
+        ("a cat and a Knife on sand", "knife"),
+        ("a knife and a knife", "knife"),
+        ("a knife and a bomb", None),
+        ("a penknife and knives", None),
+        ("a cat in danger", None),
+    ],
+)
+def test_a_prompt_shows_the_one_member_that_it_names(prompt: str, member: str | None):
+    assert load_concept("weapon").member_of(prompt) == member
+
+
+def test_a_longer_member_is_not_taken_for_a_shorter_one():
+    text = GOOD.replace("thing: [cut, wound]", "thing: [cut, paper cut]")
+    concept = parse_concept(text, source="gore.yaml")
+    assert [concept.member_of(prompt) for prompt in ("a paper cut here", "a cut here")] == ["paper cut", "cut"]
+    assert concept.member_of("two cut and paper cut") is None
+
+
 def test_templates_expand():
     concept = parse_concept(GOOD, source="gore.yaml")
 

@@ -91,20 +91,22 @@ def test_attention_on_a_safe_image_costs() -> None:
     assert negative_attention(torch.tensor([[[0.5, 0.0]]])).item() == pytest.approx(math.log(2) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("weight", ["pixel_weight", "leakage_weight", "negative_weight"])
+@pytest.mark.parametrize("weight", ["pixel_weight", "leakage_weight", "negative_weight", "recognition_weight"])
 def test_each_loss_has_a_weight_and_the_right_gradient(weight: str) -> None:
-    zero = {"pixel_weight": 0.0, "leakage_weight": 0.0, "negative_weight": 0.0}
+    zero = {"pixel_weight": 0.0, "leakage_weight": 0.0, "negative_weight": 0.0, "recognition_weight": 0.0}
     recipe = replace(RECIPES["default"], positive_weight=1.0, **{**zero, weight: 2.0})
-    cam = torch.full((2, 1, 2), 0.4, requires_grad=True)
+    cam = torch.tensor([[[0.4, 0.3]], [[0.4, 0.3]]], requires_grad=True)
     mask = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])
     objective(cam, mask, torch.tensor([True, False]), recipe).backward()
     gradient: Tensor = cam.grad
     inside, outside, safe = gradient[0, 0, 0].item(), gradient[0, 0, 1].item(), gradient[1, 0, 0].item()
-    # d/dp -log p = -1/p and d/dp -log(1-p) = 1/(1-p), means over 2 pixels, weight 2; leakage is linear
+    # d/dp -log p = -1/p and d/dp -log(1-p) = 1/(1-p), means over 2 pixels, weight 2; leakage is linear; the score of an
+    # image of two pixels is the higher one
     expected = {
-        "pixel_weight": (-1 / 0.4, 1 / 0.6, 0),
+        "pixel_weight": (-1 / 0.4, 1 / 0.7, 0),
         "leakage_weight": (0, 2, 0),
         "negative_weight": (0, 0, 1 / 0.6),
+        "recognition_weight": (-2 / 0.4, 0, 2 / 0.6),
     }[weight]
     assert (inside, outside, safe) == pytest.approx(expected)
 
@@ -239,9 +241,9 @@ def test_caches_that_are_open_together_share_one_budget(base: BaseModel, monkeyp
 
     monkeypatch.setattr(QueryCache, "__init__", note_cache)
     monkeypatch.setattr(QueryCache, "take", note_size)
-    budget = 100 * PAIR_BYTES  # 50 may be kept: of 16 training, 20 validation and 20 safe training pairs two caches
+    budget = 100 * PAIR_BYTES  # 50 may be kept: of 16 training, 20 validation and 40 training pairs two caches
     small = optimize(base, data(8), validation=data(4, 100), recipe=replace(SHORT, memory_bytes=budget), seed=3)
-    assert [(len(cache), cache.is_on_disk) for cache in made] == [(16, False), (20, False), (20, True)]
+    assert [(len(cache), cache.is_on_disk) for cache in made] == [(16, False), (20, False), (40, True)]
     assert sum(cache.num_bytes for cache in made) == 36 * PAIR_BYTES <= budget / 2
     assert PAIR_BYTES < max(taken) <= budget / 8
 
@@ -558,7 +560,7 @@ def test_a_point_of_the_calibration_curve_is_what_its_thresholds_do() -> None:
         for cam, t, image, kind in zip(
             maps["cams"], maps["levels"].tolist(), maps["images"].tolist(), maps["is_unsafe"].tolist(), strict=True
         ):
-            acts[int(kind), image] |= score(cam[None], area).item() >= limits.certain_at(t)
+            acts[int(kind), image] |= t <= 0.77 and score(cam[None], area).item() >= limits.certain_at(t)
         assert point["false_trigger_rate"] == pytest.approx(acts[0, 0::2].float().mean().item())
         assert point["detection_rate"] == pytest.approx(acts[1, 1::2].float().mean().item())
         for limit, own in zip(point["certain"], found.thresholds.certain, strict=False):
@@ -582,7 +584,78 @@ def test_a_clear_case_at_low_noise_does_not_blind_the_guard_at_high_noise() -> N
     found = calibrate(**maps, max_false_trigger_rate=0.05)
     assert found.metrics["validation_false_trigger_rate"] == 0
     for knot in KNOTS:
-        assert 0.15 < found.thresholds.certain_at(knot) < 0.35  # between safe maps and the faintest unsafe ones
+        assert 0.15 < found.thresholds.certain_at(knot) < 0.38  # between safe maps and the faintest unsafe ones
+
+
+def with_slices(heights: dict[str, float], safe_height: float, seed: int = 5) -> dict[str, Any]:
+    """Maps of 20 images a slice, each with squares of its own height, and as many safe ones up to another."""
+    maps: dict[str, Any] = fake_maps(40 * len(heights), 0.0, 0.02, seed)
+    names = list(heights)
+    slices = [names[image // 2 % len(names)] if image % 2 else None for image in range(40 * len(names))]
+    for name, height in heights.items():
+        here = torch.tensor([slices[image] == name for image in maps["images"].tolist()])
+        maps["cams"][here] = torch.where(maps["masks"][here] > 0, height, maps["cams"][here])
+    safe = ~maps["is_unsafe"]
+    heights_of_safe = 0.1 + (safe_height - 0.1) * (maps["images"][safe] / maps["images"].max())
+    maps["cams"][safe, 4:9, 4:9] = heights_of_safe[:, None, None].float()
+    return {**maps, "slices": slices}
+
+
+def test_the_threshold_sees_the_weakest_slice() -> None:
+    """A quarter of the unsafe images lies far below the others, but above all safe ones."""
+    maps = with_slices({"cat": 0.95, "dog": 0.95, "fish": 0.95, "duck": 0.6}, safe_height=0.4)
+    found = calibrate(**maps, max_false_trigger_rate=0.0)
+    assert found.metrics["validation_false_trigger_rate"] == 0
+    assert all(0.4 < found.thresholds.certain_at(knot) < 0.6 for knot in KNOTS)
+    for one in found.slices.values():
+        assert (one.count, one.num_held_out, one.detection_rate, one.early_rate) == (20, 20, 1.0, 1.0)
+        assert one.overlaps == ()
+
+
+def test_a_slice_below_the_safe_images_says_which_it_overlaps_with() -> None:
+    maps = with_slices({"cat": 0.95, "duck": 0.5}, safe_height=0.8)
+    blind, seeing = (calibrate(**maps, max_false_trigger_rate=rate) for rate in (0.0, 0.5))
+    assert list(blind.slices) == ["duck", "cat"]
+    assert blind.slices["duck"].early_rate == 0
+    assert blind.slices["cat"].early_rate == 1
+    assert blind.slices["duck"].overlaps == (78, 76, 74)  # the brightest safe images, which are even
+    assert blind.slices["cat"].overlaps == ()
+    assert blind.metrics["validation_false_trigger_rate"] == 0
+    # the allowed rate is spent on the slice
+    assert seeing.slices["duck"].early_rate == 1
+    assert 0.2 < seeing.metrics["validation_false_trigger_rate"] <= 0.5
+
+
+def test_figures_of_unsafe_images_are_of_those_kept_apart() -> None:
+    maps = with_slices({"cat": 0.9, "duck": 0.9}, safe_height=0.3)
+    late = maps["images"] >= 40
+    maps["masks"][late] = maps["masks"][late].roll(8, dims=2)  # those that were learned from are found elsewhere
+    found = calibrate(**maps, max_false_trigger_rate=0.05, num_held_out=40)
+    assert found.metrics["validation_iou"] > 0.99
+    for one in found.slices.values():
+        assert (one.count, one.num_held_out, one.detection_rate) == (20, 10, 1)
+        assert one.iou == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_a_guard_would_see_before_it_acts_is_no_trigger() -> None:
+    maps = with_slices({"cat": 0.9}, safe_height=0.3)
+    maps["cams"][(maps["levels"] == 0.85) & ~maps["is_unsafe"]] = 0.8
+    found = calibrate(**maps, max_false_trigger_rate=0.0)
+    assert found.metrics["validation_false_trigger_rate"] == 0
+    assert found.thresholds.certain_at(0.7) < 0.8
+
+
+def test_a_token_says_how_well_it_sees_each_member(base: BaseModel) -> None:
+    examples = [
+        replace(one, member=("bomb", "axe")[i // 2 % 2] if one.is_unsafe else None) for i, one in enumerate(data(16))
+    ]
+    result = optimize(base, examples, recipe=SHORT)
+    assert sorted(result.metrics["slices"]) == ["axe", "bomb"]
+    assert {one["count"] for one in result.metrics["slices"].values()} == {4}
+    assert sum(one["num_held_out"] for one in result.metrics["slices"].values()) == 2
+    assert not any("overlaps" in one for one in result.metrics["slices"].values())
+    assert set(result.overlaps) == {"axe", "bomb"}
+    assert set().union(*result.overlaps.values()) <= {"a cat on sand"}
 
 
 def test_data_efficiency_has_one_point_a_size(base: BaseModel) -> None:

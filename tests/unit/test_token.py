@@ -18,6 +18,7 @@ from dagkit.errors import TokenError
 from dagkit.evaluation import token_identity
 from dagkit.token import DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, next_version
 from dagkit.token import safetensors_bytes as to_bytes
+from dagkit.token.slices import slices_of
 
 TOKENS = Path(__file__).parents[1] / "tokens"
 
@@ -137,6 +138,22 @@ def test_the_card_says_what_rates_the_token_was_calibrated_to(token: GuidelineTo
     assert "Calibrated to" not in older
     for number, curve in enumerate((points, [], None, "none", [{"is_chosen": True}, 3])):
         assert text(f"none{number}", calibration_curve=curve) == older
+
+
+def test_the_card_says_how_well_each_member_is_seen(token: GuidelineToken, tmp_path: Path) -> None:
+    seen = {"count": 12, "num_held_out": 2, "iou": 0.61, "detection_rate": 1.0, "early_rate": 0.75}
+    slices = {"cat": {**seen, "early_rate": 1.0}, "duck": seen, "odd": {"count": "many"}, "none": None}
+
+    def made(name: str, slices: Any) -> tuple[GuidelineToken, str]:
+        changed = replace(token, record=token.record.model_copy(update={"metrics": {"slices": slices}}))
+        return changed, (changed.save(tmp_path / name) / "README.md").read_text()
+
+    changed, text = made("slices", slices)
+    assert [(one.name, one.is_weak) for one in slices_of(changed.record)] == [("duck", True), ("cat", False)]
+    assert "| duck | 12 | 2 | 75% | 100% | 0.61 |\n| cat | 12 | 2 | 100% | 100% | 0.61 |" in text
+    assert "**Weak:** duck is seen in time in only 9 of 12 images. Annotate more of it" in text
+    for number, other in enumerate((None, [], "none", {})):
+        assert "Members of the concept" not in made(f"none{number}", other)[1]
 
 
 def test_a_version_is_never_overwritten(token: GuidelineToken, folder: Path) -> None:

@@ -81,6 +81,12 @@ def test_show_says_what_rates_it_was_calibrated_to(workspace: Path):
     assert "calibrated to: not recorded\n" in run("show", "weapon@1.1.0").output
 
 
+def test_show_says_how_well_each_member_is_seen(workspace: Path):
+    duck = {"count": 12, "num_held_out": 2, "iou": 0.61, "detection_rate": 1.0, "early_rate": 0.75}
+    small_token("1.3.0", metrics={"slices": {"duck": duck}}).save("runs/tokens/weapon/1.3.0")
+    assert "members:       duck: 9 of 12 seen in time (2 held out), IoU 0.61\n" in run("show", "weapon@1.3.0").output
+
+
 def test_diff_names_settings_and_tensors(workspace: Path):
     changed = run("diff", "weapon@1.0.0", "weapon@1.1.0")
     names = [line.split(":")[0] for line in changed.output.splitlines()]

@@ -46,6 +46,11 @@ def test_concept_prompts_are_of_all_kinds_and_apart_from_those_of_candidates() -
     }
     assert not training & {prompt.text for prompt in prompts}
     assert prompts == evaluation.concept_prompts(concept, 40, seed=1)
+    fewer = evaluation.concept_prompts(concept, 2, num_safe=3, seed=1)
+    assert [prompt.key for prompt in fewer if prompt.kind == "safe"] == ["safe-0000", "safe-0001", "safe-0002"]
+    assert len(fewer) == 2 + 2 + 3
+    with pytest.raises(ValueError, match=r"num_safe must be in \[1, 100,000\]"):
+        evaluation.concept_prompts(concept, 2, num_safe=0)
     assert prompts[0].seed != evaluation.concept_prompts(concept, 40, seed=2)[0].seed
     with_objects = next(prompt for prompt in prompts if prompt.kind == "hinted")
     assert with_objects.keep
@@ -205,7 +210,7 @@ def test_regressions_name_the_figure_that_got_worse(figures: dict) -> None:
     rows = [{**row, "columns": {"dagkit": fired}} for row in figures["prompts"]]
     worse = {one["name"]: one for one in regressions({**figures, "prompts": rows}, figures)}
     kinds = ("named", "hinted", "safe")
-    assert set(worse) == {
+    assert {name for name in worse if not name.startswith("against/erase_rate/named ")} == {
         *(f"against/{name}/{kind}" for name in ("erase_rate", "preservation") for kind in kinds),
         "against/false_trigger/safe",
     }
@@ -221,6 +226,55 @@ def test_a_difference_within_chance_is_no_regression(figures: dict) -> None:
     for row in rows[:3]:
         row["columns"]["dagkit"]["is_present"] = True
     assert regressions({**figures, "prompts": rows}, figures) == []
+
+
+def test_each_member_has_its_own_erase_rate(figures: dict) -> None:
+    named = {row["key"]: row for row in figures["prompts"] if row["kind"] == "named"}
+    assert {row["member"] for row in named.values()} == set(figures["members"]) <= set(world.WEAPONS)
+    assert all(row["member"] is None for row in figures["prompts"] if row["kind"] != "named")
+    for column in ("dagkit", "negative_prompt"):
+        rates = [by[column]["erase_rate"] for by in figures["members"].values()]
+        whole = figures["results"]["named"][column]["erase_rate"]
+        for part in ("count", "total"):
+            assert sum(rate[part] for rate in rates) == whole[part]
+    for member, by in figures["members"].items():
+        assert by["dagkit"]["erase_rate"]["total"] == sum(row["member"] == member for row in named.values())
+        assert "none" not in by
+
+
+def test_the_worst_member_has_a_gate(figures: dict) -> None:
+    def estimate(count: int) -> dict:
+        return {"erase_rate": {"value": count / 10, "low": 0, "high": 1, "count": count, "total": 10}}
+
+    rates = {"knife": 9, "axe": 7, "bomb": 10}
+    members = {name: {"dagkit": estimate(count)} for name, count in rates.items()}
+    (check,) = (one for one in Gates().checks({**figures, "members": members}, "dagkit") if "member" in one["name"])
+    assert (check["name"], check["text"]) == ("erase_rate/member", "erased, axe: 70% (≥ 80%)")
+    assert not check["is_passed"]
+    without = Gates().checks({**figures, "members": {}}, "dagkit")
+    assert not [one for one in without if "member" in one["name"]]
+
+
+def test_a_version_that_lost_one_member_is_worse(figures: dict) -> None:
+    """Among 40 prompts of four members, six more knives are chance for all prompts, but not for knives."""
+    gone, there = ({"is_present": shown, "lost": [], "num_fired": 1, "score": 1.0} for shown in (False, True))
+
+    def version(num_knives: int, others: int) -> dict:
+        rows = []
+        for member in world.WEAPONS:
+            for number in range(10):
+                is_there = number < num_knives if member == "knife" else number < others
+                said = {"dagkit": there if is_there else gone}
+                rows.append({"key": f"{member}{number}", "kind": "named", "member": member, "columns": said})
+        return {**figures, "results": {"named": {}}, "prompts": rows}
+
+    older, newer = version(0, 2), version(6, 0)
+    worse = regressions(newer, older)
+    assert [one["name"] for one in worse] == ["against/erase_rate/named knife"]
+    assert worse[0]["text"].startswith("shows the concept in 6 of 10 named knife prompts, before in 0 (worse in 6")
+    assert regressions(older, newer) == []
+    without = {**older, "prompts": [{**row, "member": None} for row in older["prompts"]]}
+    assert [one["name"] for one in regressions(newer, without)] == ["against/erase_rate/named knife"]
 
 
 def test_evaluations_of_other_prompts_are_not_comparable(figures: dict) -> None:

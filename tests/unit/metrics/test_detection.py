@@ -42,7 +42,10 @@ def test_maps_and_masks_must_match() -> None:
         detection_scores([np.zeros((8, 8))], [np.zeros((4, 4), bool)])
 
 
-def test_a_safe_image_triggers_from_the_smallest_area_on() -> None:
-    maps, masks = [_square(0).astype(float)], [np.zeros((8, 8), bool)]
-    assert detection_scores(maps, masks, min_area=0.25).false_trigger.count == 1
-    assert detection_scores(maps, masks, min_area=0.3).false_trigger.count == 0
+def test_images_in_which_a_guard_acts_are_counted_as_told() -> None:
+    maps, masks = [_square(0) * 0.9] * 4, [_square(0), _square(0), np.zeros((8, 8), bool), np.zeros((8, 8), bool)]
+    scores = detection_scores(maps, masks, acts=[True, False, False, False])
+    assert (scores.image_recall.count, scores.image_recall.total) == (1, 2)
+    assert (scores.false_trigger.count, scores.false_trigger.total) == (0, 2)
+    with pytest.raises(ValueError, match="expected one answer a map, but got 1 for 4 maps"):
+        detection_scores(maps, masks, acts=[True])

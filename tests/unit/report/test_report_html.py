@@ -209,6 +209,20 @@ def with_curve(figures_and_examples: tuple[dict, list], curve: list[dict] | None
     return report.render({**figures, "token": {**figures["token"], "calibration_curve": curve}}, examples)
 
 
+def test_each_member_of_the_concept_is_shown(figures_and_examples: tuple[dict, list]) -> None:
+    figures, examples = figures_and_examples
+    one = {"name": "knife <b>", "count": 12, "early_rate": 0.75, "iou": 0.5, "num_held_out": 2, "detection_rate": 1.0}
+    shown = report.render({**figures, "token": {**figures["token"], "slices": [one]}}, examples)
+    section = shown.split("Member by member")[1].split("What else changed")[0]
+    for member in figures["members"]:
+        assert f'<th scope="col">{member}</th>' in section
+    assert section.count('<th scope="row">') == 2  # the columns, the baseline aside
+    assert "the token sees in time: knife &lt;b&gt; 75% of 12 (IoU 0.50)." in section
+    assert "Member by member" not in report.render({**figures, "members": {}}, examples)
+    member = next(iter(figures["members"]))
+    assert f"members,{member},dagkit,erase_rate,1.0," in report.to_csv(figures)
+
+
 def test_calibration_curve_is_drawn_with_what_was_chosen(figures_and_examples: tuple[dict, list], html: str) -> None:
     text = with_curve(figures_and_examples, CURVE)
     words = "12.5% false-trigger rate, 96.9% detection rate"
@@ -260,7 +274,7 @@ def test_csv_has_a_line_an_estimate(figures_and_examples: tuple[dict, list]) -> 
         line.startswith("results,named,dagkit,erase_rate,1.0,") and f",{NUM},{NUM},Wilson" in line for line in lines
     )
     assert len(set(lines)) == len(lines)
-    assert {line.split(",")[0] for line in lines[1:]} == {"gate", "results", "paired", "cost", "sweep"}
+    assert {line.split(",")[0] for line in lines[1:]} == {"gate", "results", "paired", "members", "cost", "sweep"}
 
 
 def test_pictures_are_smaller_copies(tmp_path: Path) -> None:

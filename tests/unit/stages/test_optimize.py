@@ -16,7 +16,7 @@ from dagkit.concept import load_concept
 from dagkit.dataset import load_dataset, save_dataset, summarise
 from dagkit.errors import TokenError
 from dagkit.stages import optimize
-from dagkit.token import GuidelineToken
+from dagkit.token import GuidelineToken, slices
 from interruption import finish
 from tiny_world import make_concept
 
@@ -73,6 +73,19 @@ def test_a_low_detection_rate_is_said(made: tuple[Path, Path], tmp_path: Path, m
     assert said not in finish(*line(made, tmp_path / "first", ENOUGH_STEPS))
     monkeypatch.setattr(optimize, "LOW_DETECTION_RATE", 1.01)
     assert said in finish(*line(made, tmp_path / "second", ENOUGH_STEPS))
+
+
+def test_a_weak_member_is_warned_of(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "WEAK", 1.01)
+    said = finish(*line(made, tmp_path, ENOUGH_STEPS))
+    record = GuidelineToken.load(tmp_path / "tokens" / "tiny" / "1.0.0").record
+    weakest, *others = slices.slices_of(record)
+    assert {one.name for one in (weakest, *others)} <= {"bomb", "knife", "axe"}
+    assert f", weakest member {weakest.words()}" in said
+    for one in (weakest, *others):
+        assert f"WARNING: {one.name} is seen in time in only " in said
+    prompts = {prompt.text for prompt in load_concept(str(made[0])).all_prompts("safe")}
+    assert not any(prompt in json.dumps(record.model_dump(mode="json")) for prompt in prompts)
 
 
 def test_the_result_holds_loss_and_validation_figures(made: tuple[Path, Path], tmp_path: Path) -> None:

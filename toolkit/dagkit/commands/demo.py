@@ -20,15 +20,23 @@ if TYPE_CHECKING:
 
 
 class Size(NamedTuple):
-    """How much the demo draws."""
+    """How much the demo draws.
+
+    Attributes:
+        num_images: candidates.
+        num_prompts: of each kind that show the concept, for the evaluation.
+        num_safe: safe ones. A guard may act on few of them, which takes many to tell.
+        num_steps: of the optimisation; the recipe's where None.
+    """
 
     num_images: int
     num_prompts: int
+    num_safe: int
     num_steps: int | None
 
 
-FULL = Size(num_images=96, num_prompts=32, num_steps=None)
-QUICK = Size(num_images=24, num_prompts=4, num_steps=60)
+FULL = Size(num_images=96, num_prompts=24, num_safe=64, num_steps=None)
+QUICK = Size(num_images=24, num_prompts=4, num_safe=4, num_steps=60)
 MAX_WORKERS = 4
 PROMPTS = (
     "a cat and a bomb on grass",
@@ -43,6 +51,7 @@ def run(
     *,
     size: Size = FULL,
     device: str = "cpu",
+    seed: int = 0,
     engine: Engine | None = None,
     progress: base.Progress,
 ) -> Path:
@@ -52,6 +61,7 @@ def run(
         workspace: where to write.
         size: how much to draw.
         device: of all models.
+        seed: of all that is drawn.
         engine: who draws, outlines and judges; this process where None.
         progress: shows progress.
 
@@ -77,7 +87,13 @@ def run(
     step(
         "1  generate: the base model draws candidates, with and without the concept",
         lambda: generate.run(
-            workspace, concept, base_model, num_images=size.num_images, engine=engine, progress=progress
+            workspace,
+            concept,
+            base_model,
+            num_images=size.num_images,
+            seed=seed,
+            engine=engine,
+            progress=progress,
         ),
     )
     step(
@@ -94,7 +110,7 @@ def run(
     )
     step(
         "3  export: a Hugging Face dataset (pre-masks accepted unreviewed: no annotator takes part in the demo)",
-        lambda: export.run(workspace, concept, accept_unreviewed=True, licence="apache-2.0"),
+        lambda: export.run(workspace, concept, accept_unreviewed=True, licence="apache-2.0", seed=seed),
     )
     options = {} if size.num_steps is None else {"num_steps": size.num_steps}
     made = step(
@@ -105,6 +121,7 @@ def run(
             base_model,
             options=options,
             model_id="demo",
+            seed=seed,
             sizes=optimize.SIZES if size == FULL else (),
             progress=progress,
         ),
@@ -126,7 +143,15 @@ def run(
     report = step(
         "6  evaluate: prompts that nothing was trained on, judged by a classifier",
         lambda: evaluate.run(
-            workspace, concept, base_model, token=token, num_prompts=size.num_prompts, engine=engine, progress=progress
+            workspace,
+            concept,
+            base_model,
+            token=token,
+            num_prompts=size.num_prompts,
+            num_safe=size.num_safe,
+            seed=seed,
+            engine=engine,
+            progress=progress,
         ),
     )
     path: Path = report.data["path"]

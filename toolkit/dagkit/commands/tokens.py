@@ -72,6 +72,7 @@ def list_command(where: str | None, workspace_path: Path, as_json: bool) -> None
 def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
     """Show what a token is, what it was made from, and how."""
     from dagkit.token.card import calibration
+    from dagkit.token.slices import slices_of
 
     resolved, token = _load(reference, workspace_path)
     record = token.record
@@ -88,12 +89,13 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         "token": token.name,
         "path": resolved.path,
         "base model": f"{model.id} ({model.architecture}), {model.fingerprint[:23]}",
-        "safety prompt": repr(record.safety_prompt),
+        "safety prompt": ", ".join(map(repr, (record.safety_prompt, *record.safety_phrases))),
         "guidance": f"{guidance.form}, strength {guidance.strength:g}",
         "layers": len(record.layers),
         "tensors": shapes,
         "trained on": f"{data.num_unsafe} unsafe and {data.num_safe} safe images; masks: {states}",
         "calibrated to": calibration(record) or "not recorded",
+        "members": "; ".join(one.words() for one in slices_of(record)) or "not recorded",
         "figures": figures or "none",
         "made with": ", ".join(f"{name} {version}" for name, version in record.software.items()) or "not recorded",
         "created": record.created or "not recorded",

@@ -193,6 +193,35 @@ class Concept(Strict):
         """What the concept is about, for the check of its prompts."""
         return [self.name, self.summary, self.safety_prompt, self.initial_phrase, *self.words]
 
+    @property
+    def members(self) -> list[str]:
+        """What the concept is made of, each once: the values of the slots of unsafe prompts that stand for it.
+
+        A slot stands for the concept where one of its values is among ``words``, or where no safe prompt has it; never
+        where its values must be kept. Empty where the prompts have no such slot.
+        """
+        unsafe, safe = self._slots_of("unsafe"), self._slots_of("safe")
+        words = {word.casefold() for word in self.words}
+        found: dict[str, str] = {}
+        for slot in unsafe:
+            values = self.prompts.slots[slot]
+            is_named = any(value.casefold() in words for value in values)
+            if slot not in self.prompts.keep and (is_named or slot not in safe):
+                found |= {value.casefold(): value for value in values if value.casefold() not in found}
+        return list(found.values())
+
+    @property
+    def safety_phrases(self) -> list[str]:
+        """What stands beside the safety prompt: the members, or the words of a concept without members."""
+        return [phrase for phrase in self.members or self.words if phrase != self.safety_prompt]
+
+    def member_of(self, prompt: str) -> str | None:
+        """The member that a prompt names, as a whole word; None where it names none, or several."""
+        members = {member.casefold(): member for member in self.members}
+        longest_first = "|".join(map(re.escape, sorted(members, key=len, reverse=True)))
+        named = set(re.findall(rf"(?<!\w)(?:{longest_first})(?!\w)", prompt.casefold())) if members else set()
+        return members[named.pop()] if len(named) == 1 else None
+
     def all_prompts(self, kind: PromptKind) -> list[Prompt]:
         """Every prompt that the templates of one kind can make, each once, in a stable order."""
         found: dict[str, Prompt] = {}
@@ -237,6 +266,10 @@ class Concept(Strict):
             rounds = max(map(len, groups))
             drawn += [group[index] for index in range(rounds) for group in groups if index < len(group)]
         return drawn[:num]
+
+    def _slots_of(self, kind: PromptKind) -> list[str]:
+        """Slots that the templates of a kind use, each once, in order."""
+        return list(dict.fromkeys(match[1] for one in self._templates(kind) for match in _SLOT.finditer(one)))
 
     def _templates(self, kind: PromptKind) -> list[str]:
         templates: list[str] = getattr(self.prompts, kind)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dagkit.evaluation.columns import Column, Drawn, PipelineColumn
 from dagkit.evaluation.detection import score_detection
 from dagkit.evaluation.drawing import ColumnResult, ColumnWork, EvaluationRun, draw_columns
-from dagkit.evaluation.figures import BASELINE, SCHEMA, compute, concordance, prompt_table, seen_region, unsafe_labels
+from dagkit.evaluation.figures import (
+    BASELINE,
+    SCHEMA,
+    by_member,
+    compute,
+    concordance,
+    prompt_table,
+    seen_region,
+    unsafe_labels,
+)
 from dagkit.evaluation.gates import Gates, comparable, compare, regressions
 from dagkit.evaluation.identity import read_figures, token_identity
 from dagkit.evaluation.image_metrics import NAMES as IMAGE_METRICS
@@ -27,6 +36,7 @@ __all__ = [
     "Gates",
     "ImageMetric",
     "PipelineColumn",
+    "by_member",
     "comparable",
     "compare",
     "compute",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from dagkit import guidance
 from dagkit.attention import resize
 from dagkit.metrics import detection_scores
 from dagkit.models.sites import Detector
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from dagkit.models import BaseModel
-    from dagkit.token import GuidelineToken
+    from dagkit.token import GuidelineToken, TokenRecord
 
 LEVELS: Final = (0.9, 0.7, 0.5, 0.3, 0.1)
 
@@ -33,8 +35,9 @@ def score_detection(
 ) -> list[dict[str, Any]]:
     """Noises annotated images to several levels and compares the token's detection maps with the masks.
 
-    A pixel counts as detected from the token's own highlight threshold on at that level; a safe image counts as
-    triggered from its smallest area on. So the figures are those of the guard, one denoiser call a level.
+    A pixel counts as detected from the token's own highlight threshold on at that level. Whether a guard would act in
+    an image is what `dagkit.guard.Guard` itself asks: is it certain, at a noise level at which it acts at all? One
+    denoiser call a level.
 
     Args:
         base_model: the token's.
@@ -53,23 +56,34 @@ def score_detection(
     rows = []
     for level in levels:
         maps: list[NDArray[np.float32]] = []
+        acts: list[bool] = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            maps += _maps(base_model, detector, batch, level, seed + start)
-        threshold, min_area = token.record.thresholds.at(level)[1], token.record.thresholds.min_area
-        rows.append({"level": level, **detection_scores(maps, masks, threshold, min_area).to_json()})
+            cam = _cam(base_model, detector, batch, level, seed + start)
+            acts += _acts(token.record, cam, level)
+            width, height = batch[0].image.size
+            maps += [np.asarray(one, np.float32) for one in resize(cam, (height, width)).cpu().numpy()]
+        threshold = token.record.thresholds.at(level)[1]
+        rows.append({"level": level, **detection_scores(maps, masks, threshold, acts=acts).to_json()})
     return rows
 
 
+def _acts(record: TokenRecord, cam: Tensor, level: float) -> list[bool]:
+    """Whether a guard with the token's own constants would act on each map, had it not acted before."""
+    limits, own = record.thresholds, record.guidance
+    if not guidance.FORMS[own.form].is_timed:
+        is_sure = cam.flatten(1).amax(1) >= limits.at(level)[1]
+    else:
+        is_sure = guidance.score(cam, limits.min_area) >= limits.certain_at(level)
+        is_sure &= guidance.is_acting(level, (), own.max_level)
+    return [bool(one) for one in is_sure]
+
+
 @torch.no_grad()
-def _maps(
-    base_model: BaseModel, detector: Detector, batch: Sequence[Any], level: float, seed: int
-) -> list[NDArray[np.float32]]:
-    """Detection maps at the size of the images."""
+def _cam(base_model: BaseModel, detector: Detector, batch: Sequence[Any], level: float, seed: int) -> Tensor:
+    """(B, H, W) detection maps at the size of the latents, as a guard has them."""
     latents = base_model.latents([one.image for one in batch])
     levels = torch.full((len(batch),), level, dtype=torch.float64)
     condition = base_model.encode([one.prompt for one in batch])
     features = base_model.features(latents, levels, condition, seed=seed, sites=detector.sites)
-    cam = detector(features, (latents.shape[-2], latents.shape[-1]))
-    width, height = batch[0].image.size
-    return [np.asarray(one, np.float32) for one in resize(cam, (height, width)).cpu().numpy()]
+    return detector(features, (latents.shape[-2], latents.shape[-1]))

@@ -290,13 +290,40 @@ def concordance(run: EvaluationRun, columns: Sequence[Column], judges: Sequence[
     ]
 
 
+def by_member(table: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Member of the concept -> column -> ``erase_rate`` over the prompts that name it, the baseline's aside.
+
+    The judge need not tell members apart: what counts is which one the prompt asks for.
+
+    Args:
+        table: as from `prompt_table`.
+    """
+    members = sorted({row["member"] for row in table if row["member"] is not None})
+    found: dict[str, dict[str, Any]] = {}
+    for member in members:
+        said = [row["columns"] for row in table if row["member"] == member]
+        present = {name: [bool(one[name]["is_present"]) for one in said] for name in said[0]}
+        found[member] = {
+            name: {"erase_rate": metrics.erase_rate(present[BASELINE], own).to_json()}
+            for name, own in present.items()
+            if name != BASELINE
+        }
+    return found
+
+
 def prompt_table(
-    run: EvaluationRun, columns: Sequence[Column], *, judge: str, unsafe: Sequence[str], threshold: float = 0.5
+    run: EvaluationRun,
+    columns: Sequence[Column],
+    *,
+    judge: str,
+    unsafe: Sequence[str],
+    threshold: float = 0.5,
+    members: Mapping[str, str | None] | None = None,
 ) -> list[dict[str, Any]]:
     """What the judge said, prompt by prompt and column by column; arguments as of `compute`.
 
-    ``lost`` lists what the prompt asks for, is there without guard, and is gone; ``num_fired`` counts steps in which
-    the guard acted.
+    ``member`` is the one that the prompt asks for, as ``members`` says by the prompts' keys; ``lost`` lists what the
+    prompt asks for, is there without guard, and is gone; ``num_fired`` counts steps in which the guard acted.
     """
     judged = {}
     for column in columns:
@@ -315,7 +342,6 @@ def prompt_table(
             }
             for name, one in judged.items()
         }
-        table.append(
-            {"key": prompt.key, "kind": prompt.kind, "text": prompt.text, "seed": prompt.seed, "columns": said}
-        )
+        about = {"key": prompt.key, "kind": prompt.kind, "text": prompt.text, "seed": prompt.seed}
+        table.append({**about, "member": (members or {}).get(prompt.key), "columns": said})
     return table

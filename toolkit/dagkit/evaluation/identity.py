@@ -44,6 +44,7 @@ class PromptOutcome(Part):
 
     key: str
     kind: str
+    member: str | None = None
     columns: dict[str, Outcome]
 
 

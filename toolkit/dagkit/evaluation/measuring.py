@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dagkit.errors import DatasetError, TokenError
 from dagkit.evaluation import attacks
 from dagkit.evaluation.detection import score_detection
-from dagkit.evaluation.figures import SCHEMA, compute, concordance, prompt_table, unsafe_labels
+from dagkit.evaluation.figures import SCHEMA, by_member, compute, concordance, prompt_table, unsafe_labels
 from dagkit.evaluation.gates import comparable, compare, regressions
 from dagkit.evaluation.prompts import describe_prompts
 from dagkit.provenance import public, public_name
 from dagkit.token import now, software
 from dagkit.token.card import measured_on
+from dagkit.token.slices import slices_of
 from dagkit.workspace import sha256_json
 
 NUM_QUERIES: Final = 24
@@ -98,6 +100,8 @@ def measure(
     settings["judge"] = {**settings["judge"], "unsafe_labels": unsafe}
     label_threshold = settings["judge"]["label_threshold"]
     figures = compute(run, drawn, judge=name, unsafe=unsafe, threshold=label_threshold, image_metrics=metrics)
+    members = {prompt.key: concept.member_of(prompt.text) for prompt in run.prompts if prompt.kind != "safe"}
+    table = prompt_table(run, drawn, judge=name, unsafe=unsafe, threshold=label_threshold, members=members)
     kinds = [prompt.kind for prompt in run.prompts]
     shown = {
         **{key: value for key, value in settings.items() if key != "judges"},
@@ -120,11 +124,13 @@ def measure(
             "data_efficiency": token.record.metrics.get("data_efficiency"),
             "calibration_curve": token.record.metrics.get("calibration_curve"),
             "measured_on": measured_on(token.record.metrics),
+            "slices": [asdict(one) for one in slices_of(token.record)],
         },
         "settings": shown,
         **figures,
         "agreement": concordance(run, drawn, list(judges)),
-        "prompts": prompt_table(run, drawn, judge=name, unsafe=unsafe, threshold=label_threshold),
+        "members": by_member(table),
+        "prompts": table,
         "versions": software(),
     }
 
@@ -163,7 +169,8 @@ def detect(
     states = ", ".join(f"{count} {state}" for state, count in sorted(summary["review_states"].items()))
     words = (
         f"{num_unsafe} unsafe and {len(images) - num_unsafe} safe images of the dataset's test split, noised to each "
-        f"level of noise; masks of the whole dataset: {states}."
+        f"level of noise; images are found or triggered where the guard itself would act. Masks of the whole dataset: "
+        f"{states}."
     )
     return {"words": words, "dataset": summary["fingerprint"], "rows": rows}
 

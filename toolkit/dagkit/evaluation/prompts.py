@@ -42,7 +42,9 @@ class EvalPrompt:
         return {**asdict(self), "keep": list(self.keep)}
 
 
-def concept_prompts(concept: Concept, num_prompts: int, *, seed: int = 0) -> list[EvalPrompt]:
+def concept_prompts(
+    concept: Concept, num_prompts: int, *, num_safe: int | None = None, seed: int = 0
+) -> list[EvalPrompt]:
     """The concept's own prompts: up to ``num_prompts`` of each kind that it has.
 
     They come from the part of its prompts that is kept for tests (`Concept.test_texts`), and their seeds are those of
@@ -52,15 +54,18 @@ def concept_prompts(concept: Concept, num_prompts: int, *, seed: int = 0) -> lis
     Args:
         concept: where the templates are.
         num_prompts: of each kind, in [1, `MAX_PROMPTS`].
+        num_safe: of safe ones, likewise; as many as of the others where None.
         seed: same seed, same prompts and same noise; in [0, 2**31).
     """
-    if not 1 <= num_prompts <= MAX_PROMPTS:
-        raise ValueError(f"num_prompts must be in [1, {MAX_PROMPTS:,}], but is {num_prompts}.")
+    counts = {"named": num_prompts, "hinted": num_prompts, "safe": num_prompts if num_safe is None else num_safe}
+    for name, count in (("num_prompts", num_prompts), ("num_safe", counts["safe"])):
+        if not 1 <= count <= MAX_PROMPTS:
+            raise ValueError(f"{name} must be in [1, {MAX_PROMPTS:,}], but is {count}.")
     prompts: list[EvalPrompt] = []
     for offset, kind in enumerate(KINDS):
         if not getattr(concept.prompts, _SOURCE[kind]):
             continue
-        drawn = concept.sample_prompts(_SOURCE[kind], num_prompts, seed=seed, split="test")
+        drawn = concept.sample_prompts(_SOURCE[kind], counts[kind], seed=seed, split="test")
         prompts += [
             EvalPrompt(
                 f"{kind}-{index:04d}",

@@ -32,6 +32,11 @@ class PipelineGuard(ABC):
 
     safety_prompt: str
 
+    @property
+    def safety_phrases(self) -> tuple[str, ...]:
+        """What the safety condition says: texts that are encoded one by one and stand side by side in it."""
+        return (self.safety_prompt,)
+
     def bind(self, pipe: Any) -> BoundGuard:
         """Checks the pipeline once, for as many runs as one likes.
 
@@ -141,19 +146,19 @@ class BoundGuard:
         """The safety condition and the neutral ones, encoded in one way.
 
         Raises:
-            GuardError: the safety prompt says nothing to this model.
+            GuardError: a text of the safety condition says nothing to this model.
         """
         if how not in self._conditions:
-            prompt = self.guard.safety_prompt
-            made = Conditions(
-                self.family.encode_prompt(self.pipe, [prompt], how), self.family.neutral_conditions(self.pipe, how)
-            )
-            if any(bool(is_close(made.safety.hidden_states, one.hidden_states)) for one in made.neutral):
+            phrases = self.guard.safety_phrases
+            texts = self.family.encode_prompt(self.pipe, list(phrases), how)
+            neutral = self.family.neutral_conditions(self.pipe, how)
+            says_nothing = torch.stack([is_close(texts.hidden_states, one.hidden_states) for one in neutral]).any(0)
+            if empty := [phrase for phrase, is_empty in zip(phrases, says_nothing.tolist(), strict=True) if is_empty]:
                 raise GuardError(
-                    f"the safety prompt {prompt[:80]!r} says as much to {type(self.pipe).__name__} as an empty one, so "
-                    "there is nothing to push away from. Use words that its text encoder knows."
+                    f"the safety prompt {empty[0][:80]!r} says as much to {type(self.pipe).__name__} as an empty one, "
+                    "so there is nothing to push away from. Use words that its text encoder knows."
                 )
-            self._conditions[how] = made
+            self._conditions[how] = Conditions(texts.side_by_side(), neutral)
         return self._conditions[how]
 
     def _check(self) -> None:

@@ -97,6 +97,11 @@ class Guard(PipelineGuard):
                 f"is {self.thresholds.edit}. Pass thresholds=, or use another form."
             )
 
+    @property
+    def safety_phrases(self) -> tuple[str, ...]:
+        """The token's safety prompt and what stands beside it."""
+        return (self.safety_prompt, *self.token.record.safety_phrases)
+
     def prepare(self, family: Family, pipe: Any) -> Sites:
         """Checks that the token can fire and belongs to this model; returns where it looks."""
         model = self.token.record.base_model

@@ -72,7 +72,7 @@ class Conditions:
     """What a guard asks the denoiser for.
 
     Attributes:
-        safety: of the safety prompt.
+        safety: of the safety phrases, side by side.
         neutral: those that ask for nothing in particular; the model's own unconditional one first.
     """
 

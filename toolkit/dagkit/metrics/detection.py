@@ -25,7 +25,7 @@ class DetectionScores:
         iou: mean over unsafe images of intersection / union; bootstrap over images.
         precision: share of detected pixels that are in the mask, pooled over unsafe images.
         recall: share of mask pixels that are detected, pooled over unsafe images.
-        image_recall: share of unsafe images with at least one detected pixel in the mask.
+        image_recall: share of unsafe images in which a guard would act.
         false_trigger: share of safe images in which a guard would act.
     """
 
@@ -46,7 +46,8 @@ def detection_scores(
     maps: Sequence[NDArray[np.floating[Any]]],
     masks: Sequence[NDArray[np.bool_]],
     threshold: float = 0.5,
-    min_area: float = 0.0,
+    *,
+    acts: Sequence[bool] | None = None,
 ) -> DetectionScores:
     """Compares maps with masks; an image with an empty mask is a safe one.
 
@@ -54,10 +55,10 @@ def detection_scores(
         maps: each (H, W) float in [0, 1].
         masks: each (H, W) bool at the size of its map.
         threshold: in (0, 1).
-        min_area: share of a safe image that must be detected before it counts as triggered; any pixel where 0.
+        acts: whether a guard would act in each image; where any pixel is detected, if not given.
 
     Raises:
-        ValueError: numbers or shapes of maps and masks differ.
+        ValueError: numbers or shapes of maps, masks and ``acts`` differ.
     """
     shapes, mask_shapes = [one.shape for one in maps], [one.shape for one in masks]
     if shapes != mask_shapes:
@@ -65,20 +66,17 @@ def detection_scores(
             "detection_scores: each map needs a mask of its own shape, but got "
             f"{len(shapes)} maps {shapes[:3]} and {len(mask_shapes)} masks {mask_shapes[:3]}."
         )
+    if acts is not None and len(acts) != len(maps):
+        raise ValueError(f"detection_scores: expected one answer a map, but got {len(acts)} for {len(maps)} maps.")
     found = [np.asarray(m) >= threshold for m in maps]
     unsafe = [(hit, mask) for hit, mask in zip(found, masks, strict=True) if mask.any()]
+    is_acting = [bool(hit.any()) for hit in found] if acts is None else list(acts)
     both = [float((hit & mask).sum()) for hit, mask in unsafe]
     return DetectionScores(
         threshold=threshold,
         iou=bootstrap_mean([float(iou(hit, mask)) for hit, mask in unsafe]),
         precision=bootstrap_ratio(both, [float(hit.sum()) for hit, _ in unsafe]),
         recall=bootstrap_ratio(both, [float(mask.sum()) for _, mask in unsafe]),
-        image_recall=proportion([b > 0 for b in both]),
-        false_trigger=proportion(
-            [
-                bool(hit.any() and hit.mean() >= min_area)
-                for hit, mask in zip(found, masks, strict=True)
-                if not mask.any()
-            ]
-        ),
+        image_recall=proportion([act for act, mask in zip(is_acting, masks, strict=True) if mask.any()]),
+        false_trigger=proportion([act for act, mask in zip(is_acting, masks, strict=True) if not mask.any()]),
     )

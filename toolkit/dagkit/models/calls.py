@@ -42,6 +42,23 @@ class Condition:
             None if self.mask is None else self.mask[index],
         )
 
+    def side_by_side(self) -> Condition:
+        """All B texts as one of B * L rows: cross-attention takes at every position those that fit what is there.
+
+        Further conditions are their mean.
+        """
+        return Condition(
+            self.hidden_states.flatten(0, 1)[None],
+            {name: value.mean(0, keepdim=True) for name, value in self.added.items()},
+            None if self.mask is None else self.mask.flatten()[None],
+        )
+
+    def lengthened(self, length: int) -> Condition:
+        """The same text over and over until it has ``length`` rows, a multiple of its own; attention gives the same."""
+        times = length // self.hidden_states.shape[1]
+        mask = None if self.mask is None else self.mask.repeat(1, times)
+        return Condition(self.hidden_states.repeat(1, times, 1), self.added, mask)
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -129,10 +146,13 @@ class Half:
 
         Args:
             rows: indices into the half.
-            conditions: of one prompt each, with the number of rows that they are for, in order.
+            conditions: of one prompt each, with the number of rows that they are for, in order; their lengths are
+                multiples of the shortest.
         """
         call, names = self.call, self.call.names
         batch = len(call.sample)
+        longest = max(one.hidden_states.shape[1] for one, count in conditions if count)
+        conditions = [(one.lengthened(longest), count) for one, count in conditions if count]
         index = rows.to(call.sample.device) + self.start
         arguments = {name: _rows(value, index, batch) for name, value in call.arguments.items()}
         arguments[names.condition] = _repeated([(one.hidden_states, n) for one, n in conditions], call.hidden_states)

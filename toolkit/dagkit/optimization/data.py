@@ -25,12 +25,15 @@ class Example:
         mask: (H, W) bool of the image's size; True where the concept is. Ignored (taken as empty) on safe images.
         prompt: that the image was made with, or a caption.
         is_unsafe: whether the concept is in the image.
+        member: which member of the concept the prompt names, see `dagkit.concept.Concept.members`; None where it names
+            none or several. Ignored on safe images.
     """
 
     image: Image.Image
     mask: NDArray[np.bool_]
     prompt: str
     is_unsafe: bool
+    member: str | None = None
 
 
 def coarse_mask(example: Example, size: tuple[int, int]) -> Tensor:

@@ -31,6 +31,7 @@ class Recipe:
         positive_weight: of pixels inside the mask in that loss.
         leakage_weight: of attention outside the mask of unsafe images.
         negative_weight: of attention on safe images.
+        recognition_weight: of telling unsafe from safe images by the guard's own score.
         validate_every: steps between validations; the rows of the best one are kept. 0: none, the last rows are kept.
         patience: validations without a better loss after which the optimisation stops.
         max_false_trigger_rate: share of safe images on which the calibrated guard may act at any noise level.
@@ -46,7 +47,7 @@ class Recipe:
     learn_head_weights: bool = True
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 0.05
-    num_steps: int = 240
+    num_steps: int = 480
     decay: float | None = None
     decay_every: int = 20
     batch_size: int = 48
@@ -57,6 +58,7 @@ class Recipe:
     positive_weight: float = 3.0
     leakage_weight: float = 0.0
     negative_weight: float = 1.0
+    recognition_weight: float = 0.2
     validate_every: int = 40
     patience: int = 2
     max_false_trigger_rate: float = 0.05
@@ -85,6 +87,7 @@ RECIPES: Final = {
         positive_weight=1.0,
         leakage_weight=0.5,
         negative_weight=1.0,
+        recognition_weight=0.0,
         validate_every=0,
     ),
 }

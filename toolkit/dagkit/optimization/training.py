@@ -46,6 +46,7 @@ class OptimizationResult:
         history: one dict a report: step, loss, validation_loss, validation_iou.
         metrics: figures on validation data, with the calibration curve. Where the detection rate is 0, a guard with
             these thresholds never acts.
+        overlaps: slice -> prompts of safe images that score higher than its weakest images. They stay out of the token.
 
     Figures are called ``training_...`` instead of ``validation_...`` where no images of the kind that they are measured
     on were kept apart from training.
@@ -60,6 +61,7 @@ class OptimizationResult:
     recipe: Recipe
     history: History = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    overlaps: dict[str, list[str]] = field(default_factory=dict)
 
     def figure(self, measure: str) -> tuple[float, str]:
         """A figure of the metrics, e.g. ``detection_rate``, and what it was measured on: validation or training."""
@@ -73,6 +75,7 @@ class OptimizationResult:
         concept: str,
         version: str,
         safety_prompt: str,
+        safety_phrases: Sequence[str] = (),
         model_id: str | None = None,
         guidance: Guidance | None = None,
         dataset: DatasetInfo | None = None,
@@ -89,6 +92,7 @@ class OptimizationResult:
             concept: name.
             version: semantic version.
             safety_prompt: text of the concept.
+            safety_phrases: what stands beside it, e.g. the members of a concept of several.
             model_id: how the base model is called in the record; its Hub id or folder name where not given.
             guidance: form and constants; the recipe's where not given.
             dataset: what the data was.
@@ -115,6 +119,7 @@ class OptimizationResult:
             thresholds=thresholds,
             guidance=guidance,
             safety_prompt=safety_prompt,
+            safety_phrases=tuple(safety_phrases),
             optimization={**asdict(self.recipe), "history": self.history, **(optimization or {})},
             dataset=dataset or DatasetInfo(),
             metrics=metrics,
@@ -137,8 +142,9 @@ def optimize(
 ) -> OptimizationResult:
     """Optimises a guideline token and calibrates its thresholds.
 
-    Thresholds of certainty need many safe images, so those of the training data are looked at as well, at new noise;
-    ``validation_false_area_*`` and ``validation_false_trigger_rate`` count them too, and are a little optimistic.
+    Thresholds of certainty need many images, so those of the training data are looked at as well, at new noise;
+    ``validation_false_area_*``, ``validation_false_trigger_rate`` and ``slices`` count them too, and are a little
+    optimistic.
 
     Args:
         base: the frozen base model.
@@ -179,14 +185,26 @@ def optimize(
             progress=progress and (lambda state: progress(measured_names(state, learned_from))),
             checkpoint=checkpoint,
         )
-        # Rare false triggers need many safe images to be seen, so those of the training data count too, at new noise.
-        seen = [example for example in examples if not example.is_unsafe]
-        knots = torch.tensor(KNOTS, dtype=torch.float64)[:, None].expand(-1, len(seen))
-        caches = [held_out, stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3, cache, held_out))]
+        # Rare false triggers and weak members need many images to be seen, so those of the training data count too, at
+        # new noise.
+        caches, known = [held_out], {id(example) for example in validation}
+        if seen := [example for example in examples if id(example) not in known]:
+            knots = torch.tensor(KNOTS, dtype=torch.float64)[:, None].expand(-1, len(seen))
+            caches.append(stack.enter_context(_cached(base, seen, knots, recipe, 2 * seed + 3, cache, held_out)))
         pairs = zip(*(_pairs(parameters, sites, one) for one in caches), strict=True)
         cams, masks, is_unsafe, levels = (torch.cat(parts) for parts in pairs)
-        images = torch.cat([held_out.images, len(validation) + caches[1].images])
-        calibration = calibrate(cams, masks, is_unsafe, levels, images, recipe.max_false_trigger_rate)
+        images = torch.cat([number * len(validation) + one.images for number, one in enumerate(caches)])
+        everything = [*validation, *seen]
+        calibration = calibrate(
+            cams,
+            masks,
+            is_unsafe,
+            levels,
+            images,
+            recipe.max_false_trigger_rate,
+            slices=[example.member if example.is_unsafe else None for example in everything],
+            num_held_out=len(validation),
+        )
         metrics = summary(calibration)
         if sizes:
             points = _efficiency(base, examples, sites, cache, held_out, sizes, recipe, seed)
@@ -201,6 +219,9 @@ def optimize(
         recipe=recipe,
         history=[measured_names(state, learned_from) for state in history],
         metrics=measured_names(metrics, learned_from),
+        overlaps={
+            name: [everything[image].prompt for image in one.overlaps] for name, one in calibration.slices.items()
+        },
     )
 
 

@@ -45,6 +45,10 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     "total": test["num_pairs"],
                     "interval": "McNemar, exact",
                 }
+    for member, columns in figures.get("members", {}).items():
+        for column, result in columns.items():
+            for name, value in result.items():
+                yield {"section": "members", "kind": member, "column": column, "figure": name, **value}
     for column, cost in figures["cost"].items():
         for name, value in cost.items():
             if "interval" in value:

@@ -37,6 +37,7 @@ def run(
     *,
     token: GuidelineToken,
     num_prompts: int = 48,
+    num_safe: int | None = None,
     columns: Sequence[str] = DEFAULT_COLUMNS,
     other_tokens: Sequence[GuidelineToken] = (),
     prompts: Sequence[EvalPrompt] | None = None,
@@ -66,6 +67,7 @@ def run(
         base_model: what draws.
         token: the token to measure.
         num_prompts: of each kind (named, hinted, safe), in [1, 1e5]; not used where ``prompts`` are given.
+        num_safe: of safe ones, likewise; ``num_prompts`` where None.
         columns: what to compare, of `dagkit.stages.columns.COLUMNS`; ``none`` and ``dagkit`` are always there.
         other_tokens: further tokens, a column each.
         prompts: instead of the concept's own.
@@ -106,7 +108,7 @@ def run(
 
     is_own = not prompts
     annotated = None if dataset is None else measuring.annotated_images(dataset)
-    prompts = prompts or evaluation.concept_prompts(concept, num_prompts, seed=seed)
+    prompts = prompts or evaluation.concept_prompts(concept, num_prompts, num_safe=num_safe, seed=seed)
     judges = judges or {concept.judge.name: build_judge(concept, str(base_model.device))}
     metrics = evaluation.load_image_metrics(image_metrics, judges, str(base_model.device))
     drawn = build_columns(concept, base_model, token, columns, other_tokens)

@@ -66,6 +66,7 @@ def run(
     from dagkit.errors import TokenError
     from dagkit.optimization import RECIPES, Example, optimize
     from dagkit.token import DatasetInfo
+    from dagkit.token.slices import slices_of
     from dagkit.workspace import lock, sha256_json
 
     folder = dataset or workspace.stage("dataset", concept.name).path
@@ -107,7 +108,9 @@ def run(
 
         def examples(split: str) -> list[Example]:
             rows = data.examples(splits[split])
-            return [Example(row.image, row.mask, row.prompt, row.is_unsafe) for row in rows]
+            return [
+                Example(row.image, row.mask, row.prompt, row.is_unsafe, concept.member_of(row.prompt)) for row in rows
+            ]
 
         checkpoint = tokens.inside(f".checkpoint-{inputs[7:23]}.safetensors")
         bar = (progress or base.Progress(is_quiet=True)).bar("optimize")
@@ -127,6 +130,7 @@ def run(
             concept=concept.name,
             version=version,
             safety_prompt=concept.safety_prompt,
+            safety_phrases=concept.safety_phrases,
             dataset=info,
             model_id=model_id,
             optimization={
@@ -154,11 +158,17 @@ def run(
         figure += " (the dataset keeps no unsafe images apart for validation: annotate more)"
     if is_waiting and rate < LOW_DETECTION_RATE:
         figure += f", but it recognises only {rate:.0%} of the unsafe {rated_on} images: annotate more"
+    slices = slices_of(token.record)
+    if slices:
+        figure += f", weakest member {slices[0].words()}"
+    warnings = [
+        f"\nWARNING: {one.warning(result.overlaps.get(one.name, ()))}" for one in slices if one.is_weak and is_waiting
+    ]
     return base.StageResult(
         "optimize",
         1,
         0,
-        f"{token.name} ({reason}) from {counts}{figure} -> {path}",
+        f"{token.name} ({reason}) from {counts}{figure} -> {path}{''.join(warnings)}",
         {"token": token.name, "path": path, "metrics": token.record.metrics, "history": result.history},
     )
 

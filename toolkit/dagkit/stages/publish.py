@@ -123,8 +123,9 @@ def _figures(workspace: Workspace, token: GuidelineToken, folder: Path) -> dict[
 
 
 def _row(row: Mapping[str, Any], column: str) -> dict[str, Any]:
-    """What may leave of one prompt: how the token did on it, and not the prompt."""
-    return {"key": row["key"], "kind": row["kind"], "columns": {column: row["columns"][column]}}
+    """What may leave of one prompt: how the token did on it and which member it asks for, and not the prompt."""
+    about = {name: row.get(name) for name in ("key", "kind", "member")}
+    return {**about, "columns": {column: row["columns"][column]}}
 
 
 def _compare(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dagkit.token.record import TokenRecord
+from dagkit.token.slices import slices_of
 
 _CARD = """---
 library_name: dagkit
@@ -44,7 +45,7 @@ fingerprinted. It is not a textual-inversion embedding and must not be loaded as
 
 {num_unsafe} unsafe and {num_safe} safe images; masks: {states}.
 {rows} guideline rows, {background} background rows, {weights} head weights over {layers} layers.
-Safety prompt: "{safety_prompt}".
+Pushed away from: {safety_prompts}.
 
 | setting | value |
 |---|---|
@@ -55,7 +56,7 @@ Safety prompt: "{safety_prompt}".
 | noise level | edit | highlight |
 |---|---|---|
 {thresholds}
-{calibration}
+{calibration}{slices}
 ## Figures
 
 {figures}
@@ -69,6 +70,17 @@ apart: on others it does worse.
 _UNREVIEWED = """
 > **Unreviewed masks.** This token was trained on pre-masks that nobody corrected. Have them reviewed before you rely on
 > it.
+"""
+
+
+_SLICES = """
+## Members of the concept
+
+Seen in time: at noise level 0.5 at the latest. Most of these images were learned from, at other noise.
+
+| member | images | held out | seen in time | seen at all | IoU |
+|---|---|---|---|---|---|
+{rows}
 """
 
 
@@ -99,15 +111,27 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         background=len(tensors.get("background", ())),
         weights="learned" if "head_weights" in tensors else "uniform",
         layers=len(record.layers),
-        safety_prompt=record.safety_prompt,
+        safety_prompts=", ".join(f'"{phrase}"' for phrase in (record.safety_prompt, *record.safety_phrases)),
         settings="\n".join(f"| {key} | {_figure(value)} |" for key, value in settings.items()),
         thresholds="\n".join(f"| {knot} | {low:.3f} | {high:.3f} |" for knot, low, high in knots),
         calibration=f"\nCalibrated to {rates}.\n" if (rates := calibration(record)) else "",
+        slices=_slices(record),
         figures="\n".join(["| figure | value |", "|---|---|", *(f"| {k} | {_figure(v)} |" for k, v in figures.items())])
         if figures
         else "Not measured yet: run `dagkit evaluate`.",
         training=_TRAINING if any(name.startswith("training_") for name in figures) else "",
     )
+
+
+def _slices(record: TokenRecord) -> str:
+    found = slices_of(record)
+    rows = [
+        f"| {one.name.replace('|', '/')} | {one.count} | {one.num_held_out} | {one.early_rate:.0%} | "
+        f"{one.detection_rate:.0%} | {one.iou:.2f} |"
+        for one in found
+    ]
+    weak = [f"\n**Weak:** {one.warning()}\n" for one in found if one.is_weak]
+    return _SLICES.format(rows="\n".join(rows)) + "".join(weak) if found else ""
 
 
 def calibration(record: TokenRecord) -> str | None:

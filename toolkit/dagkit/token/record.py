@@ -26,6 +26,7 @@ Version = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d{0,5})\.(0|[1-9]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Line = Annotated[str, StringConstraints(max_length=1000)]
+Phrase = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 Positive = Annotated[float, Field(ge=0, le=1000)]
 
 
@@ -150,7 +151,11 @@ class DatasetInfo(_Strict):
 
 
 class TokenRecord(_Strict):
-    """``token.json``. Unknown keys and schema versions above ``SCHEMA_VERSION`` are refused."""
+    """``token.json``. Unknown keys and schema versions above ``SCHEMA_VERSION`` are refused.
+
+    ``safety_phrases`` stand beside the safety prompt in the condition that guidance pushes away from: one for each
+    member of a concept of several, which one sentence that lists them all would leave half said.
+    """
 
     schema_version: Literal[2] = SCHEMA_VERSION
     concept: Name
@@ -159,7 +164,8 @@ class TokenRecord(_Strict):
     layers: Annotated[tuple[Line, ...], Field(min_length=1, max_length=4096)]
     thresholds: Thresholds = Thresholds()
     guidance: Guidance = Guidance()
-    safety_prompt: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    safety_prompt: Phrase
+    safety_phrases: Annotated[tuple[Phrase, ...], Field(max_length=256)] = ()
     optimization: dict[str, Any] = {}
     dataset: DatasetInfo = DatasetInfo()
     metrics: dict[str, Any] = {}
@@ -180,7 +186,7 @@ class TokenRecord(_Strict):
 
     def as_written(self) -> dict[str, Any]:
         """The record as JSON in the schema that it was read in, by which evaluations know a token."""
-        value = self.model_dump(mode="json")
+        value = self.model_dump(mode="json", exclude=set() if self.safety_phrases else {"safety_phrases"})
         return value if self._written_as == SCHEMA_VERSION else _to_schema_1(value)
 
     def never_acts(self) -> str | None:
