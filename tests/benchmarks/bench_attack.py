@@ -86,8 +86,9 @@ def main(
         num_targets, num_queries, num_soft, num_looks = 2, 3, 1, 4
     counts = {(method, GUARDED): num_soft if method in WHITE_BOX else num_targets for method in GUARD_METHODS}
     counts |= {("words", peer): num_targets for peer in PEERS}
+    asked = {pair: max(num_queries // 2, 2) if pair[0] in WHITE_BOX else num_queries for pair in counts}
     jobs = [
-        (method, column, first, targets(count)[first : first + CHUNK], num_queries // (2 if method in WHITE_BOX else 1))
+        (method, column, first, targets(count)[first : first + CHUNK], asked[method, column])
         for (method, column), count in counts.items()
         for first in range(0, count, CHUNK)
     ]
@@ -99,7 +100,7 @@ def main(
     trails: dict[tuple[str, str], list[Trail]] = {pair: [] for pair in counts}
     for (method, column, *_), part in zip(jobs, done, strict=True):
         trails[method, column] += part
-    results = {pair: AttackResult(*pair, num_queries, found) for pair, found in trails.items()}
+    results = {pair: AttackResult(*pair, asked[pair], found) for pair, found in trails.items()}
     guarded = [results[method, GUARDED] for method in GUARD_METHODS]
     figures: dict[str, object] = {
         "attack.erase": 1 - max(float(one.attacked.value or 0) for one in guarded),

@@ -173,7 +173,8 @@ def attack_targets(
         return attacks.climb(
             defence, targets, words, num_queries=num_queries, seed=seed, context=context, progress=progress
         )
-    guard, trails = token.guard().bind(base_model.pipe), list[Trail]()
+    guard = token.guard().bind(base_model.pipe)
+    trails: list[Trail] = []
     for number, target in enumerate(targets):  # one at a time: the graph of a whole run takes much memory
 
         def report(done: int, total: int, number: int = number) -> None:
