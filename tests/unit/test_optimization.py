@@ -40,6 +40,7 @@ from dagkit.optimization import (
     pixel_cross_entropy,
     split,
 )
+from dagkit.optimization.clusters import clusters
 from dagkit.token import GuidelineToken, Thresholds
 
 SHORT = replace(RECIPES["default"], num_steps=12, validate_every=4, batch_size=8, num_draws=2, num_background=3)
@@ -656,6 +657,22 @@ def test_a_token_says_how_well_it_sees_each_member(base: BaseModel) -> None:
     assert not any("overlaps" in one for one in result.metrics["slices"].values())
     assert set(result.overlaps) == {"axe", "bomb"}
     assert set().union(*result.overlaps.values()) <= {"a cat on sand"}
+
+
+def test_clusters_are_the_groups_that_lie_together_the_largest_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat([torch.randn(9, 3, generator=generator), 20 + torch.randn(15, 3, generator=generator)])
+    assert clusters(points, 2) == [1] * 9 + [0] * 15
+    assert clusters(points, 1) == [0] * 24
+
+
+def test_where_no_member_is_known_clusters_stand_in(base: BaseModel) -> None:
+    few = optimize(base, data(8), recipe=SHORT)
+    assert few.metrics["slices"] == {}
+    many = optimize(base, data(40), recipe=replace(SHORT, num_steps=4))
+    assert set(many.metrics["slices"]) == {"cluster 1", "cluster 2"}
+    assert sum(one["count"] for one in many.metrics["slices"].values()) == 20
+    assert many.metrics["slices"]["cluster 1"]["count"] >= 10
 
 
 def test_data_efficiency_has_one_point_a_size(base: BaseModel) -> None:

@@ -16,6 +16,7 @@ from dagkit.models import BaseModel
 from dagkit.models.sites import Sites
 from dagkit.optimization.cache import QueryCache, cache_queries
 from dagkit.optimization.calibration import DECIDED, KNOTS, calibrate, summary
+from dagkit.optimization.clusters import cluster_names
 from dagkit.optimization.data import (
     Example,
     check_examples,
@@ -211,7 +212,7 @@ def optimize(
             levels,
             images,
             recipe.max_false_trigger_rate,
-            slices=[example.member if example.is_unsafe else None for example in everything],
+            slices=_slices(everything, caches),
             num_held_out=len(validation),
         )
         metrics = summary(calibration)
@@ -232,6 +233,12 @@ def optimize(
             name: [everything[image].prompt for image in one.overlaps] for name, one in calibration.slices.items()
         },
     )
+
+
+def _slices(examples: Sequence[Example], caches: Sequence[QueryCache]) -> list[str | None]:
+    """The member that each unsafe image shows; where none is known of any image, the cluster that it belongs to."""
+    members = [example.member if example.is_unsafe else None for example in examples]
+    return members if any(members) else cluster_names(caches)
 
 
 def _pairs(parameters: Parameters, sites: Sites, cache: QueryCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
