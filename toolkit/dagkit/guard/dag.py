@@ -172,7 +172,7 @@ class Guard(PipelineGuard):
         firing, reasons = self._decide(context, is_seen, [row[3] for row in seen])
         strengths, changes, change = [0.0] * len(seen), [0.0] * len(seen), None
         if self.mode == "guide" and self.strength > 0:
-            gates = self._gates(context, cam, edit, highlight, firing)
+            gates = self._gates(context, cam, scores, firing)
             rows = (
                 [] if gates is None else [row for row, peak in enumerate(gates.flatten(1).amax(1).tolist()) if peak > 0]
             )
@@ -287,18 +287,17 @@ class Guard(PipelineGuard):
             return f"gate covers {share:.0%}, above {self.thresholds.max_area:.0%}"
         return "concept found" if is_sure else "edited, but nothing highlighted" if share else _BELOW
 
-    def _gates(
-        self, context: Context, cam: Tensor, edit: float, highlight: float, firing: Sequence[bool]
-    ) -> Tensor | None:
+    def _gates(self, context: Context, cam: Tensor, scores: Tensor, firing: Sequence[bool]) -> Tensor | None:
         """The map (B, H, W) by which each sample is changed; None where none is."""
+        edit, highlight = self.thresholds.at(context.level)
         if not self.rules.is_timed:
             return guidance.paper_scale(cam, edit, highlight, self.thresholds.max_area)
         if not any(firing):
             return None
         own, memory, level = self.token.record.guidance, context.run.memory, context.level
-        gates = guidance.soft_gate(cam, edit, highlight, own.dilation)
-        if not all(firing):
-            gates = gates * torch.tensor(firing, device=cam.device)[:, None, None]
+        acts = torch.tensor(firing, device=cam.device)
+        sureness = memory["sureness"] = torch.maximum(memory.get("sureness", torch.zeros_like(scores)), scores * acts)
+        gates = guidance.soft_gate(cam, edit, highlight, own.dilation, sureness) * acts[:, None, None]
         if "gates" in memory:
             last, then = memory["gates"]
             gates = guidance.remember(gates, last, own.memory, then - level)
