@@ -272,8 +272,9 @@ def reference_guard(
     """
     unet, family = pipe.unet, models.match(pipe)
     replaced, plain = vars(unet).get("forward"), unet.forward
-    prompts = [token.record.safety_prompt for token in tokens] + ([sld[0]] if sld else [])
-    safety = [family.encode_prompt(pipe, [prompt]) for prompt in prompts]
+    prompts = [token.record.safety_phrases or [token.record.safety_prompt] for token in tokens]
+    prompts += [[sld[0]]] if sld else []
+    safety = [family.encode_prompt(pipe, list(phrases)) for phrases in prompts]
     nothing = family.encode_prompt(pipe, [""])
     if getattr(pipe.config, "force_zeros_for_empty_prompt", False):
         nothing = models.Condition(
@@ -289,9 +290,10 @@ def reference_guard(
         def under(condition: models.Condition) -> Tensor:
             added = {}
             if condition.added:
-                pooled = condition.added["text_embeds"].expand(len(sample), -1)
+                pooled = condition.added["text_embeds"].mean(0, keepdim=True).expand(len(sample), -1)
                 added = {"added_cond_kwargs": {**others["added_cond_kwargs"], "text_embeds": pooled}}
-            return call(condition.hidden_states.expand(len(sample), -1, -1), **added).chunk(2)[1]
+            text = torch.cat([*condition.hidden_states])  # all phrases, one behind the other
+            return call(text.expand(len(sample), -1, -1), **added).chunk(2)[1]
 
         eps_u, eps_p = call(encoder_hidden_states).chunk(2)
         time = 1000 * noise_schedule(pipe.scheduler).level(float(timestep))
@@ -416,6 +418,10 @@ def _guide(
         push = push * (1 + min(max((650 - state["since", i]) / 150, 0), 1))
         waited = state["since", i] - time - 150
         push = push * (1 + own.insistence * waited / 200 if is_seen and waited > 0 else 1)
+        score = float(cam.flatten().sort(descending=True).values[max(math.ceil(limits.min_area * cam.numel()) - 1, 0)])
+        state["score", i] = max(state.get(("score", i), 0.0), score)
+        rise = max(own.relative_highlight * state["score", i] / high, 1)
+        low, high = rise * low, rise * high
         for y in range(height):
             for x in range(width):
                 near = cam[

@@ -120,6 +120,24 @@ def test_peers_push_too_where_the_safety_prompt_is_the_negative_prompt(pipe: Any
         assert not torch.equal(draw(pipe, **changes), plain)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("negative", [None, ["a weapon", "a bomb"]])
+def test_several_phrases_stand_side_by_side(name: str, negative: list[str] | None) -> None:
+    pipe = getattr(tiny, name)()
+    run = lambda: draw(pipe, negative_prompt=negative)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
+    phrases = ("a bomb", "a knife and a cat", "a dog")
+    many = replace(token, record=token.record.model_copy(update={"safety_phrases": phrases}))
+    check(pipe, run, token=many)
+    one, twice = (
+        replace(token, record=token.record.model_copy(update={"safety_phrases": ("a bomb",) * count}))
+        for count in (1, 2)
+    )
+    guarded = [run_guarded(one, pipe, negative_prompt=negative), run_guarded(twice, pipe, negative_prompt=negative)]
+    assert (guarded[0] - guarded[1]).abs().max() < 1e-4
+    assert (guarded[0] - run_guarded(many, pipe, negative_prompt=negative)).abs().max() > 1e-3
+
+
 def test_several_guards_under_a_negative_prompt(pipe: Any) -> None:
     run = lambda: draw(pipe, negative_prompt=["a weapon", "a knife"])  # noqa: E731
     token = tiny.half_firing(pipe, run)

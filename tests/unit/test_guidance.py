@@ -59,6 +59,12 @@ def test_the_soft_gate_is_a_ramp_that_grows() -> None:
     torch.testing.assert_close(guidance.soft_gate(cam, 0.1, 0.3, dilation=1), field([0.5, 1.0, 1.0, 1.0]))
 
 
+def test_both_ends_of_the_soft_gate_rise_to_what_they_are_at_least() -> None:
+    cam = field([0.1, 0.2, 0.3, 0.45]).expand(2, -1, -1)
+    gates = guidance.soft_gate(cam, 0.1, 0.3, least=torch.tensor([0.6, 0.2]))
+    torch.testing.assert_close(gates, torch.cat([field([0.0, 0.0, 0.25, 0.625]), field([0.0, 0.5, 1.0, 1.0])]))
+
+
 def test_a_ramp_without_width_is_a_step() -> None:
     assert torch.equal(guidance.soft_gate(field([0.29, 0.31]), 0.3, 0.3), field([0.0, 1.0]))
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import tiny_pipelines as tiny
 from dagkit.errors import TokenError
 from dagkit.evaluation import token_identity
-from dagkit.token import DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, next_version
+from dagkit.token import DatasetInfo, Guidance, GuidelineToken, Thresholds, TokenRecord, listed, next_version
 from dagkit.token import safetensors_bytes as to_bytes
 from dagkit.token.slices import slices_of
 
@@ -44,6 +44,20 @@ def token(pipe: Any) -> GuidelineToken:
 @pytest.fixture
 def folder(token: GuidelineToken, tmp_path: Path) -> Path:
     return token.save(tmp_path / "weapon" / "1.0.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "things"),
+    [
+        ("a weapon", ["a weapon"]),
+        ("blood and gore", ["blood and gore"]),
+        ("a cat, a dog, a fish and a duck", ["a cat", "a dog", "a fish", "a duck"]),
+        ("blood, wound, or a handgun", ["blood", "wound", "a handgun"]),
+        (" , ", [" , "]),
+    ],
+)
+def test_the_things_that_a_safety_prompt_lists(text: str, things: list[str]) -> None:
+    assert listed(text) == tuple(things)
 
 
 def test_what_is_saved_is_loaded(token: GuidelineToken, folder: Path) -> None:

@@ -39,8 +39,6 @@ INSIST_AFTER: Final = 0.15
 """For so much of the noise a sample is pushed before the guard insists."""
 INSIST_EVERY: Final = 0.2
 """After so much more of the noise, ``insistence`` is added once."""
-SURE_SHARE: Final = 0.6
-"""Of the score that a sample has reached: what lies below is highlighted no longer."""
 AREA_GAIN: Final = 5.0
 MAGNITUDE_CAP: Final = 5.0
 
@@ -114,23 +112,20 @@ def paper_scale(cam: Tensor, edit: float = 0.01, highlight: float = 0.5, max_are
     return edit_gate(cam, edit, max_area) * area * magnitude_scale(cam, edit)
 
 
-def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0, sureness: Tensor | None = None) -> Tensor:
+def soft_gate(cam: Tensor, edit: float, highlight: float, dilation: int = 0, least: Tensor | None = None) -> Tensor:
     """Ramp from 0 at ``edit`` to 1 at ``highlight``, grown by ``dilation`` cells (maximum over a square).
-
-    Where the concept is plainly seen, what is seen a little besides it is something else: with ``sureness`` the upper
-    end is at least 0.6 of it, and the lower end rises alike.
 
     Args:
         cam: (B, H, W) in [0, 1].
         edit: lower end, >= 0 and below ``highlight``.
         highlight: upper end, in (0, 1].
         dilation: cells, >= 0.
-        sureness: (B,) in [0, 1], the highest `score` of each sample since it was found; None for fixed ends.
+        least: (B,) in [0, 1], what the upper end of each sample is at least; the lower end rises alike.
 
     Returns:
         (B, H, W) float32 in [0, 1].
     """
-    rise = 1.0 if sureness is None else (SURE_SHARE * sureness / highlight).clamp(min=1)[:, None, None]
+    rise = 1.0 if least is None else (least / highlight).clamp(min=1)[:, None, None]
     gate = ((cam.float() - rise * edit) / (rise * max(highlight - edit, 1e-6))).clamp(0, 1)
     if dilation:
         gate = F.max_pool2d(gate[:, None], 2 * dilation + 1, stride=1, padding=dilation)[:, 0]

@@ -65,6 +65,18 @@ def box_iou(first: tuple[float, ...], second: tuple[float, ...]) -> float:
     return torchvision.ops.box_iou(torch.tensor([first]), torch.tensor([second])).item()
 
 
+def test_words_that_a_prompt_names_are_looked_up_alone(base_model: models.BaseModel, concept: Concept):
+    proposer = AttentionProposer.from_concept(concept, base_model)
+    looked_up = []
+    proposer.word_sequence = lambda words, prompt: (
+        looked_up.append(list(words)) or type(proposer).word_sequence(proposer, words, prompt)
+    )
+    image = Image.new("RGB", (64, 64))
+    for prompt in ("a cat and a Knife on sand", "a penknife on sand", "a cat in danger"):
+        proposer.heat_maps(image, prompt, 0)
+    assert looked_up == [["knife"], concept.words, concept.words]
+
+
 def test_weapons_are_found_in_renderings(base_model: models.BaseModel, concept: Concept):
     proposer = AttentionProposer.from_concept(concept, base_model)
     rng = np.random.default_rng(5)

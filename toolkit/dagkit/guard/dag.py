@@ -297,7 +297,10 @@ class Guard(PipelineGuard):
         own, memory, level = self.token.record.guidance, context.run.memory, context.level
         acts = torch.tensor(firing, device=cam.device)
         sureness = memory["sureness"] = torch.maximum(memory.get("sureness", torch.zeros_like(scores)), scores * acts)
-        gates = guidance.soft_gate(cam, edit, highlight, own.dilation, sureness) * acts[:, None, None]
+        gates = (
+            guidance.soft_gate(cam, edit, highlight, own.dilation, own.relative_highlight * sureness)
+            * acts[:, None, None]
+        )
         if "gates" in memory:
             last, then = memory["gates"]
             gates = guidance.remember(gates, last, own.memory, then - level)

@@ -1,8 +1,8 @@
 """The schema of ``token.json``.
 
 Schema 2 keeps thresholds and guidance by noise level (`dagkit.models.noise`), a number in [0, 1] that every scheduler
-can tell. Schema 1 kept them by timestep of Stable Diffusion's training schedule, a thousand times the level; it is read
-and converted.
+can tell. Schema 1 kept them by timestep of Stable Diffusion's training schedule, a thousand times the level, and knew
+no ``relative_highlight``; it is read and converted.
 """
 
 from __future__ import annotations
@@ -115,6 +115,9 @@ class Guidance(_Strict):
             0.25 it is, with longer ones a concept is drawn before it is seen.
         min_start: lowest noise level at which a run may start from a picture that shows the concept: below, too little
             is drawn anew.
+        relative_highlight: share of the highest score that a sample had since it was found, below which nothing is
+            highlighted: where the concept is plainly seen, what is seen a little beside it is something else (not in
+            the paper's form).
         dilation: cells of the latent by which the gate is grown (not in the paper's form).
         memory: share of a gate that is kept after 0.04 of noise level (one step of a run of 25), so that what was
             pushed out does not grow again as soon as it is no longer seen (not in the paper's form).
@@ -127,6 +130,7 @@ class Guidance(_Strict):
     max_level: Share = 0.77
     max_step: Annotated[float, Field(gt=0, le=1)] = 0.255
     min_start: Share = 0.45
+    relative_highlight: Share = 0.6
     dilation: Annotated[int, Field(ge=0, le=64)] = 0
     memory: Share = 0.9
     reuse_steps: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -252,6 +256,8 @@ def _from_schema_1(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(there := converted.get(part), dict) and old in there:
             rest = {name: one for name, one in there.items() if name != old}
             converted[part] = {**rest, new: _scaled(there[old])} if new not in rest else there
+    if isinstance(own := converted.get("guidance"), dict) and "relative_highlight" not in own:
+        converted["guidance"] = {**own, "relative_highlight": 0.0}
     return converted
 
 
@@ -262,6 +268,7 @@ def _to_schema_1(value: dict[str, Any]) -> dict[str, Any]:
         level = there.pop(new)
         counted = [round(one * _TIMESTEPS) for one in level] if isinstance(level, list) else round(level * _TIMESTEPS)
         converted[part] = {**there, old: counted}
+    converted["guidance"].pop("relative_highlight")
     return converted
 
 
