@@ -125,8 +125,8 @@ class Guidance(_Strict):
     """
 
     form: Literal["drop", "subtract", "paper"] = "drop"
-    strength: Positive = 2.5
-    insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 3.0
+    strength: Positive = 3.5
+    insistence: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 2.0
     max_level: Share = 0.77
     max_step: Annotated[float, Field(gt=0, le=1)] = 0.255
     min_start: Share = 0.45
