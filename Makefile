@@ -20,13 +20,17 @@ NOT_OLD := not (sam2 or test_sign_then_publish_then_verify or test_shipped_conce
 	or test_equals_the_plain_form_at_any_strength or (test_reduced_precision and dtype1) \
 	or test_each_guard_has_its_own_safety_condition_and_rows)
 
-.PHONY: demo test test-oldest check format bench bench-quick clean
+.PHONY: demo test test-demo test-oldest check format bench bench-quick clean
 
 demo: .venv/.ready
 	$(BIN)/dagkit demo
 
 test: .venv/.ready
 	$(BIN)/pytest
+
+# The whole demo, on seeds on which nothing was chosen; make test runs the first.
+test-demo: .venv/.ready
+	DAGKIT_DEMO_SEEDS="61 62 63" $(BIN)/pytest tests/integration/test_demo_gates.py
 
 # With the lowest versions that pyproject.toml allows, on Python 3.11 or 3.12: docs/serving.md lists them.
 test-oldest: $(OLDEST)/.ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ from click.testing import CliRunner
 
 from dagkit.cli import command
 
+SEEDS = [int(seed) for seed in os.environ.get("DAGKIT_DEMO_SEEDS", "61").split()]
+"""Of whole demos, some minutes each; ``make test-demo`` takes three."""
 MAX_FALSE_TRIGGERS = 0.05
 MAX_UPPER_END = 0.12
 """Of the 95 % interval of the share of safe pictures in which the guard acts."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [61, 62, 63])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_all_gates_pass_on_another_seed(seed: int, tmp_path: Path) -> None:
     done = CliRunner().invoke(command, ["demo", "--seed", str(seed), "--workspace", str(tmp_path), "--quiet"])
     assert done.exit_code == 0, done.output
