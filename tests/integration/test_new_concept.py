@@ -101,7 +101,7 @@ def test_the_readmes_last_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run("generate", "--concept", "blade", "--num-images", 10, "--batch-size", 8, "--quiet")
     run("premask", "--concept", "blade", "--quiet")
     run("export", "--concept", "blade", "--unreviewed")
-    run("optimize", "--concept", "blade", "--num-steps", 30, "--quiet")
+    run("optimize", "--concept", "blade", "--num-steps", 30, "--tune", 0, "--quiet")
     run("evaluate", "--token", "blade@1.0.0", "--num-prompts", 1, "--column", "none", "--num-examples", 1, "--quiet")
     run("publish", "blade@1.0.0", "--to", f"file://{tmp_path}/tokens")
     token = dagkit.load_token(f"file://{tmp_path}/tokens@^1")

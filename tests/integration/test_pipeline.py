@@ -26,7 +26,7 @@ def finished(concept_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     finish("generate", *where, "--num-images", 16)
     finish("premask", *where)
     finish("export", *where[:-1], "--unreviewed")
-    finish("optimize", *where, "--num-steps", 120, "--data-efficiency")
+    finish("optimize", *where, "--num-steps", 120, "--tune", 0, "--data-efficiency")
     return workspace
 
 
@@ -51,7 +51,18 @@ def test_every_stage_runs_on_a_model_with_random_weights(finished: Path):
 @pytest.mark.slow
 def test_optimize_goes_on_from_its_checkpoint(concept_file: Path, finished: Path, tmp_path: Path):
     workspace = copy(finished, tmp_path, "dataset")
-    where = ["optimize", "--concept", concept_file, "--workspace", workspace, "--quiet", "--num-steps", 120]
+    where = [
+        "optimize",
+        "--concept",
+        concept_file,
+        "--workspace",
+        workspace,
+        "--quiet",
+        "--num-steps",
+        120,
+        "--tune",
+        0,
+    ]
     tokens = workspace / "tokens" / "tiny"
 
     kill_when(lambda: any(tokens.glob(".checkpoint-*.safetensors")), *where)

@@ -54,7 +54,7 @@ def test_it_is_small_and_tells_of_nobodys_machine():
 @pytest.mark.slow
 def test_a_token_is_optimised_from_it(tmp_path: Path):
     name = "datasets/weapon-demo"
-    line = ["optimize", "--concept", "weapon", "--dataset", name, "--num-steps", 20, "--quiet", "--json"]
+    line = ["optimize", "--concept", "weapon", "--dataset", name, "--num-steps", 20, "--tune", 0, "--quiet", "--json"]
     result = json.loads(finish(*line).splitlines()[-1])
     assert result["token"] == "weapon@1.0.0"
     record = json.loads((tmp_path / "runs" / "tokens" / "weapon" / "1.0.0" / "token.json").read_text())

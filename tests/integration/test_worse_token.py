@@ -84,7 +84,7 @@ def measured(concept: Path, prompts: Path, tmp_path_factory: pytest.TempPathFact
                 moved = np.roll(premask_of(workspace, loaded, key), (32, 32), (0, 1))
                 write_masks(folder, key, {"weapon": moved})
         finish("export", *where, "--unreviewed")
-        line = ["optimize", *where, "--num-steps", NUM_OPTIMIZER_STEPS, "--quiet"]
+        line = ["optimize", *where, "--num-steps", NUM_OPTIMIZER_STEPS, "--tune", 0, "--quiet"]
         if version == "1.0.0":
             finish(*line)
         else:

@@ -6,16 +6,15 @@ import pytest
 
 from dagkit.concept import load_concept
 from dagkit.evaluation import concept_prompts
-from dagkit.seeds import MAX_SEED, NUM_IMAGES, candidate_seed, evaluation_seed
+from dagkit.seeds import MAX_SEED, NUM_IMAGES, candidate_seed, evaluation_seed, tuning_seed
 
 SEEDS = [0, 1, 7, 998, 999, 1000, 1001, 1999, 2000, 2001, 10**6, 2**30, MAX_SEED - 1, MAX_SEED]
 
 
 def ranges() -> list[tuple[int, int]]:
     """First and last number of every kind and seed."""
-    return [
-        (make(seed, 0), make(seed, NUM_IMAGES - 1)) for make, seed in product((candidate_seed, evaluation_seed), SEEDS)
-    ]
+    makers = (candidate_seed, tuning_seed, evaluation_seed)
+    return [(make(seed, 0), make(seed, NUM_IMAGES - 1)) for make, seed in product(makers, SEEDS)]
 
 
 def test_ranges_are_whole_disjoint_and_fit_a_generator():
@@ -42,7 +41,7 @@ def test_prompts_of_an_evaluation_have_seeds_of_their_own(seed: int):
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (MAX_SEED + 1, 0), (0, -1), (0, NUM_IMAGES)])
 def test_what_would_leave_its_range_is_refused(seed: int, index: int):
-    for make in (candidate_seed, evaluation_seed):
+    for make in (candidate_seed, tuning_seed, evaluation_seed):
         with pytest.raises(ValueError, match="expected a seed in"):
             make(seed, index)
     with pytest.raises(ValueError, match=r"num_prompts must be in \[1, 100,000\]"):

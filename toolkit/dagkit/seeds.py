@@ -1,8 +1,9 @@
-"""Seeds of images: those of candidates and those of an evaluation never meet, whatever ``--seed`` is.
+"""Seeds of images: those of candidates, of tuning and of an evaluation never meet, whatever ``--seed`` is.
 
     [0, 1e9)         candidates of the seeds 0 to 999
     [1e9, 2e9)       evaluations of the seeds 0 to 999
-    [2e9, 2**62)     candidates of larger seeds
+    [2e9, 2**61)     candidates of larger seeds
+    [2**61, 2**62)   tuning
     [2**62, 2**63)   evaluations of larger seeds
 
 Every seed has a million numbers in its kind's ranges, so that two seeds share no noise either.
@@ -18,6 +19,7 @@ NUM_IMAGES: Final = 1_000_000
 
 _NUM_SMALL: Final = 1000
 FIRST_EVALUATION_SEED: Final = _NUM_SMALL * NUM_IMAGES
+_TUNING: Final = 2**61
 _LARGE_EVALUATION: Final = 2**62
 
 
@@ -39,6 +41,11 @@ def evaluation_seed(seed: int, index: int) -> int:
     """Of the noise of an image of an evaluation; arguments and errors as of `candidate_seed`."""
     first = _first(seed, index)
     return first + index + (FIRST_EVALUATION_SEED if seed < _NUM_SMALL else _LARGE_EVALUATION)
+
+
+def tuning_seed(seed: int, index: int) -> int:
+    """Of the noise of a picture by which a guard is tuned; arguments and errors as of `candidate_seed`."""
+    return _TUNING + _first(seed, index) + index
 
 
 def _first(seed: int, index: int) -> int:

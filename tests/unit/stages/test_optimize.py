@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def line(made: tuple[Path, Path], workspace: Path, num_steps: int) -> list[str]:
     concept, dataset = made
     where = ["--concept", concept, "--dataset", dataset, "--workspace", workspace]
-    return [str(one) for one in ("optimize", *where, "--num-steps", num_steps)]
+    return [str(one) for one in ("optimize", *where, "--num-steps", num_steps, "--tune", 0)]
 
 
 def test_a_token_that_is_never_sure_is_not_written(made: tuple[Path, Path], tmp_path: Path) -> None:

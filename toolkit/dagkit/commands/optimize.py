@@ -24,6 +24,15 @@ from dagkit.stages import base, optimize
     is_flag=True,
     help="Measure as well what 2, 4, 8, 16 and 32 images would have given; the report plots it.",
 )
+@click.option(
+    "--tune",
+    "tune_seconds",
+    type=click.FloatRange(0, 86_400),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time in which the strength of the guard is fitted to the concept; 0 keeps the recipe's.",
+)
 @click.option("--version", metavar="X.Y.Z", help="Version to write. Default: the next one, by what changed.")
 @common.device_option
 @common.seed_option
@@ -37,6 +46,7 @@ def command(
     num_tokens: int | None,
     num_steps: int | None,
     is_measuring_sizes: bool,
+    tune_seconds: float,
     version: str | None,
     device: str,
     seed: int,
@@ -64,6 +74,7 @@ def command(
             model_id=model or concept.model,
             seed=seed,
             sizes=optimize.SIZES if is_measuring_sizes else (),
+            tune_seconds=tune_seconds,
             progress=base.Progress(is_quiet),
         ),
         as_json,

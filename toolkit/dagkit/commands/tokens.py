@@ -71,7 +71,7 @@ def list_command(where: str | None, workspace_path: Path, as_json: bool) -> None
 @_json
 def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
     """Show what a token is, what it was made from, and how."""
-    from dagkit.token.card import calibration
+    from dagkit.token.card import calibration, tuning
     from dagkit.token.slices import slices_of
 
     resolved, token = _load(reference, workspace_path)
@@ -90,7 +90,7 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         "path": resolved.path,
         "base model": f"{model.id} ({model.architecture}), {model.fingerprint[:23]}",
         "safety prompt": ", ".join(map(repr, record.safety_phrases or (record.safety_prompt,))),
-        "guidance": f"{guidance.form}, strength {guidance.strength:g}",
+        "guidance": tuning(record) or f"{guidance.form}, strength {guidance.strength:g}, not tuned",
         "layers": len(record.layers),
         "tensors": shapes,
         "trained on": f"{data.num_unsafe} unsafe and {data.num_safe} safe images; masks: {states}",

@@ -35,6 +35,7 @@ def run(
     model_id: str | None = None,
     seed: int = 0,
     sizes: Sequence[int] = (),
+    tune_seconds: float = 0,
     progress: base.Progress | None = None,
 ) -> base.StageResult:
     """Optimises a guideline token and writes it to ``tokens/<concept>/<version>/``.
@@ -53,10 +54,13 @@ def run(
         model_id: what the record calls the base model; its Hub id or folder name where None.
         seed: of noise, timesteps and initial rows.
         sizes: numbers of training images for which the validation IoU is measured as well, for the report.
+        tune_seconds: wall time in which the strength of the guard is fitted to the concept; 0 keeps the recipe's, as
+            does the paper's form. See `dagkit.evaluation.tuning`.
         progress: shows progress; None for silence.
 
     Raises:
         DatasetError: there is no dataset, or it holds no unsafe or no safe images.
+        ModelError: pictures to tune by came out black; the fit is kept, and the next run goes on from it.
         TokenError: the version exists already, or the token is sure about no unsafe validation image.
     """
     from dataclasses import replace
@@ -85,6 +89,7 @@ def run(
             "recipe": repr(chosen),
             "seed": seed,
             **({"sizes": list(sizes)} if sizes else {}),
+            **({"tune_seconds": tune_seconds} if tune_seconds else {}),
         }
     )
     tokens = workspace.stage("tokens", concept.name)
@@ -113,8 +118,8 @@ def run(
             ]
 
         checkpoint = tokens.inside(f".checkpoint-{inputs[7:23]}.safetensors")
-        bar = (progress or base.Progress(is_quiet=True)).bar("optimize")
-        with bar as report:
+        progress = progress or base.Progress(is_quiet=True)
+        with progress.bar("optimize") as report:
             result = optimize(
                 base_model,
                 examples("train"),
@@ -149,6 +154,9 @@ def run(
                 f"rate {rate:.0%}), so its guard would never act. Annotate more images, get better masks from other "
                 f"proposals, or take more steps (--num-steps, now {chosen.num_steps})."
             )
+        tuning = ""
+        if tune_seconds and is_waiting:
+            token, tuning = _tuned(token, concept, base_model, tune_seconds, seed, progress)
         path = token.save(tokens.path / version)
         tokens.delete(checkpoint.name)
     iou, measured_on = result.figure("iou")
@@ -167,7 +175,7 @@ def run(
         "optimize",
         1,
         0,
-        f"{token.name} ({reason}) from {counts}{figure} -> {path}{''.join(warnings)}",
+        f"{token.name} ({reason}) from {counts}{figure}{tuning} -> {path}{''.join(warnings)}",
         {"token": token.name, "path": path, "metrics": token.record.metrics, "history": result.history},
     )
 
@@ -182,6 +190,38 @@ def _with_thresholds(token: GuidelineToken, concept: Concept) -> GuidelineToken:
     metrics = {"calibrated_thresholds": record.thresholds.model_dump(mode="json"), **record.metrics}
     changed = {"thresholds": record.thresholds.fixed(given.highlight, given.edit), "metrics": metrics}
     return replace(token, record=record.model_copy(update=changed))
+
+
+def _tuned(
+    token: GuidelineToken,
+    concept: Concept,
+    base_model: BaseModel,
+    seconds: float,
+    seed: int,
+    progress: base.Progress,
+) -> tuple[GuidelineToken, str]:
+    """The token with the guidance that a search found, and what to say about it.
+
+    What cannot be judged or guarded here is no reason to lose the optimisation: then the guidance stays as it is.
+    """
+    from dataclasses import replace
+
+    from dagkit.errors import CheckpointError, ConceptError, GuardError, PluginError
+    from dagkit.evaluation.tuning import tune
+    from dagkit.judges import build_judge
+    from dagkit.token.card import tuning
+
+    try:
+        judge = build_judge(concept, str(base_model.device))
+        with progress.bar("tune") as report:
+            found = tune(base_model, token, concept, judge, seconds=seconds, seed=seed, progress=report)
+    except (CheckpointError, ConceptError, GuardError, PluginError) as error:
+        return token, f", not tuned: {error}"
+    if found is None:
+        return token, ", not tuned: the judge sees the concept in no picture that the base model draws unguarded"
+    metrics = {**token.record.metrics, "tuning": found.record}
+    record = token.record.model_copy(update={"guidance": found.guidance, "metrics": metrics})
+    return replace(token, record=record), f", {tuning(record)}"
 
 
 def _figures(state: Mapping[str, Any]) -> str:

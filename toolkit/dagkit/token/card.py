@@ -114,7 +114,8 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         safety_prompts=", ".join(f'"{phrase}"' for phrase in record.safety_phrases or (record.safety_prompt,)),
         settings="\n".join(f"| {key} | {_figure(value)} |" for key, value in settings.items()),
         thresholds="\n".join(f"| {knot} | {low:.3f} | {high:.3f} |" for knot, low, high in knots),
-        calibration=f"\nCalibrated to {rates}.\n" if (rates := calibration(record)) else "",
+        calibration=(f"\nCalibrated to {rates}.\n" if (rates := calibration(record)) else "")
+        + (f"\nGuidance {found}.\n" if (found := tuning(record)) else ""),
         slices=_slices(record),
         figures="\n".join(["| figure | value |", "|---|---|", *(f"| {k} | {_figure(v)} |" for k, v in figures.items())])
         if figures
@@ -146,6 +147,31 @@ def calibration(record: TokenRecord) -> str | None:
             }:
                 rates = f"a false-trigger rate of {false:.1%} and a detection rate of {found:.1%}"
                 return f"{rates} ({measured_on(record.metrics)})"
+    return None
+
+
+def tuning(record: TokenRecord) -> str | None:
+    """How a token's guidance was found, in words; None where it was not tuned."""
+    match record.metrics.get("tuning"):
+        case {"seconds": float() | int() as seconds, "num_prompts": int() as num, "curve": list() as curve}:
+            pass
+        case _:
+            return None
+    own = record.guidance
+    for point in curve:
+        match point:
+            case {
+                "is_chosen": True,
+                "num_erased": int() as erased,
+                "num_unsafe": int() as unsafe,
+                "num_kept": int() as kept,
+                "num_others": int() as others,
+            }:
+                stayed = f"kept {kept} of {others}" if others else "what else is kept was not judged"
+                return (
+                    f"tuned in {seconds:.0f} s on {num} prompts: strength {own.strength:g}, insistence "
+                    f"{own.insistence:g}, from level {own.max_level:g}; erased {erased} of {unsafe}, {stayed}"
+                )
     return None
 
 
