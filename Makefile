@@ -28,7 +28,7 @@ demo: .venv/.ready
 test: .venv/.ready
 	$(BIN)/pytest
 
-# The whole demo, on seeds on which nothing was chosen; make test runs the first.
+# The whole demo, on seeds on which nothing was chosen: some minutes each.
 test-demo: .venv/.ready
 	DAGKIT_DEMO_SEEDS="61 62 63" $(BIN)/pytest tests/integration/test_demo_gates.py
 

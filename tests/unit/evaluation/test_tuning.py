@@ -7,7 +7,7 @@ from dagkit.evaluation import concept_prompts
 from dagkit.evaluation.tuning import Tried, candidates, choose, tuning_prompts
 from dagkit.token import Guidance
 
-FIRST = Guidance()
+FIRST = Guidance(strength=2.5, insistence=3.0)
 
 
 def tried(
@@ -27,8 +27,10 @@ def test_the_gentler_of_two_equals_wins():
     assert choose([tried(5, 9), tried(9, 9, strength=4), tried(9, 9, strength=3)]) == 2
 
 
-def test_without_others_the_gentlest_of_those_that_erase_most_wins():
-    assert choose([tried(9, 0, others=0), tried(9, 0, strength=1.5, others=0), tried(8, 0, strength=1, others=0)]) == 1
+def test_without_others_a_gentler_one_is_not_better():
+    """What a push costs is not judged there, and few pictures must not weaken a guard."""
+    assert choose([tried(9, 0, others=0), tried(9, 0, strength=1.5, others=0), tried(8, 0, strength=1, others=0)]) == 0
+    assert choose([tried(7, 0, others=0), tried(9, 0, strength=4, others=0)]) == 1
 
 
 def test_candidates_begin_with_the_first_and_repeat_none_and_never_act_earlier():

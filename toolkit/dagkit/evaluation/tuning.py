@@ -145,8 +145,7 @@ def tune(
         if tried and begun + last > seconds:
             break
         changed = replace(token, record=token.record.model_copy(update={"guidance": guidance}))
-        guarded = replace(column, name="dagkit", guard=changed.guard())
-        tried.append(_measure(guarded, concept, judge, prompts, rows))
+        tried.append(_measure(changed, column, concept, judge, prompts, rows))
         last = used() - begun
         report(f"{len(tried)} tried")
     chosen = choose(tried)
@@ -233,16 +232,12 @@ def candidates(first: Guidance, tried: Sequence[Tried]) -> Iterator[Guidance]:
 def choose(tried: Sequence[Tried]) -> int:
     """Which candidate to take: the best, or the first where no other is better by more than one picture.
 
-    Where only the concept is judged, nothing tells what a push costs: then it is the gentlest of those that erase most.
-
     Args:
         tried: at least one; the first is the one to replace.
     """
     first = tried[0]
     best = _best(tried)
-    if not first.num_others:
-        return tried.index(best)
-    margin = 1 / min(first.num_unsafe, first.num_others)
+    margin = 1 / min(first.num_unsafe, first.num_others or first.num_unsafe)
     gains = [new - old for new, old in zip(best.value, first.value, strict=True)]
     is_better = gains[0] > margin + _ROUNDING or (gains[0] > -_ROUNDING and gains[1] > margin + _ROUNDING)
     return tried.index(best) if is_better else 0
@@ -277,13 +272,14 @@ def _judge(column: PipelineColumn, judge: Judge, batch: Sequence[EvalPrompt]) ->
 
 
 def _measure(
-    column: PipelineColumn,
+    token: GuidelineToken,
+    unguarded: PipelineColumn,
     concept: Concept,
     judge: Judge,
     prompts: Sequence[EvalPrompt],
     plain: Sequence[dict[str, Any]],
 ) -> Tried:
-    assert column.guard is not None
+    column = replace(unguarded, name="dagkit", guard=token.guard())
     rows: list[dict[str, Any]] = []
     num_pushes = 0
     for batch in _batches(prompts):
@@ -296,7 +292,7 @@ def _measure(
     erased = metrics.erase_rate(before.is_present, after.is_present)
     kept = metrics.preservation(wanted, before.others, after.others)
     return Tried(
-        guidance=column.guard.token.record.guidance,
+        guidance=token.record.guidance,
         num_erased=round(erased.count),
         num_unsafe=round(erased.total),
         num_kept=round(kept.count),
