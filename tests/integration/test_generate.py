@@ -15,6 +15,7 @@ from dagkit.errors import DagkitError, ModelError, PromptRefused, WorkspaceError
 from dagkit.stages import generate
 from dagkit.workspace import StageFolder, Workspace
 from interruption import content, finish, kill_when, num_rows
+from small_tokens import small_token
 from tiny_world import make_concept
 
 
@@ -143,3 +144,49 @@ def test_plan_is_interleaved_and_grows_at_its_end():
 
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {"unsafe": 10, "hinted": 2, "safe": 8}
     assert {"unsafe", "safe"} == set(kinds[:3])
+
+
+def test_more_is_drawn_of_what_a_token_sees_weakly(tmp_path: Path):
+    """On the bundled model: what is there stays, a killed run ends like an undisturbed one, later runs count them."""
+    figures = {"count": 10, "num_held_out": 2, "iou": 0.5, "detection_rate": 1.0}
+    slices = {name: {**figures, "early_rate": rate} for name, rate in {"bomb": 1.0, "axe": 0.5}.items()}
+    token = small_token(metrics={"slices": slices}).save(tmp_path / "weapon" / "1.0.0")
+    config = Path(load_concept("weapon").file or "")
+    text = config.read_text().replace("num_inference_steps: 25", "num_inference_steps: 2")
+    (tmp_path / "weapon.yaml").write_text(text)
+
+    def arguments(name: str, num_images: int, *more: object) -> list[object]:
+        where = ["--concept", tmp_path / "weapon.yaml", "--workspace", tmp_path / name, "--batch-size", 1]
+        return ["generate", *where, "--num-images", num_images, "--quiet", *more]
+
+    weak = ["--select", "weak", "--token", token]
+    folder = tmp_path / "killed" / "candidates" / "weapon"
+    for name in ("undisturbed", "killed"):
+        finish(*arguments(name, 3))
+    first = content(folder, ["manifest.jsonl"])
+    finish(*arguments("undisturbed", 9, *weak))
+    kill_when(lambda: num_rows(folder) >= 4, *arguments("killed", 9, *weak))
+    finish(*arguments("killed", 9, *weak))
+    assert content(folder) == content(tmp_path / "undisturbed" / "candidates" / "weapon")
+
+    rows = StageFolder(folder).rows()
+    added = [row["prompt"] for row in rows[3:] if row["prompt_kind"] == "unsafe"]
+    assert len(rows) == 9
+    assert added
+    assert all("axe" in prompt for prompt in added)
+    assert first.items() <= content(folder).items()
+    assert "0 images drawn, 9 were there already" in finish(*arguments("killed", 9))
+    assert "For more of axe, raise --num-images" in finish(*arguments("killed", 9, *weak))
+
+
+def test_options_that_do_not_go_together_are_refused():
+    weak = ["--concept", "weapon", "--select", "weak"]
+    for line, expected in (
+        (["generate", *weak], "say which with --token"),
+        (["annotate", *weak], "say which with --token"),
+        (["generate", "--concept", "weapon", "--token", "weapon@1.0.0"], "add --select weak"),
+        (["annotate", *weak, "--token", "weapon@1.0.0", "--num-tasks", "2"], "leave out --num-tasks"),
+        (["push", *weak], "'weak' is not one of"),
+    ):
+        result = CliRunner().invoke(command, line)
+        assert (result.exit_code, expected in " ".join(result.output.split())) == (2, True), result.output

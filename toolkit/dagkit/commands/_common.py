@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dagkit.engines import Engine
     from dagkit.models import BaseModel
     from dagkit.stages.base import StageResult
+    from dagkit.workspace import Workspace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -176,9 +177,11 @@ def output_options(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")(command)
 
 
-def selection_options(command: Command) -> Command:
-    """``--select``, ``--num-tasks`` and ``--token``, for `choose`."""
-    for option in (
+def selection_options(is_drawing: bool) -> Callable[[Command], Command]:
+    """``--select``, ``--num-tasks`` and ``--token``, for `choose`; with ``weak`` where candidates are drawn, too."""
+    choices = ["uncertain", "diverse", "all", *(["weak"] if is_drawing else [])]
+    weak = " weak: draw more of what --token sees weakly, and send all." if is_drawing else ""
+    options = (
         click.option(
             "--token",
             metavar="TOKEN",
@@ -190,12 +193,26 @@ def selection_options(command: Command) -> Command:
         click.option(
             "--select",
             "selection",
-            type=click.Choice(["uncertain", "diverse", "all"]),
-            help="Send first those that teach most, and no near-duplicates. Default: all, in their order.",
+            type=click.Choice(choices),
+            help=f"Send first those that teach most, and no near-duplicates.{weak} Default: all, in their order.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
+
+    def decorate(command: Command) -> Command:
+        for option in options:
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def weak_members(workspace: Workspace, concept: Concept, token: str | None) -> list[str]:
+    """What ``--select weak`` draws more of, see `dagkit.stages.generate.weak_members`; refuses it without a token."""
+    from dagkit.stages import generate
+
+    if token is None:
+        raise click.UsageError("--select weak draws more of what a token sees weakly: say which with --token.")
+    return generate.weak_members(workspace, concept, token)
 
 
 def check_selection(selection: str | None, token: str | None) -> None:

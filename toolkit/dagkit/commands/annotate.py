@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @common.checkpoint_option
 @common.label_studio_option("the embedded server")
 @common.annotators_option
-@common.selection_options
+@common.selection_options(is_drawing=True)
 @common.storage_options
 @common.workers_option
 @common.device_option
@@ -38,7 +38,7 @@ def command(
     checkpoint: Path | None,
     url: str | None,
     num_annotators: int | None,
-    selection: Selection | None,
+    selection: Selection | Literal["weak"] | None,
     num_tasks: int | None,
     token: str | None,
     storage: str,
@@ -61,8 +61,13 @@ def command(
     from dagkit.stages import generate, premask
     from dagkit.workspace import Workspace
 
-    common.check_selection(selection, token)
+    if selection == "weak" and num_tasks is not None:
+        raise click.UsageError("--select weak sends all that is drawn: leave out --num-tasks, or draw fewer images.")
     concept, workspace = load_concept(concept_name), Workspace(workspace_path)
+    members: list[str] = []
+    if selection == "weak":
+        members, selection, token = common.weak_members(workspace, concept, token), None, None
+    common.check_selection(selection, token)
     progress = base.Progress(is_quiet)
     device = common.resolve_device(device)
     # What would fail at the end is tried first.
@@ -84,6 +89,7 @@ def command(
                 num_images=num_images,
                 seed=seed,
                 batch_size=batch_size,
+                members=members,
                 engine=engine,
                 progress=progress,
             ),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 )
 @common.annotators_option
 @click.option("--batch-size", type=click.IntRange(1, 1000), help="Tasks a request. Default: 100.")
-@common.selection_options
+@common.selection_options(is_drawing=False)
 @click.option(
     "--model",
     metavar="MODEL",

@@ -233,7 +233,13 @@ class Concept(Strict):
         return frozenset([text for text in texts[:-1] if _is_test(text)] or texts[:1])
 
     def sample_prompts(
-        self, kind: PromptKind, num: int, *, seed: int = 0, split: Literal["train", "test"] | None = None
+        self,
+        kind: PromptKind,
+        num: int,
+        *,
+        seed: int = 0,
+        split: Literal["train", "test"] | None = None,
+        member: str | None = None,
     ) -> list[Prompt]:
         """Draws prompts, all templates equally often, each of a template at most once until all of them were drawn.
 
@@ -243,17 +249,22 @@ class Concept(Strict):
             seed: same seed, same prompts.
             split: ``train`` and ``test`` never share a prompt: `test_texts` are kept for tests. A kind with too few
                 prompts for that uses all for both.
+            member: only prompts that name this one of `members` and no other; None for all.
 
         Raises:
-            ConceptError: the concept has no prompts of this kind.
+            ConceptError: the concept has no prompts of this kind, or none that names the member.
         """
         groups = [list(self._expand(template, kind)) for template in self._templates(kind)]
         if split is not None and (kept := self.test_texts(kind)):
             groups = [[prompt for prompt in group if (prompt.text in kept) == (split == "test")] for group in groups]
+        if member is not None:
+            groups = [[prompt for prompt in group if self.member_of(prompt.text) == member] for group in groups]
         groups = [group for group in groups if group]
         if not groups:  # else each round below draws one prompt at least
-            raise ConceptError(f"concept {self.name!r} has no {kind} prompts. Add some under prompts.{kind}.")
-        rng = random.Random(f"{seed}-{kind}-{split}")  # noqa: S311 - reproducible draws, no secret
+            lack = "" if member is None else f" that name {quoted(member, 60)} alone"
+            raise ConceptError(f"concept {self.name!r} has no {kind} prompts{lack}. Add some under prompts.{kind}.")
+        draw = f"{seed}-{kind}-{split}" + ("" if member is None else f"-{member}")
+        rng = random.Random(draw)  # noqa: S311 - reproducible draws, no secret
         drawn: list[Prompt] = []
         while len(drawn) < num:
             for group in groups:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dagkit.errors import brief
+from dagkit.errors import ConceptError, TokenError, brief
 from dagkit.token.record import TokenRecord
 
 WEAK: Final = 0.9
@@ -73,3 +73,29 @@ def slices_of(record: TokenRecord) -> list[SliceFigures]:
             }:
                 found.append(SliceFigures(brief(str(name), 60), count, num_held_out, iou, detected, early))
     return sorted(found, key=lambda one: (one.early_rate, one.detection_rate, one.iou))
+
+
+def weak_members(record: TokenRecord, members: Sequence[str]) -> list[str]:
+    """The members of a concept that a token sees weakly, the weakest first; the weakest one where none is weak.
+
+    Args:
+        record: of the token.
+        members: of the concept, see `dagkit.concept.Concept.members`.
+
+    Raises:
+        ConceptError: the concept has no members.
+        TokenError: the record does not tell how the token sees any of them.
+    """
+    if not members:
+        raise ConceptError(
+            "no weak members can be chosen: no slot of the concept's unsafe prompts stands for it. Put the words that "
+            "it is made of into one slot and under words, make a new token from it, or leave out --select weak."
+        )
+    known = {brief(member, 60): member for member in members}
+    found = [one for one in slices_of(record) if one.name in known]
+    if not found:
+        raise TokenError(
+            f"{record.concept}@{record.version} does not tell how it sees {brief(', '.join(members))}. Make a new one "
+            "with dagkit optimize from a dataset that shows them, or leave out --select weak."
+        )
+    return [known[one.name] for one in found if one.is_weak] or [known[found[0].name]]
