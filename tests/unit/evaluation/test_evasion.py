@@ -62,7 +62,7 @@ def test_every_query_is_a_guarded_picture_and_the_first_is_the_prompt_itself(
         first = np.asarray(trail.queries[0].image, np.int16)
         assert np.abs(first - np.asarray(image, np.int16)).max() <= 1
         is_changed = any(one.score != trail.queries[0].score for one in trail.queries)
-        assert is_changed
+        assert is_changed or not is_noise  # what the text says is dropped where this guard acts
         assert all(one.is_seen for one in trail.queries)
         assert set(trail.queries[0].found) == {"second_look"}
     assert all(torch.equal(before[name], value) for name, value in base.pipe.unet.state_dict().items())
