@@ -88,8 +88,6 @@ def measured(concept: Path, prompts: Path, tmp_path_factory: pytest.TempPathFact
         if version == "1.0.0":
             finish(*line)
         else:
-            refused = CliRunner().invoke(command, [str(one) for one in line]).exception
-            assert "weapon@1.1.0 was not written: from 12 unsafe and 12 safe images, no threshold" in str(refused)
             write_anyway(workspace, loaded, version)
         more = ["--dataset", root / "dataset" / "weapon", "--column", "none", "--num-examples", 2, "--quiet"]
         given = ["--prompts", prompts, "--num-prompts", NUM + 2]
@@ -98,7 +96,7 @@ def measured(concept: Path, prompts: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def write_anyway(workspace: Workspace, concept: Concept, version: str) -> None:
-    """What ``dagkit optimize`` refuses to write: a token that is never sure, here from 0.999 on, by the Python API."""
+    """A token of masks that lie somewhere else, and never sure: here from 0.999 on, by the Python API."""
     folder = workspace.stage("dataset", "weapon").path
     splits = {name: dataset.examples(rows) for name, rows in dataset.load_dataset(folder).items()}
     examples = {
@@ -107,7 +105,6 @@ def write_anyway(workspace: Workspace, concept: Concept, version: str) -> None:
     base = demo.load_model()
     recipe = replace(RECIPES["default"], initial_phrase=concept.initial_phrase, num_steps=NUM_OPTIMIZER_STEPS)
     result = optimize(base, examples["train"], recipe=recipe, validation=examples["validation"])
-    assert result.metrics["validation_detection_rate"] == 0
     thresholds = result.thresholds.model_copy(update={"certain": (0.999,) * len(result.thresholds.levels)})
     info = DatasetInfo(fingerprint=dataset.read_summary(folder)["fingerprint"], num_unsafe=12, num_safe=12)
     token = replace(result, thresholds=thresholds).token(
