@@ -177,6 +177,23 @@ def output_options(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a line.")(command)
 
 
+def guarded_options(command: Command) -> Command:
+    """``--token`` and ``--concept`` of commands that are about a token's guard."""
+    for option in (
+        click.option(
+            "--concept", "concept_name", metavar="NAME", help="Concept: a name, or its file. Default: the token's."
+        ),
+        click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, a folder, or a URL."),
+    ):
+        command = option(command)
+    return command
+
+
+def steps_option(command: Command) -> Command:
+    """``--num-inference-steps``."""
+    return click.option("--num-inference-steps", type=click.IntRange(1, 1000), help="Default: the concept's.")(command)
+
+
 def selection_options(is_drawing: bool) -> Callable[[Command], Command]:
     """``--select``, ``--num-tasks`` and ``--token``, for `choose`; with ``weak`` where candidates are drawn, too."""
     choices = ["uncertain", "diverse", "all", *(["weak"] if is_drawing else [])]

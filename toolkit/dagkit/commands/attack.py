@@ -15,8 +15,7 @@ ALL: Final = "all"
 
 
 @click.command("attack")
-@click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, a folder, or a URL.")
-@click.option("--concept", "concept_name", metavar="NAME", help="Concept: a name, or its file. Default: the token's.")
+@common.guarded_options
 @common.workspace_option
 @common.model_option
 @click.option(
@@ -50,7 +49,7 @@ ALL: Final = "all"
     type=click.Path(dir_okay=False, path_type=Path),
     help="Words to make prompts of, separated by spaces or lines. Default: a small tokenizer's, or the concept's.",
 )
-@click.option("--num-inference-steps", type=click.IntRange(1, 1000), help="Default: the concept's.")
+@common.steps_option
 @click.option(
     "--judge",
     "judge_names",

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("evaluate")
-@click.option("--token", "token_name", required=True, metavar="TOKEN", help="name@version, a folder, or a URL.")
-@click.option("--concept", "concept_name", metavar="NAME", help="Concept: a name, or its file. Default: the token's.")
+@common.guarded_options
 @common.workspace_option
 @common.model_option
 @click.option(

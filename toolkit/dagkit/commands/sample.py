@@ -43,7 +43,7 @@ from dagkit.stages import base, sample
     help="Denoiser calls for which a safety prediction is kept. Default: the token's.",
 )
 @click.option("--allow-other-model", is_flag=True, help="Guard a model with other weights than the token was made for.")
-@click.option("--num-inference-steps", type=click.IntRange(1, 1000), help="Default: the concept's.")
+@common.steps_option
 @click.option("--guidance-scale", type=click.FloatRange(min=1, min_open=True), help="Default: the concept's.")
 @common.workspace_option
 @common.model_option

@@ -89,7 +89,7 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         "token": token.name,
         "path": resolved.path,
         "base model": f"{model.id} ({model.architecture}), {model.fingerprint[:23]}",
-        "safety prompt": ", ".join(map(repr, record.safety_phrases or (record.safety_prompt,))),
+        "safety prompt": ", ".join(map(repr, record.pushed_away_from)),
         "guidance": tuning(record) or f"{guidance.form}, strength {guidance.strength:g}, not tuned",
         "layers": len(record.layers),
         "tensors": shapes,

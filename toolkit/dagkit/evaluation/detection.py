@@ -9,6 +9,7 @@ import torch
 
 from dagkit import guidance
 from dagkit.attention import resize
+from dagkit.guard.dag import is_sure
 from dagkit.metrics import detection_scores
 from dagkit.models.sites import Detector
 
@@ -71,12 +72,13 @@ def score_detection(
 def _acts(record: TokenRecord, cam: Tensor, level: float) -> list[bool]:
     """Whether a guard with the token's own constants would act on each map, had it not acted before."""
     limits, own = record.thresholds, record.guidance
-    if not guidance.FORMS[own.form].is_timed:
-        is_sure = cam.flatten(1).amax(1) >= limits.at(level)[1]
-    else:
-        is_sure = guidance.score(cam, limits.min_area) >= limits.certain_at(level)
-        is_sure &= guidance.is_acting(level, (), own.max_level)
-    return [bool(one) for one in is_sure]
+    rules = guidance.FORMS[own.form]
+    if rules.is_timed and not guidance.is_acting(level, (), own.max_level):
+        return [False] * len(cam)
+    sure: list[bool] = is_sure(
+        rules, limits, level, cam.flatten(1).amax(1), guidance.score(cam, limits.min_area)
+    ).tolist()
+    return sure
 
 
 @torch.no_grad()

@@ -25,6 +25,19 @@ Mode = Literal["guide", "monitor", "stop"]
 _BELOW: Final = "below threshold"
 
 
+def is_sure(rules: guidance.Form, limits: Thresholds, level: float, peaks: Tensor, scores: Tensor) -> Tensor:
+    """(B,) bool: where a guard is sure that it sees the concept.
+
+    Args:
+        rules: of its form.
+        limits: its thresholds.
+        level: noise level.
+        peaks: (B,) largest value of each detection map.
+        scores: (B,) `dagkit.guidance.score` of each.
+    """
+    return scores >= limits.certain_at(level) if rules.is_timed else peaks >= limits.at(level)[1]
+
+
 class ConceptFound(GuardError):
     """A guard in mode ``stop`` ended the run. ``trace`` tells in which samples the concept was found."""
 
@@ -100,7 +113,7 @@ class Guard(PipelineGuard):
     @property
     def safety_phrases(self) -> tuple[str, ...]:
         """The token's."""
-        return self.token.record.safety_phrases or (self.safety_prompt,)
+        return self.token.record.pushed_away_from
 
     def prepare(self, family: Family, pipe: Any) -> Sites:
         """Checks that the token can fire and belongs to this model; returns where it looks."""
@@ -161,9 +174,9 @@ class Guard(PipelineGuard):
         assert cam is not None
         edit, highlight = self.thresholds.at(context.level)
         peaks, scores = cam.flatten(1).amax(1), guidance.score(cam, self.thresholds.min_area)
-        is_sure = scores >= self.thresholds.certain_at(context.level) if self.rules.is_timed else peaks >= highlight
+        sure = is_sure(self.rules, self.thresholds, context.level, peaks, scores)
         areas, shares = (cam >= highlight).float().mean((1, 2)), (cam >= edit).float().mean((1, 2))
-        seen = torch.stack([peaks, scores, areas, shares, is_sure.float()], 1).tolist()  # one transfer from a device
+        seen = torch.stack([peaks, scores, areas, shares, sure.float()], 1).tolist()  # one transfer from a device
         if not all(math.isfinite(row[0]) for row in seen):
             raise context.not_finite(f"{self.token.name}: the detection map")
         is_seen = [bool(row[4]) for row in seen]
@@ -172,7 +185,7 @@ class Guard(PipelineGuard):
         firing, reasons = self._decide(context, is_seen, [row[3] for row in seen])
         strengths, changes, change = [0.0] * len(seen), [0.0] * len(seen), None
         if self.mode == "guide" and self.strength > 0:
-            gates = self._gates(context, cam, scores, firing)
+            gates = self._gates(context, cam, scores, (edit, highlight), firing)
             rows = (
                 [] if gates is None else [row for row, peak in enumerate(gates.flatten(1).amax(1).tolist()) if peak > 0]
             )
@@ -287,20 +300,21 @@ class Guard(PipelineGuard):
             return f"gate covers {share:.0%}, above {self.thresholds.max_area:.0%}"
         return "concept found" if is_sure else "edited, but nothing highlighted" if share else _BELOW
 
-    def _gates(self, context: Context, cam: Tensor, scores: Tensor, firing: Sequence[bool]) -> Tensor | None:
-        """The map (B, H, W) by which each sample is changed; None where none is."""
-        edit, highlight = self.thresholds.at(context.level)
+    def _gates(
+        self, context: Context, cam: Tensor, scores: Tensor, ends: tuple[float, float], firing: Sequence[bool]
+    ) -> Tensor | None:
+        """The map (B, H, W) by which each sample is changed; None where none is. ``ends``: edit and highlight."""
+        edit, highlight = ends
         if not self.rules.is_timed:
             return guidance.paper_scale(cam, edit, highlight, self.thresholds.max_area)
         if not any(firing):
             return None
         own, memory, level = self.token.record.guidance, context.run.memory, context.level
-        acts = torch.tensor(firing, device=cam.device)
-        sureness = memory["sureness"] = torch.maximum(memory.get("sureness", torch.zeros_like(scores)), scores * acts)
-        gates = (
-            guidance.soft_gate(cam, edit, highlight, own.dilation, own.relative_highlight * sureness)
-            * acts[:, None, None]
-        )
+        if not all(firing):
+            acts = torch.tensor(firing, device=cam.device)
+            cam, scores = cam * acts[:, None, None], scores * acts
+        sureness = memory["sureness"] = torch.maximum(memory.get("sureness", scores), scores)
+        gates = guidance.soft_gate(cam, edit, highlight, own.dilation, own.relative_highlight * sureness)
         if "gates" in memory:
             last, then = memory["gates"]
             gates = guidance.remember(gates, last, own.memory, then - level)

@@ -120,15 +120,14 @@ def calibrate(
     """Chooses thresholds on detection maps of unsafe images and of as many safe ones as there are.
 
     ``highlight`` is, of the thresholds with nearly the best IoU at a knot, the highest up to 0.5, so that other objects
-    are left alone; ``edit`` is 0.6 of it. ``certain`` bounds the share of safe images on
-    which the guard acts at ANY knot from ``Guidance.max_level`` down: as many as that allows, those with the highest
-    scores, are left out, and at each knot the threshold lies above all others, well into the gap between them and the
-    weakest slice. That is the one of which the weakest images, a twentieth, score lowest: at their better one of the
-    knots 0.5 and 0.7, for seen then they are seen in time, and at any knot at which they are clear of the safe images.
-    Where no gap is left the threshold stays just above the safe images, and the slice says which of them it overlaps
-    with. At knots where unsafe images lie less than one deviation
-    above safe ones nothing can be told yet, and the guard waits. ``certain`` never falls with the noise level: noised
-    renderings are vaguer than samples, on which a low threshold would fire.
+    are left alone; ``edit`` is 0.6 of it. ``certain`` bounds the share of safe images on which the guard acts at ANY
+    knot from ``Guidance.max_level`` down: as many as that allows, those with the highest scores, are left out, and at
+    each knot the threshold lies above all others, well into the gap between them and the weakest slice. That is the one
+    of which the weakest images, a twentieth, score lowest: at their better one of the knots 0.5 and 0.7, for seen then
+    they are seen in time, and at any knot at which they are clear of the safe images. Where no gap is left the
+    threshold stays just above the safe images, and the slice says which of them it overlaps with. At knots where unsafe
+    images lie less than one deviation above safe ones nothing can be told yet, and the guard waits. ``certain`` never
+    falls with the noise level: noised renderings are vaguer than samples, on which a low threshold would fire.
 
     Args:
         cams: (P, H, W) in [0, 1].

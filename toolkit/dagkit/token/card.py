@@ -111,7 +111,7 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         background=len(tensors.get("background", ())),
         weights="learned" if "head_weights" in tensors else "uniform",
         layers=len(record.layers),
-        safety_prompts=", ".join(f'"{phrase}"' for phrase in record.safety_phrases or (record.safety_prompt,)),
+        safety_prompts=", ".join(f'"{phrase}"' for phrase in record.pushed_away_from),
         settings="\n".join(f"| {key} | {_figure(value)} |" for key, value in settings.items()),
         thresholds="\n".join(f"| {knot} | {low:.3f} | {high:.3f} |" for knot, low, high in knots),
         calibration=(f"\nCalibrated to {rates}.\n" if (rates := calibration(record)) else "")

@@ -205,6 +205,11 @@ class TokenRecord(_Strict):
             record._written_as = 1
         return record
 
+    @property
+    def pushed_away_from(self) -> tuple[str, ...]:
+        """``safety_phrases``, or the safety prompt where there are none."""
+        return self.safety_phrases or (self.safety_prompt,)
+
     def as_written(self) -> dict[str, Any]:
         """The record as JSON in the schema that it was read in, by which evaluations know a token."""
         value = self.model_dump(mode="json", exclude=set() if self.safety_phrases else {"safety_phrases"})
