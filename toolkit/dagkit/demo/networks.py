@@ -1,4 +1,4 @@
-"""Builds the untrained networks of the bundled base model, its tokenizer and scheduler."""
+"""Builds the untrained networks of the bundled base models, their tokenizer and scheduler."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dagkit.demo import world
 from dagkit.demo.vocabulary import VOCABULARY
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from dagkit.demo.recipe import AutoencoderRecipe, BaseRecipe
+    from dagkit.demo.recipe import AutoencoderRecipe, BaseRecipe, JointRecipe
 
 _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz,"
 
@@ -60,18 +68,22 @@ def _merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 def build_text_encoder(recipe: BaseRecipe, vocabulary_size: int) -> Any:
     """CLIPTextModel with random weights."""
     return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=recipe.text_width,
-            intermediate_size=2 * recipe.text_width,
-            num_hidden_layers=recipe.num_text_layers,
-            num_attention_heads=recipe.num_heads,
-            max_position_embeddings=recipe.max_tokens,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-            projection_dim=recipe.text_width,
-        )
+        _text_config(recipe.text_width, recipe.num_text_layers, recipe.num_heads, recipe.max_tokens, vocabulary_size)
+    )
+
+
+def _text_config(width: int, num_layers: int, num_heads: int, max_tokens: int, vocabulary_size: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=max_tokens,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=width,
     )
 
 
@@ -102,6 +114,54 @@ def load_denoiser(folder: Path) -> tuple[Any, Any, Any]:
     """Text encoder, tokenizer and UNet of a model that exists, in float32."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     return pipeline.text_encoder, pipeline.tokenizer, pipeline.unet
+
+
+def build_joint(recipe: JointRecipe, vocabulary_size: int, known: Any = None) -> tuple[Any, Any, Any]:
+    """Two CLIPTextModelWithProjection and an SD3Transformer2DModel with random weights.
+
+    Args:
+        recipe: sizes.
+        vocabulary_size: of the tokenizer.
+        known: CLIPTextModel of the same width and one layer less, whose weights the first text encoder starts from.
+    """
+    encoders = [
+        CLIPTextModelWithProjection(_text_config(width, recipe.num_text_layers, 4, recipe.max_tokens, vocabulary_size))
+        for width in (recipe.text_width, recipe.second_width)
+    ]
+    if known is not None:
+        lacking, surplus = encoders[0].load_state_dict(_as_projecting(known, encoders[0]), strict=False)
+        last = f"layers.{recipe.num_text_layers - 1}."
+        unexpected = [key for key in lacking if last not in key and "text_projection" not in key] + surplus
+        if unexpected:
+            raise ValueError(
+                f"the text encoder to start from does not fit: {unexpected[0]} and {len(unexpected)} more."
+            )
+    joint_width = recipe.text_width + recipe.second_width
+    transformer = SD3Transformer2DModel(
+        sample_size=world.SIZE_PX // 4,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=recipe.num_layers,
+        attention_head_dim=recipe.width // recipe.num_heads,
+        num_attention_heads=recipe.num_heads,
+        joint_attention_dim=joint_width,
+        caption_projection_dim=recipe.width,
+        pooled_projection_dim=joint_width,
+        pos_embed_max_size=world.SIZE_PX // 4,
+        qk_norm="rms_norm",
+    )
+    return (*encoders, transformer)
+
+
+def _as_projecting(known: Any, wanted: nn.Module) -> dict[str, Any]:
+    """Weights of a CLIPTextModel under the names of one with a projection, whatever either version calls them."""
+    tail = {key.removeprefix("text_model."): key for key in wanted.state_dict()}
+    return {
+        tail[key.removeprefix("text_model.")]: value
+        for key, value in known.state_dict().items()
+        if key.removeprefix("text_model.") in tail
+    }
 
 
 def build_autoencoder(recipe: AutoencoderRecipe) -> Any:
@@ -178,6 +238,27 @@ def grow_unet(unet: Any) -> Any:
     return grown
 
 
+def save_joint_pipeline(
+    folder: Path, autoencoder: nn.Module, text_encoders: Sequence[nn.Module], tokenizer: Any, transformer: nn.Module
+) -> None:
+    """Writes a folder for `StableDiffusion3Pipeline.from_pretrained`, as `save_pipeline` does."""
+    first, second = (deepcopy(encoder).cpu().half() for encoder in text_encoders)
+    StableDiffusion3Pipeline(
+        vae=deepcopy(autoencoder).cpu().half(),
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=deepcopy(transformer).cpu().half(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer.backend_tokenizer.model.save(str(folder / name))  # as transformers before 5.0 reads it
+    _clean(folder)
+
+
 def save_pipeline(
     folder: Path, autoencoder: nn.Module, text_encoder: nn.Module, tokenizer: Any, unet: nn.Module
 ) -> None:
@@ -193,6 +274,11 @@ def save_pipeline(
         requires_safety_checker=False,
     ).save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # as transformers before 5.0 reads it
+    _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    """Weights that everyone may read, configurations without this machine's paths."""
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in folder.rglob("*.json"):

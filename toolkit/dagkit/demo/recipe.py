@@ -95,6 +95,50 @@ class BaseRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class JointRecipe:
+    """Two text encoders and a joint-attention transformer of Stable Diffusion 3's kind, on the same latents.
+
+    Scenes and captions are drawn as for the UNet.
+
+    Attributes:
+        num_layers: joint blocks.
+        width: of both streams.
+        num_heads: few, because each costs a softmax over all pairs of positions.
+        text_width: of the first text encoder, which starts from the UNet's.
+        num_text_layers: of both text encoders; the stream reads the last but one, the last serves the pooled text.
+        second_width: of the second text encoder.
+        max_tokens: of a caption.
+        num_scenes: of the bank whose latents are computed once.
+        bank_seed: scene i is drawn from (bank_seed, i).
+        noise_mean: of the logit of the noise level, which is normal (arXiv 2403.03206).
+        noise_deviation: its standard deviation.
+        object_weight: weight of a latent cell covered by an object relative to one of background, without noise; it
+            fades to 1 at full noise.
+        class_weight: of the loss by which one block's image stream tells which object covers a cell, at first; it fades
+            to zero over the first ``class_share`` of the steps.
+        class_layer: that block.
+        class_share: see ``class_weight``.
+    """
+
+    num_layers: int = 5
+    width: int = 160
+    num_heads: int = 2
+    text_width: int = 128
+    num_text_layers: int = 3
+    second_width: int = 32
+    max_tokens: int = 16
+    num_scenes: int = 48_000
+    bank_seed: int = 99
+    noise_mean: float = 0.4
+    noise_deviation: float = 1.0
+    object_weight: float = 3.0
+    class_weight: float = 0.2
+    class_layer: int = 2
+    class_share: float = 0.5
+    schedule: Schedule = Schedule(10_000, 32, 1e-3, 200, 0.5, ema_decay=0.999, seed=8)
+
+
+@dataclass(frozen=True, slots=True)
 class JudgeRecipe:
     """The judge.
 
@@ -134,5 +178,6 @@ class Recipe:
 
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     base: BaseRecipe = field(default_factory=BaseRecipe)
+    sd3: JointRecipe = field(default_factory=JointRecipe)
     judge: JudgeRecipe = field(default_factory=JudgeRecipe)
     sam: SamRecipe = field(default_factory=SamRecipe)

@@ -1,7 +1,8 @@
-"""Trains the bundled models: ``python -m dagkit.demo.train {autoencoder,base,judge,sam,all} --out DIR``.
+"""Trains the bundled models: ``python -m dagkit.demo.train {autoencoder,base,judge,sam,sd3,all} --out DIR``.
 
 Each command goes on from its checkpoint in DIR. The autoencoder comes first; with ``--init`` an existing model provides
-it, and the weights from which the base model starts.
+it, and the weights from which the base model starts. ``sd3`` takes the autoencoder and a text encoder of the bundled
+model, or of ``--init``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dagkit.demo import claim
+from dagkit.demo import claim, model_path
 from dagkit.demo.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -78,6 +79,40 @@ def train_base(
     )
 
 
+def train_joint(
+    recipe: Recipe, out: Path, init: Path, is_resumed: bool = True, device: str = "cpu", is_compiled: bool = False
+) -> None:
+    """Trains the joint-attention model; the result is ``out/sd3``.
+
+    Args:
+        recipe: how.
+        out: where its bank of scenes, checkpoint and result stand.
+        init: `StableDiffusionPipeline` whose autoencoder it uses and whose text encoder it starts from.
+        is_resumed: go on from the checkpoint.
+        device: where.
+        is_compiled: compile the blocks: twice as fast, after a minute.
+    """
+    import torch
+
+    from dagkit.demo import networks
+    from dagkit.demo.joint import JointDenoiser, VelocityLoss, load_bank
+    from dagkit.demo.training import BANK_NAME, Training
+
+    torch.manual_seed(recipe.sd3.schedule.seed)
+    known, tokenizer, _ = networks.load_denoiser(init)
+    *encoders, transformer = networks.build_joint(recipe.sd3, len(tokenizer), known)
+    autoencoder = load_autoencoder(init / "vae")
+    denoiser = JointDenoiser(*encoders, transformer, recipe.sd3.class_layer).train().to(device)
+    bank = load_bank(out / "sd3-training" / BANK_NAME, recipe.sd3, recipe.base, autoencoder, tokenizer)
+    training = Training(denoiser, recipe.sd3.schedule, out / "sd3-training", is_resumed)
+    for block in transformer.transformer_blocks if is_compiled else ():
+        block.forward = torch.compile(block.forward)
+    training.run(
+        VelocityLoss(denoiser, bank, recipe.sd3, lambda: training.step),
+        export=lambda: networks.save_joint_pipeline(out / "sd3", autoencoder, encoders, tokenizer, transformer),
+    )
+
+
 def train_judge(recipe: Recipe, out: Path, autoencoder_path: Path, is_resumed: bool = True) -> None:
     """Trains the judge; the result is ``out/judge.safetensors``."""
     import torch
@@ -125,7 +160,7 @@ def save_half(network: nn.Module, path: Path) -> None:
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with every schedule cut or stretched to the same number of steps."""
     parts: dict[str, Any] = {}
-    for name in ("autoencoder", "base", "judge", "sam"):
+    for name in ("autoencoder", "base", "sd3", "judge", "sam"):
         part = getattr(recipe, name)
         keys = [field.name for field in fields(part) if field.name.endswith("schedule")]
         schedules = {key: replace(getattr(part, key), num_steps=steps) for key in keys}
@@ -134,13 +169,14 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 
 
 @click.command(help=__doc__)
-@click.argument("what", type=click.Choice(["autoencoder", "base", "judge", "sam", "all"]))
+@click.argument("what", type=click.Choice(["autoencoder", "base", "judge", "sam", "sd3", "all"]))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Checkpoints and results.")
 @click.option("--resume/--restart", "is_resumed", default=True, help="Go on from the checkpoints, or start again.")
 @click.option("--init", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Base model to start from.")
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the recipe's number of steps.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of PyTorch.")
-@click.option("--device", default="cpu", show_default=True, help="Where the base model is trained.")
+@click.option("--device", default="cpu", show_default=True, help="Where the base models are trained.")
+@click.option("--compile", "is_compiled", is_flag=True, help="Compile the blocks of sd3.")
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that draw the base's scenes."
 )
@@ -152,14 +188,16 @@ def main(
     steps: int | None,
     threads: int,
     device: str,
+    is_compiled: bool,
     workers: int,
 ) -> None:
     """Command line of the training."""
     import torch
 
-    from dagkit.demo.training import CHECKPOINT_NAME
+    from dagkit.demo.training import BANK_NAME, CHECKPOINT_NAME
 
-    claim(out, f"*/{CHECKPOINT_NAME}", "model/model_index.json", "judge.safetensors", "sam_tiny.safetensors")
+    results = ("model/model_index.json", "sd3/model_index.json", "judge.safetensors", "sam_tiny.safetensors")
+    claim(out, f"*/{CHECKPOINT_NAME}", f"*/{BANK_NAME}", *results)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
     recipe = with_steps(Recipe(), steps) if steps else Recipe()
@@ -168,6 +206,10 @@ def main(
         train_autoencoder(recipe, out, is_resumed)
     if what in ("base", "all"):
         train_base(recipe, out, autoencoder_path, init, is_resumed, device, workers)
+    if what in ("sd3", "all"):
+        train_joint(
+            recipe, out, init or (out / "model" if what == "all" else model_path()), is_resumed, device, is_compiled
+        )
     if what in ("judge", "all"):
         train_judge(recipe, out, autoencoder_path, is_resumed)
     if what in ("sam", "all"):

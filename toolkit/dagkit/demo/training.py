@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dagkit.demo.recipe import Schedule
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
+BANK_NAME = "bank.safetensors"
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:
