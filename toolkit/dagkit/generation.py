@@ -206,5 +206,6 @@ def _draw(
             guidance_scale=settings["guidance_scale"],
             width=settings["width"],
             height=settings["height"],
+            **base_model.family.arguments(base_model.encoding),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         )

@@ -19,7 +19,11 @@ from dagkit.errors import PluginError, required
 Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
-    "families": {"sd": "dagkit.models.sd:SD", "sdxl": "dagkit.models.sdxl:SDXL"},
+    "families": {
+        "sd": "dagkit.models.sd:SD",
+        "sd3": "dagkit.models.joint:SD3",
+        "sdxl": "dagkit.models.sdxl:SDXL",
+    },
     "guards": {
         "dag": "dagkit.guard.dag:Guard",
         "sega": "dagkit.guard.peers:SEGAGuard",

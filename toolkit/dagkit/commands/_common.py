@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -322,4 +323,8 @@ def load_base_model(concept: Concept, model: str | None, device: str) -> BaseMod
     name, device = model or concept.model, resolve_device(device)
     if models.is_hub_id(name) and not models.is_cached(name):
         click.echo(f"{name} is downloaded from the Hub, once. This can take minutes.", err=True)
-    return demo.load_model(name, device, model_config())
+    base_model = demo.load_model(name, device, model_config())
+    length = concept.sampling.max_sequence_length
+    if length is None:
+        return base_model
+    return replace(base_model, encoding=base_model.encoding._replace(max_sequence_length=length))

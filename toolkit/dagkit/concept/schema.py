@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice, product
 from math import prod
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dagkit.concept.fields import (
     MAX_PROMPT_LENGTH,
@@ -116,6 +116,12 @@ class Sampling(Strict):
     guidance_scale: Annotated[float, Field(ge=1, le=100), NO_FLAG] = 7.5
     width: Side = 512
     height: Side = 512
+    max_sequence_length: Annotated[int | None, Field(ge=1, le=512), NO_FLAG] = None
+    """Rows of a text encoder that pads (T5 in SD3 and FLUX); the pipeline's own where not given."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class Prompt(Strict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from dagkit.judges.demo import DemoJudge
@@ -22,9 +22,16 @@ def _data(name: str) -> Path:
     return Path(str(files("dagkit.demo").joinpath("data", name)))
 
 
-def model_path() -> Path:
-    """The base model: a folder for ``StableDiffusionPipeline.from_pretrained`` (float16; 64x64 px, latents 4x16x16)."""
-    return _data("model")
+MODELS: Final = {"demo": "model", "demo-sd3": "sd3"}
+"""Names of the bundled base models, and their folders."""
+
+
+def model_path(name: str = "demo") -> Path:
+    """A bundled base model (float16; 64x64 px, latents 4x16x16), as a folder for ``from_pretrained``.
+
+    ``demo`` is a `StableDiffusionPipeline`, ``demo-sd3`` a `StableDiffusion3Pipeline`.
+    """
+    return _data(MODELS[name])
 
 
 def judge_path() -> Path:
@@ -56,9 +63,10 @@ def claim(folder: Path, *marks: str) -> None:
 
 
 def load_model(name: str = "demo", device: str = "cpu", config: str | None = None) -> BaseModel:
-    """A base model by name: ``demo`` is the bundled one, anything else is for `dagkit.models.load`.
+    """A base model by name: those of `MODELS` are bundled, anything else is for `dagkit.models.load`.
 
-    The bundled one is called ``demo`` in all that is written with it, wherever dagkit is installed.
+    A bundled one is called by its name in all that is written with it, wherever dagkit is installed. ``demo-sd3`` has
+    no T5, and one row of zeros stands in for it: ``max_sequence_length`` is 1.
 
     Args:
         name: of the model.
@@ -70,9 +78,11 @@ def load_model(name: str = "demo", device: str = "cpu", config: str | None = Non
     """
     from dagkit import models
 
-    if name != "demo":
+    if name not in MODELS:
         return models.load(name, device=device, config=config)
-    return replace(models.load(model_path(), device=device, config=config), source=name)
+    loaded = models.load(model_path(name), device=device, config=config)
+    encoding = models.Encoding(max_sequence_length=1) if name == "demo-sd3" else loaded.encoding
+    return replace(loaded, source=name, encoding=encoding)
 
 
 def load_judge(device: str = "cpu") -> DemoJudge:

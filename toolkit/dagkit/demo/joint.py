@@ -98,8 +98,9 @@ class JointDenoiser(nn.Module):
     def condition(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, tokens + `NUM_PADDING`, d) and (B, d): captions as Stable Diffusion 3 encodes them without T5."""
         outputs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        return F.pad(hidden, (0, 0, 0, NUM_PADDING)), torch.cat([output.text_embeds for output in outputs], -1)
+        hidden = F.pad(torch.cat([output.hidden_states[-2] for output in outputs], -1), (0, 0, 0, NUM_PADDING))
+        pooled = torch.cat([output.text_embeds for output in outputs], -1)
+        return hidden, pooled
 
     def forward(self, noisy: Tensor, levels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity (B, 4, 16, 16) and logits (B, 256, classes) of what covers a cell.

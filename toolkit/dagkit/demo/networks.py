@@ -243,8 +243,10 @@ def save_joint_pipeline(
 ) -> None:
     """Writes a folder for `StableDiffusion3Pipeline.from_pretrained`, as `save_pipeline` does."""
     first, second = (deepcopy(encoder).cpu().half() for encoder in text_encoders)
+    vae: Any = deepcopy(autoencoder).cpu().half()
+    vae.register_to_config(shift_factor=0.0)
     StableDiffusion3Pipeline(
-        vae=deepcopy(autoencoder).cpu().half(),
+        vae=vae,
         text_encoder=first,
         tokenizer=tokenizer,
         text_encoder_2=second,

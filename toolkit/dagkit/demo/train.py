@@ -100,16 +100,16 @@ def train_joint(
 
     torch.manual_seed(recipe.sd3.schedule.seed)
     known, tokenizer, _ = networks.load_denoiser(init)
-    *encoders, transformer = networks.build_joint(recipe.sd3, len(tokenizer), known)
+    first, second, transformer = networks.build_joint(recipe.sd3, len(tokenizer), known)
     autoencoder = load_autoencoder(init / "vae")
-    denoiser = JointDenoiser(*encoders, transformer, recipe.sd3.class_layer).train().to(device)
+    denoiser = JointDenoiser(first, second, transformer, recipe.sd3.class_layer).train().to(device)
     bank = load_bank(out / "sd3-training" / BANK_NAME, recipe.sd3, recipe.base, autoencoder, tokenizer)
     training = Training(denoiser, recipe.sd3.schedule, out / "sd3-training", is_resumed)
     for block in transformer.transformer_blocks if is_compiled else ():
         block.forward = torch.compile(block.forward)
     training.run(
         VelocityLoss(denoiser, bank, recipe.sd3, lambda: training.step),
-        export=lambda: networks.save_joint_pipeline(out / "sd3", autoencoder, encoders, tokenizer, transformer),
+        export=lambda: networks.save_joint_pipeline(out / "sd3", autoencoder, (first, second), tokenizer, transformer),
     )
 
 

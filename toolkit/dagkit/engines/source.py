@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +14,7 @@ from dagkit import demo
 from dagkit.errors import ModelError
 
 if TYPE_CHECKING:
-    from dagkit.models import BaseModel
+    from dagkit.models import BaseModel, Encoding
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,21 @@ class ModelSource:
         name: ``demo``, a folder, a single file or a Hub id.
         config: of a single file.
         device: where it is loaded to.
+        encoding: how prompts are encoded.
         looks: JSON of what can be compared at little cost: fingerprint, scheduler, precision and layers.
     """
 
     name: str
     config: str | None
     device: str
+    encoding: Encoding
     looks: str
 
     @classmethod
     def of(cls, base_model: BaseModel) -> Self:
         """The source of a model that is loaded."""
-        return cls(base_model.source, base_model.config, str(base_model.device), json.dumps(_looks(base_model)))
+        looks = json.dumps(_looks(base_model))
+        return cls(base_model.source, base_model.config, str(base_model.device), base_model.encoding, looks)
 
     def load(self) -> BaseModel:
         """The model, loaded once a process.
@@ -58,7 +61,7 @@ def _load(source: ModelSource) -> BaseModel:
             f"{source.name}: a worker loads a model with another {different[0]} than the one that is in use. Use 1 "
             "worker, or save the model as it is (pipe.save_pretrained) and name that folder."
         )
-    return base_model
+    return replace(base_model, encoding=source.encoding)
 
 
 def _looks(base_model: BaseModel) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class BoundGuard:
             GuardError: a text of the safety condition says nothing to this model.
         """
         if how not in self._conditions:
-            phrases = self.guard.safety_phrases
+            is_one = not self.family.stand_side_by_side
+            phrases = (self.guard.safety_prompt,) if is_one else self.guard.safety_phrases
             texts = self.family.encode_prompt(self.pipe, list(phrases), how)
             neutral = self.family.neutral_conditions(self.pipe, how)
             says_nothing = torch.stack([is_close(texts.hidden_states, one.hidden_states) for one in neutral]).any(0)

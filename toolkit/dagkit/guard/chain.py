@@ -79,6 +79,7 @@ class Chain:
         self.denoiser: Any = denoiser
         self.sessions: list[Session] = []
         self.call: Call | None = None
+        self._is_aside = False
         self.offset = 0
         self.common = Common()
         self._step = Step()
@@ -115,8 +116,12 @@ class Chain:
         self.call = None
         self.common.stop()
         self._check_thread(self.sessions[0])
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        self._is_aside = self.sessions[0].bound.layout.is_aside(arguments)
+        if self._is_aside:
+            return args, kwargs
         with self._ends_with_an_error():
-            self._enter(dict(zip(self.names, args, strict=False)) | kwargs)
+            self._enter(arguments)
         # the U-Net pops from this list; the safety forward needs it whole
         fresh = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
         return args, fresh
@@ -135,6 +140,8 @@ class Chain:
         self.common = Common(first.bound.family.before_condition(first.pipe))
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        if self._is_aside:
+            return output
         call, self.call = self.call, None
         self.common.stop()
         if call is None:

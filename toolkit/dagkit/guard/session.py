@@ -15,7 +15,6 @@ from dagkit.errors import GuardError
 from dagkit.guard.chain import Chain
 from dagkit.guard.trace import Trace
 from dagkit.guard.watch import StepWatch
-from dagkit.models import Encoding
 from dagkit.models.calls import Call, Condition, Step
 from dagkit.models.sites import Sites, Tap
 
@@ -159,8 +158,8 @@ class Context:
             asks for nothing in particular; elsewhere (a negative prompt, no guidance) it is made anew.
         """
         step, chain = self._step, self._session.chain
-        conditions = self._session.conditions(self.lora_scale)
         assert step.p is not None
+        conditions = self._session.conditions(step.p.call)
         is_neutral = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         if step.u is not None:
             is_neutral = step.u.says_nothing(step.p, conditions.neutral)[rows.cpu()].to(rows.device)
@@ -219,11 +218,9 @@ class Session:
         """Whether this was the last step of the run."""
         return self.run is not None and self.run.level <= self.run.schedule[-2]
 
-    def conditions(self, lora_scale: float) -> Conditions:
-        """The safety condition and the neutral ones, encoded as the pipeline encodes the prompts of this run."""
-        return self.bound.encoded(
-            Encoding(getattr(self.pipe, "clip_skip", None), None if lora_scale == 1.0 else lora_scale)
-        )
+    def conditions(self, call: Call) -> Conditions:
+        """The safety condition and the neutral ones, encoded as the pipeline encodes the prompts of this call."""
+        return self.bound.encoded(self.bound.family.encoding(self.pipe, call))
 
     def tell_blackened(self, flags: Sequence[bool]) -> None:
         """Writes down what the pipeline's own safety checker made of the images of this run."""

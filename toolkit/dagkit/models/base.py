@@ -14,10 +14,22 @@ from torch import Tensor, nn
 
 from dagkit import plugins
 from dagkit.errors import ModelError
-from dagkit.models.calls import Batched, CallLayout, Condition
+from dagkit.models.calls import Batched, Call, CallLayout, Condition
 from dagkit.models.noise import NoiseSchedule, noise_schedule
 from dagkit.models.sites import Site, Sites, Tap
 from dagkit.models.sketch import sketch
+
+
+class Seen(NamedTuple):
+    """An image as a denoiser gets it.
+
+    Attributes:
+        latents: (1, C, h, w) noised.
+        timestep: () of the scheduler.
+    """
+
+    latents: Tensor
+    timestep: Tensor
 
 
 class Encoding(NamedTuple):
@@ -26,10 +38,12 @@ class Encoding(NamedTuple):
     Attributes:
         clip_skip: last layers of the text encoder that are left out.
         lora_scale: factor of all LoRA layers of the text encoder.
+        max_sequence_length: rows of a text encoder that pads, such as T5.
     """
 
     clip_skip: int | None = None
     lora_scale: float | None = None
+    max_sequence_length: int | None = None
 
 
 PLAIN: Final = Encoding()
@@ -42,9 +56,14 @@ class Family(ABC):
 
     Attributes:
         name: of the family.
+        stand_side_by_side: whether several texts may be one condition, as in cross-attention; where text and image
+            share a softmax, more text would weigh more.
+        text_sees_image: whether what the denoiser makes of a text depends on the image.
     """
 
     name: ClassVar[str]
+    stand_side_by_side: ClassVar[bool] = True
+    text_sees_image: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:
@@ -62,6 +81,10 @@ class Family(ABC):
         """How the pipeline calls its denoiser: ``[unconditional; conditional]`` in one call."""
         return Batched()
 
+    def arguments(self, how: Encoding) -> dict[str, Any]:
+        """Of a pipeline's call, so that it encodes prompts in a way."""
+        return {}
+
     def noise(self, pipe: Any) -> NoiseSchedule:
         """How noisy latents are, by the pipeline's scheduler.
 
@@ -74,10 +97,26 @@ class Family(ABC):
     def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
         """Text-encoder output of each prompt, without classifier-free guidance."""
 
-    def phrase_rows(self, pipe: Any, phrase: str) -> Tensor:
-        """(n, d) text-encoder output of a phrase's own tokens, those that begin and end every text left out."""
+    def encoding(self, pipe: Any, call: Call) -> Encoding:
+        """How the pipeline encoded the prompts of a call that is under way."""
+        scale = call.lora_scale
+        return Encoding(getattr(pipe, "clip_skip", None), None if scale == 1.0 else scale)
+
+    def rows(self, pipe: Any, texts: list[str], how: Encoding = PLAIN, seen: Seen | None = None) -> Tensor:
+        """(B, L, d) what the sites compare their features with, one row a token of each text; the first is its start.
+
+        Args:
+            pipe: the pipeline.
+            texts: B.
+            how: they are encoded.
+            seen: an image that the texts are looked up in; families whose text does not depend on it take no notice.
+        """
+        return self.encode_prompt(pipe, texts, how).hidden_states
+
+    def phrase_rows(self, pipe: Any, phrase: str, how: Encoding = PLAIN, seen: Seen | None = None) -> Tensor:
+        """(n, d) rows of a phrase's own tokens, those that begin and end every text left out; see ``rows``."""
         ids = pipe.tokenizer(phrase, truncation=True).input_ids
-        return self.encode_prompt(pipe, [phrase]).hidden_states[0, 1 : max(len(ids) - 1, 2)]
+        return self.rows(pipe, [phrase], how, seen)[0, 1 : max(len(ids) - 1, 2)]
 
     def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
         """Conditions of one row each that ask for nothing in particular; the model's own unconditional one first."""
@@ -192,6 +231,7 @@ class BaseModel:
         source: folder or Hub id that it was loaded from.
         fingerprint: ``sha256:...`` over the safetensors files of denoiser and text encoders.
         config: where a single file's configuration is from, as it was named; None otherwise.
+        encoding: how prompts are encoded, here and where pictures are drawn.
     """
 
     pipe: Any
@@ -199,6 +239,7 @@ class BaseModel:
     source: str
     fingerprint: str
     config: str | None = None
+    encoding: Encoding = PLAIN
 
     @property
     def sites(self) -> Sites:
@@ -219,12 +260,17 @@ class BaseModel:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Text-encoder output of each prompt."""
-        return self.family.encode_prompt(self.pipe, list(prompts))
+        return self.family.encode_prompt(self.pipe, list(prompts), self.encoding)
 
     @torch.no_grad()
-    def phrase_rows(self, phrase: str) -> Tensor:
-        """(n, d) text-encoder output of a phrase's own tokens."""
-        return self.family.phrase_rows(self.pipe, phrase)
+    def rows(self, texts: Sequence[str], seen: Seen | None = None) -> Tensor:
+        """(B, L, d) what the sites compare their features with, one row a token of each text."""
+        return self.family.rows(self.pipe, list(texts), self.encoding, seen)
+
+    @torch.no_grad()
+    def phrase_rows(self, phrase: str, seen: Seen | None = None) -> Tensor:
+        """(n, d) rows of a phrase's own tokens."""
+        return self.family.phrase_rows(self.pipe, phrase, self.encoding, seen)
 
     @torch.no_grad()
     def latents(self, images: Sequence[Image.Image]) -> Tensor:

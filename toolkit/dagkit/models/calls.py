@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dagkit.errors import GuardError
 
+_LORA_ARGUMENTS: Final = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 ROUNDING: Final = 0.02
 """Share of a text row's length by which batches and half precision may move it."""
 
@@ -98,8 +99,8 @@ class Call:
 
     @property
     def lora_scale(self) -> float:
-        """Factor of all LoRA layers during this call alone: ``cross_attention_kwargs={"scale": ...}``."""
-        given = self.arguments.get("cross_attention_kwargs") or self.arguments.get("attention_kwargs") or {}
+        """Factor of all LoRA layers during this call alone: ``cross_attention_kwargs={"scale": ...}`` and its kin."""
+        given: dict[str, Any] = next((self.arguments[name] for name in _LORA_ARGUMENTS if self.arguments.get(name)), {})
         return float(given.get("scale", 1.0))
 
     @property
@@ -284,6 +285,14 @@ class CallLayout(ABC):
             )
         step.num_calls += 1
         return call
+
+    def is_aside(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call is none of a step's own: the pipeline makes it beside them, and it needs no guard.
+
+        Args:
+            arguments: of the call by name.
+        """
+        return False
 
     @abstractmethod
     def _enter(self, kind: str, step: Step, call: Call) -> None:

@@ -97,7 +97,7 @@ def initial_parameters(
         sites: where to look.
         generator: of the noise that tells several guideline rows apart.
     """
-    rows = base.encode([example.prompt for example in examples]).hidden_states.float()
+    rows = base.rows([example.prompt for example in examples]).float()
     spread = float(rows[:, 1:].std())
     shape = (recipe.num_tokens, rows.shape[-1])
     noise = torch.randn(shape, generator=generator).to(rows)

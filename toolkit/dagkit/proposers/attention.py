@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dagkit.concept import Label, OneOrMoreTexts, PluginOptions, Share
+from dagkit.models.base import Seen
 from dagkit.proposers import Proposal, Proposer, require_base_model, suppress_overlaps
 from dagkit.proposers.regions import find_regions
 
@@ -119,11 +120,14 @@ class AttentionProposer(Proposer):
         latents = model.latents([fit_to_model(image, model)]).expand(len(LEVELS), -1, -1, -1)
         condition = model.encode([prompt])[[0] * len(LEVELS)]
         sites = model.sites
-        features = model.features(latents, torch.tensor(LEVELS, dtype=torch.float64), condition, seed=seed, sites=sites)
+        levels = torch.tensor(LEVELS, dtype=torch.float64)
+        features = model.features(latents, levels, condition, seed=seed, sites=sites)
+        noised, timesteps = model.noised(latents, levels, seed)
+        seen = Seen(noised[len(LEVELS) // 2][None], timesteps[len(LEVELS) // 2])
 
         listed = {label: _named(words, prompt) for label, words in self._words.items()}
         words = [word for ones in listed.values() for word in ones]
-        sequence = self.word_sequence(words, prompt)
+        sequence = self.word_sequence(words, prompt, seen)
         size = (latents.shape[-2], latents.shape[-1])
         shares = word_shares(sites, features, sequence, len(words))
         grids = [
@@ -138,19 +142,18 @@ class AttentionProposer(Proposer):
             for label in self._words
         }
 
-    def word_sequence(self, words: Sequence[str], prompt: str) -> Tensor:
+    def word_sequence(self, words: Sequence[str], prompt: str, seen: Seen | None = None) -> Tensor:
         """(1 + W + C, d) rows: start of text, the W words, and C other words of the prompt that compete with them."""
         taken = {part for word in words for part in _content_words(word)}
         others = [word for word in _content_words(prompt) if word not in taken][:MAX_COMPETITORS]
-        start, rows = (
-            self._base_model.encode([""]).hidden_states[0, 0],
-            [self._encode(word) for word in (*words, *others)],
-        )
+        seen = seen if self._base_model.family.text_sees_image else None
+        encode = self._encode if seen is None else partial(self._encode_word, seen=seen)
+        start, rows = self._base_model.rows([""], seen)[0, 0], [encode(word) for word in (*words, *others)]
         return torch.stack([start, *rows])
 
-    def _encode_word(self, word: str) -> Tensor:
+    def _encode_word(self, word: str, seen: Seen | None = None) -> Tensor:
         """(d,) row of a word or phrase: its last token, which in a causal text encoder has seen all before it."""
-        return self._base_model.phrase_rows(f"a {word}")[-1]
+        return self._base_model.phrase_rows(f"a {word}", seen)[-1]
 
 
 def fit_to_model(image: Image.Image, base_model: BaseModel) -> Image.Image:
