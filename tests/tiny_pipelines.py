@@ -173,7 +173,7 @@ def token(
     family = models.match(pipe)
     generator = torch.Generator().manual_seed(seed)
     sites = family.sites(pipe)
-    sequence = family.encode_prompt(pipe, ["a weapon"]).hidden_states[0].float()
+    sequence = family.rows(pipe, ["a weapon"])[0].float()
     model = {"id": "tiny", "architecture": family.name, "fingerprint": "sha256:0"}
     record = TokenRecord(
         concept="weapon",

@@ -148,11 +148,12 @@ class VelocityLoss:
             velocity, seen = self._denoiser((1 - level) * clean + level * noise, levels, ids.long())
         weights = 1 + (recipe.object_weight - 1) * covered.float()[:, None] * (1 - level)
         weights = weights / weights.mean((2, 3), keepdim=True)
-        error = (weights * (velocity.float() - (noise - clean)) ** 2).mean()
+        error: Tensor = (weights * (velocity.float() - (noise - clean)) ** 2).mean()
         share = class_weight(self._step(), recipe.schedule, recipe.class_share) * recipe.class_weight
         if share == 0:
             return error
-        return error + share * F.cross_entropy(seen.float().flatten(0, 1), classes.long().flatten())
+        told: Tensor = F.cross_entropy(seen.float().flatten(0, 1), classes.long().flatten())
+        return error + share * told
 
 
 def class_weight(step: int, schedule: Schedule, share: float) -> float:

@@ -108,9 +108,9 @@ class JointAttention(Site):
 
     @property
     def projection(self) -> nn.Module:
-        """The whole layer: all of it decides what comes out."""
-        layer: nn.Module = self.layer
-        return layer
+        """``to_v``, of whose output space features are, without a LoRA that is loaded on it."""
+        projection: nn.Module = getattr(self.layer.to_v, "base_layer", self.layer.to_v)
+        return projection
 
     @property
     def processor(self) -> str:
