@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def reference_sd3(
     pipe.scheduler.set_timesteps(STEPS)
     sigmas, state = pipe.scheduler.sigmas.tolist(), {}
     with plain_attention(pipe.transformer) as kept:
-        for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, then in pairwise(sigmas):
             step = torch.full((len(prompts),), 1000 * now)
 
             def predict(condition: models.Condition, step: Tensor = step) -> Tensor:

@@ -96,7 +96,7 @@ class Toy(models.Family):
     def encode_prompt(self, pipe: Any, prompts: list[str], how: Any = PLAIN) -> Condition:
         return Condition(pipe.encode(prompts))
 
-    def phrase_rows(self, pipe: Any, phrase: str) -> Tensor:
+    def phrase_rows(self, pipe: Any, phrase: str, how: Any = PLAIN, seen: Any = None) -> Tensor:
         return pipe.encode([phrase])[0, 1 : 1 + len(phrase.split())]
 
     def latents(self, pipe: Any, images: Any) -> Tensor:
