@@ -89,11 +89,7 @@ class JointDenoiser(nn.Module):
         super().__init__()
         self.text_encoder, self.text_encoder_2, self.transformer = text_encoder, text_encoder_2, transformer
         self.head = nn.Linear(transformer.inner_dim, len(world.CLASSES) + 1)
-        self._stream: list[Tensor] = []
-        transformer.transformer_blocks[class_layer].register_forward_hook(self._keep)
-
-    def _keep(self, _module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
-        self._stream = [output[1]]
+        self._class_layer = class_layer
 
     def condition(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, tokens + `NUM_PADDING`, d) and (B, d): captions as Stable Diffusion 3 encodes them without T5."""
@@ -111,6 +107,9 @@ class JointDenoiser(nn.Module):
             ids: (B, tokens) of the captions.
         """
         hidden, pooled = self.condition(ids)
+        streams: list[Tensor] = []
+        block = self.transformer.transformer_blocks[self._class_layer]
+        handle = block.register_forward_hook(lambda _module, _args, output: streams.append(output[1]))
         velocity: Tensor = self.transformer(
             hidden_states=noisy,
             timestep=1000 * levels,
@@ -118,7 +117,8 @@ class JointDenoiser(nn.Module):
             pooled_projections=pooled,
             return_dict=False,
         )[0]
-        return velocity, self.head(self._stream[0])
+        handle.remove()
+        return velocity, self.head(streams[0])
 
 
 class VelocityLoss:
