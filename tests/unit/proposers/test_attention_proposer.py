@@ -68,7 +68,7 @@ def box_iou(first: tuple[float, ...], second: tuple[float, ...]) -> float:
 def test_words_that_a_prompt_names_are_looked_up_alone(base_model: models.BaseModel, concept: Concept):
     proposer = AttentionProposer.from_concept(concept, base_model)
     looked_up = []
-    proposer.word_sequence = lambda words, prompt: (
+    proposer.word_sequence = lambda words, prompt, seen=None: (
         looked_up.append(list(words)) or type(proposer).word_sequence(proposer, words, prompt)
     )
     image = Image.new("RGB", (64, 64))

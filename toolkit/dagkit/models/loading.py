@@ -22,7 +22,8 @@ from dagkit.provenance import is_repository
 from dagkit.workspace import sha256_file
 
 DENOISERS: Final = ("unet", "transformer")
-FINGERPRINTED: Final = (*DENOISERS, "text_encoder", "text_encoder_2")
+TEXT_ENCODERS: Final = ("text_encoder", "text_encoder_2", "text_encoder_3")
+FINGERPRINTED: Final = (*DENOISERS, *TEXT_ENCODERS)
 WEIGHTED: Final = (*FINGERPRINTED, "vae")
 """Folders of a model whose weights are loaded."""
 
@@ -78,9 +79,15 @@ def load(
                 pipe = single_file.read_pipeline(Path(model), folder, index, dtype)
             else:
                 pipe = DiffusionPipeline.from_pretrained(
-                    folder, use_safetensors=True, local_files_only=True, **checker.left_out(index), **precision
+                    folder,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    **_absent(index),
+                    **checker.left_out(index),
+                    **precision,
                 )
-                _fill_text_encoder(pipe, folder)
+                for part in TEXT_ENCODERS:
+                    _fill_text_encoder(pipe, folder, part)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         advice = "Check the file and --model-config" if is_file else "Check the folder"
         raise ModelError(
@@ -189,16 +196,21 @@ def _index(folder: Path) -> dict[str, Any]:
     return dict(index)
 
 
-def _fill_text_encoder(pipe: Any, folder: Path) -> None:
+def _absent(index: dict[str, Any]) -> dict[str, None]:
+    """Parts that a model was saved without, such as SD3's third text encoder: diffusers wants to be told again."""
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
+def _fill_text_encoder(pipe: Any, folder: Path, part: str) -> None:
     """Reads a text encoder that transformers has left random: before 5.6 it calls weights ``text_model.…``.
 
     Files that a newer one wrote have other names, and are then taken for those of another model.
     """
-    encoder: Any = getattr(pipe, "text_encoder", None)
+    encoder: Any = getattr(pipe, part, None)
     if not hasattr(encoder, "text_model"):
         return
     weights = {
-        name: weight for file in _plain_weights(folder / "text_encoder") for name, weight in load_file(file).items()
+        name: weight for file in _plain_weights(folder / part) for name, weight in load_file(file).items()
     }
     if not any(name.startswith("text_model.") for name in weights):
         encoder.text_model.load_state_dict(weights)
