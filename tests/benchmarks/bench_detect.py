@@ -59,7 +59,7 @@ def token_cam(
 
 def word_cam(base: BaseModel, features: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     """The un-optimised word: the last row of the initial phrase against start-of-text, mean over heads and layers."""
-    hidden = base.encode([bench.SAFETY_PROMPT]).hidden_states[0]
+    hidden = base.rows([bench.SAFETY_PROMPT])[0]
     return Detector(base.sites, hidden[:3][[0, 2]], 1)(features, size)
 
 

@@ -175,10 +175,15 @@ def measure(kind: str, plain: bench.Judged, guarded: bench.Judged) -> dict[str, 
     plain = plain[: len(guarded)]
     figures = bench.compare(bench.prompts(kind, len(guarded), KINDS[kind]), plain, guarded)
     if kind != "safe":
-        difference = np.abs(plain.images.astype(np.float32) - guarded.images.astype(np.float32)).mean(-1) / 255
-        parts = zip(difference, outside_masks(plain), plain.has_weapon, strict=True)
-        figures["outside"] = float(np.mean([change[outside].mean() for change, outside, has in parts if has]))
+        figures["outside"] = measure_outside(plain, guarded)
     return figures
+
+
+def measure_outside(plain: bench.Judged, guarded: bench.Judged) -> float:
+    """Mean absolute change in [0, 1] outside of the weapons of the unguarded images."""
+    difference = np.abs(plain.images.astype(np.float32) - guarded.images.astype(np.float32)).mean(-1) / 255
+    parts = zip(difference, outside_masks(plain), plain.has_weapon, strict=True)
+    return float(np.mean([change[outside].mean() for change, outside, has in parts if has]))
 
 
 def main(

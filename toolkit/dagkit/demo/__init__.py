@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from dagkit.judges.demo import DemoJudge
-    from dagkit.models import BaseModel
+    from dagkit.models import BaseModel, Encoding
 
 __all__ = ["claim", "judge_path", "load_judge", "load_model", "model_path", "sam_checkpoint", "unknown_words"]
 
@@ -81,8 +81,14 @@ def load_model(name: str = "demo", device: str = "cpu", config: str | None = Non
     if name not in MODELS:
         return models.load(name, device=device, config=config)
     loaded = models.load(model_path(name), device=device, config=config)
-    encoding = models.Encoding(max_sequence_length=1) if name == "demo-sd3" else loaded.encoding
-    return replace(loaded, source=name, encoding=encoding)
+    return replace(loaded, source=name, encoding=encoding_of(name))
+
+
+def encoding_of(name: str) -> Encoding:
+    """How a bundled base model encodes prompts."""
+    from dagkit.models import Encoding
+
+    return Encoding(max_sequence_length=1) if name == "demo-sd3" else Encoding()
 
 
 def load_judge(device: str = "cpu") -> DemoJudge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dagkit.demo import judge_path, model_path, sam_checkpoint, world
+from dagkit.demo import MODELS, encoding_of, judge_path, load_model, sam_checkpoint, world
 from dagkit.metrics import Estimate, bootstrap_mean, iou, proportion
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dagkit.judges.demo import DemoJudge
+    from dagkit.models import BaseModel
 
 NUM_INFERENCE_STEPS: Final = 25
 GUIDANCE_SCALE: Final = 5.0
@@ -51,25 +52,31 @@ def hinted_prompts(count: int) -> list[Prompt]:
     return [(tuple(world.HARMLESS[k] for k in c), world.BACKGROUNDS[i % 6]) for i, c in enumerate(choose)]
 
 
-def generate(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image.Image]:
-    """One image a prompt, each with its own seed, so that batching does not matter."""
+def generate(pipeline: Any, prompts: Sequence[str], seed: int, **options: Any) -> list[Image.Image]:
+    """One image a prompt, each with its own seed, so that batching does not matter; ``options`` are the pipeline's."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), _BATCH):
         batch = list(prompts[start : start + _BATCH])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         images += pipeline(
-            batch, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE, generator=generators
+            batch,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=generators,
+            height=world.SIZE_PX,
+            width=world.SIZE_PX,
+            **options,
         ).images
     return images
 
 
 def measure_base(
-    folder: Path, judge: DemoJudge, num_named: int = 200, num_hinted: int = 48, sheet: Path | None = None
+    model: BaseModel, judge: DemoJudge, num_named: int = 200, num_hinted: int = 48, sheet: Path | None = None
 ) -> dict[str, Any]:
     """What the base model draws of what it is asked, by the judge.
 
     Args:
-        folder: a `StableDiffusionPipeline`.
+        model: what draws.
         judge: decides what is there, and how often.
         num_named: prompts that name their objects.
         num_hinted: prompts that only hint at a weapon.
@@ -79,13 +86,10 @@ def measure_base(
         Recall of prompted objects, by their number and kind; surplus copies and unprompted objects per image;
         backgrounds; hinted prompts with a weapon; seconds of CPU per image.
     """
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, options = model.pipe, model.family.arguments(model.encoding)
     named, hinted = named_prompts(num_named), hinted_prompts(num_hinted)
     started = time.process_time()
-    images = generate(pipeline, [world.caption(*prompt) for prompt in named], 700)
+    images = generate(pipeline, [world.caption(*prompt) for prompt in named], 700, **options)
     cpu_s = (time.process_time() - started) / max(len(images), 1)
     if sheet is not None:
         contact_sheet(images[:48], sheet)
@@ -102,7 +106,7 @@ def measure_base(
     surplus = np.where(asked, np.maximum(counts - 1, 0), 0).sum(1)
     expected = np.array([world.BACKGROUNDS.index(background) for _, background in named])
     texts = [world.caption((*names, world.WEAPONS[0]), background, mode="hinted") for names, background in hinted]
-    hinted_images = generate(pipeline, texts, 5700)
+    hinted_images = generate(pipeline, texts, 5700, **options)
     hinted_present = (judge.predict(hinted_images)[0] >= 0.5)[:, len(world.HARMLESS) :].any(1)
     return {
         "recall": asdict(recall(np.ones(len(rows), np.bool_))),
@@ -193,7 +197,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(help=__doc__)
-@click.option("--model", type=_FOLDER, help="Base model instead of the bundled one.")
+@click.option(
+    "--base", default="demo", show_default=True, type=click.Choice(list(MODELS)), help="Which of the base models."
+)
+@click.option("--model", type=_FOLDER, help="A folder instead of the bundled base model, of the same architecture.")
 @click.option("--judge", "judge_file", type=_FILE, help="Weights of the judge instead of the bundled ones.")
 @click.option("--sam", "sam_file", type=_FILE, help="Weights of the small SAM instead of the bundled ones.")
 @click.option("--only", type=click.Choice(["base", "judge", "sam"]), multiple=True, help="Measure these alone.")
@@ -202,6 +209,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--num-scenes", type=click.IntRange(min=1), default=300, show_default=True, help="For judge and SAM.")
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet there.")
 def main(
+    base: str,
     model: Path | None,
     judge_file: Path | None,
     sam_file: Path | None,
@@ -212,6 +220,7 @@ def main(
     sheet: Path | None,
 ) -> None:
     """Command line of the measurement."""
+    from dagkit import models
     from dagkit.judges.demo import DemoJudge
 
     if sheet is not None and sheet.exists():
@@ -220,7 +229,8 @@ def main(
     judge = DemoJudge.from_checkpoint(judge_file or judge_path())
     result: dict[str, Any] = {}
     if "base" in wanted:
-        result["base"] = measure_base(model or model_path(), judge, num_prompts, num_hinted, sheet)
+        chosen = load_model(base) if model is None else replace(models.load(model), encoding=encoding_of(base))
+        result["base"] = measure_base(chosen, judge, num_prompts, num_hinted, sheet)
     if "judge" in wanted:
         result["judge"] = measure_judge(judge, num_scenes)
     if "sam" in wanted:

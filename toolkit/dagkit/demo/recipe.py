@@ -135,7 +135,7 @@ class JointRecipe:
     class_weight: float = 0.2
     class_layer: int = 2
     class_share: float = 0.5
-    schedule: Schedule = Schedule(7_000, 32, 1e-3, 200, 0.4, ema_decay=0.999, seed=8)
+    schedule: Schedule = Schedule(6_000, 32, 1e-3, 200, 0.4, ema_decay=0.999, seed=8)
 
 
 @dataclass(frozen=True, slots=True)
