@@ -98,27 +98,30 @@ class JointDenoiser(nn.Module):
         pooled = torch.cat([output.text_embeds for output in outputs], -1)
         return hidden, pooled
 
-    def forward(self, noisy: Tensor, levels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity (B, 4, 16, 16) and logits (B, 256, classes) of what covers a cell.
+    def forward(self, noisy: Tensor, levels: Tensor, ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity (B, K, 4) and logits (B, K, classes) of what covers a cell, at some cells that alone are looked at.
 
         Args:
             noisy: (B, 4, 16, 16).
             levels: (B,) noise levels in [0, 1].
             ids: (B, tokens) of the captions.
+            kept: (B, K) int64 in [0, 256).
         """
-        hidden, pooled = self.condition(ids)
-        streams: list[Tensor] = []
-        block = self.transformer.transformer_blocks[self._class_layer]
-        handle = block.register_forward_hook(lambda _module, _args, output: streams.append(output[1]))
-        velocity: Tensor = self.transformer(
-            hidden_states=noisy,
-            timestep=1000 * levels,
-            encoder_hidden_states=hidden,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
-        handle.remove()
-        return velocity, self.head(streams[0])
+        text, pooled = self.condition(ids)
+        model = self.transformer
+        image, text = at(model.pos_embed(noisy), kept), model.context_embedder(text)
+        time = model.time_text_embed(1000 * levels, pooled)
+        for number, block in enumerate(model.transformer_blocks):
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time)
+            if number == self._class_layer:
+                seen = self.head(image)
+        velocity: Tensor = model.proj_out(model.norm_out(image, time))
+        return velocity, seen
+
+
+def at(cells: Tensor, kept: Tensor) -> Tensor:
+    """(B, N, d) at (B, K) positions: (B, K, d)."""
+    return cells.gather(1, kept[..., None].expand(-1, -1, cells.shape[-1]))
 
 
 class VelocityLoss:
@@ -144,16 +147,25 @@ class VelocityLoss:
         levels = torch.from_numpy(logits).to(self._device).sigmoid()
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(self._device)
         clean, level = latents.float(), levels.view(-1, 1, 1, 1)
+        kept = self._draw_kept(rng, size).to(self._device)
         with torch.autocast(self._device.type, torch.bfloat16):
-            velocity, seen = self._denoiser((1 - level) * clean + level * noise, levels, ids.long())
-        weights = 1 + (recipe.object_weight - 1) * covered.float()[:, None] * (1 - level)
-        weights = weights / weights.mean((2, 3), keepdim=True)
-        error: Tensor = (weights * (velocity.float() - (noise - clean)) ** 2).mean()
+            velocity, seen = self._denoiser((1 - level) * clean + level * noise, levels, ids.long(), kept)
+        weights = at(1 + (recipe.object_weight - 1) * covered.float().flatten(1)[..., None] * (1 - level[:, 0]), kept)
+        weights = weights / weights.mean(1, keepdim=True)
+        target = at((noise - clean).flatten(2).transpose(1, 2), kept)
+        error: Tensor = (weights * (velocity.float() - target) ** 2).mean()
         share = class_weight(self._step(), recipe.schedule, recipe.class_share) * recipe.class_weight
         if share == 0:
             return error
-        told: Tensor = F.cross_entropy(seen.float().flatten(0, 1), classes.long().flatten())
+        told: Tensor = F.cross_entropy(seen.float().flatten(0, 1), classes.long().flatten(1).gather(1, kept).flatten())
         return error + share * told
+
+    def _draw_kept(self, rng: np.random.Generator, size: int) -> Tensor:
+        """(B, K) cells that are looked at, in the order of the grid: some at first, then all."""
+        recipe, num_cells = self._recipe, (world.SIZE_PX // _CELL_PX) ** 2
+        is_early = self._step() < recipe.kept_until * recipe.schedule.num_steps
+        count = round(recipe.kept_share * num_cells) if is_early else num_cells
+        return torch.from_numpy(np.sort(rng.random((size, num_cells)).argsort(1)[:, :count], 1))
 
 
 def class_weight(step: int, schedule: Schedule, share: float) -> float:
