@@ -77,7 +77,7 @@ def test_the_class_loss_fades():
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_the_loss_is_the_weighted_error_of_the_velocity(bank, step):
-    """Early steps look at half of the cells; what they are told of is what the whole forward of the pipeline is told."""
+    """Early steps look at half of the cells, later ones at all, as the pipeline does."""
     recipe = replace(TINY, class_weight=0.0, kept_share=0.5 if step == 0 else 1.0)
     network = denoiser()
     loss = VelocityLoss(network, bank, recipe, lambda: step)(np.random.default_rng(3)).detach()
