@@ -5,14 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+from PIL import Image
 from torch import Tensor
 
 import tiny_joint
 import tiny_pipelines
 from dagkit import models
+from dagkit.concept import load_concept
+from dagkit.engines.source import ModelSource
 from dagkit.errors import GuardError
+from dagkit.models.base import Seen
+from dagkit.optimization import Example, Recipe, optimize
+from dagkit.proposers.attention import AttentionProposer
 from dagkit.token import GuidelineToken, Thresholds
 
 PROMPTS = ["a cat and a bomb on grass", "a dog on sand"]
@@ -195,3 +203,96 @@ def test_a_safety_prompt_that_lists_things_is_one_text(pipe: Any) -> None:
     )
     bound = replace(token, record=record).guard().bind(pipe)
     assert bound.encoded(models.Encoding(max_sequence_length=LENGTH)).safety.hidden_states.shape[1] == 16 + LENGTH
+
+
+def example(seed: int, *, is_unsafe: bool) -> Example:
+    """A square on a dull ground: red ones are the concept."""
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(90, 140, (32, 32, 3)).astype(np.uint8)
+    mask = np.zeros((32, 32), bool)
+    top, left = rng.integers(0, 5, 2) * 4
+    mask[top : top + 16, left : left + 16] = True
+    picture[mask] = (250, 10, 10) if is_unsafe else (10, 10, 250)
+    return Example(Image.fromarray(picture), mask & is_unsafe, PROMPTS[not is_unsafe], is_unsafe)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[models.BaseModel, GuidelineToken]:
+    pipe = tiny_joint.sd3()
+    how = models.Encoding(max_sequence_length=LENGTH)
+    base = models.BaseModel(pipe, models.match(pipe), "tiny", "sha256:0", encoding=how)
+    recipe = Recipe(initial_phrase="a bomb", num_tokens=2, num_background=6, num_steps=80, num_draws=4)
+    result = optimize(base, [example(seed, is_unsafe=seed % 2 == 0) for seed in range(24)], recipe=recipe, seed=0)
+    made = result.token(base, concept="red", version="1.0.0", safety_prompt="a bomb")
+    return base, GuidelineToken.load(made.save(tmp_path_factory.mktemp("token") / "1.0.0"))
+
+
+def test_a_token_of_rows_for_each_site_is_learned(learned: tuple[models.BaseModel, GuidelineToken]) -> None:
+    base, token = learned
+    assert token.record.layers == ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
+    assert token.guideline.shape == (2, 2 * 16)
+    first, *_, last = (report["loss"] for report in token.record.optimization["history"])
+    assert last < 0.98 * first  # of random weights little can be told
+    with token.guard().attach(base.pipe) as trace:
+        draw(base.pipe, num_inference_steps=14)
+    assert len({record.step for record in trace.steps}) == 14
+
+
+def test_words_are_looked_up_in_the_image(learned: tuple[models.BaseModel, GuidelineToken]) -> None:
+    base, _ = learned
+    one, other = (noised(base, example(seed, is_unsafe=True)) for seed in (1, 2))
+    rows = base.rows(["a bomb"], one)
+    assert torch.equal(rows, base.rows(["a bomb"], one))
+    assert not torch.allclose(rows, base.rows(["a bomb"], other), atol=1e-3)
+    concept = load_concept("weapon")
+    proposer = AttentionProposer.from_concept(concept, base)
+    heat = proposer.heat_maps(example(1, is_unsafe=True).image, "a bomb on sand", 0)
+    assert heat["weapon"].shape == (32, 32)
+    assert 0 <= float(heat["weapon"].min()) < float(heat["weapon"].max()) <= 1
+
+
+def noised(base: models.BaseModel, one: Example) -> Seen:
+    latents, timesteps = base.noised(base.latents([one.image]), torch.tensor([0.2], dtype=torch.float64), 0)
+    return Seen(latents, timesteps[0])
+
+
+def test_a_saved_model_is_loaded_with_the_parts_that_it_has(pipe: Any, tmp_path: Any) -> None:
+    pipe.save_pretrained(tmp_path / "sd3")
+    base = models.load(tmp_path / "sd3")
+    assert base.family.name == "sd3"
+    assert base.pipe.text_encoder_3 is None
+    assert base.family.fingerprints(base.pipe) == models.match(pipe).fingerprints(pipe)
+    assert torch.equal(draw(base.pipe), draw(pipe))
+
+
+def test_workers_encode_as_their_driver_does(pipe: Any, tmp_path: Any) -> None:
+    pipe.save_pretrained(tmp_path / "sd3")
+    base = replace(models.load(tmp_path / "sd3"), encoding=models.Encoding(max_sequence_length=5))
+    assert ModelSource.of(base).load().encode(["a cat"]).hidden_states.shape[1] == 16 + 5
+
+
+@pytest.mark.parametrize("cls", [StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline])
+def test_pictures_to_start_from(pipe: Any, cls: Any) -> None:
+    parts = dict(pipe.components)
+    if cls is StableDiffusion3InpaintPipeline:  # knows 16 channels, and 33
+        parts |= {
+            "vae": tiny_joint.vae(16),
+            "transformer": tiny_joint.sd3_transformer(in_channels=16, out_channels=16),
+        }
+    other = tiny_pipelines.finish(cls(**parts))
+    picture = example(3, is_unsafe=True).image
+    settings: dict[str, Any] = {"image": [picture] * 2, "strength": 0.8}
+    if cls is StableDiffusion3InpaintPipeline:
+        settings["mask_image"] = [Image.new("L", (32, 32), 255)] * 2
+    token = firing(other)
+
+    def drawn() -> Tensor:
+        return draw(other, **settings)
+
+    plain = drawn()
+    with token.guard(strength=0).attach(other):
+        assert torch.equal(drawn(), plain)
+    with token.guard().attach(other) as trace:
+        guarded = drawn()
+    assert max(trace.summary(sample)["change"] for sample in range(2)) > 0
+    assert not torch.equal(guarded, plain)
