@@ -288,6 +288,16 @@ def test_too_few_steps_are_refused_when_the_run_begins(pipe: Any, num_steps: int
             draw(pipe, num_inference_steps=num_steps)
 
 
+@pytest.mark.parametrize(("num_steps", "scale", "is_weak"), [(8, 12.0, True), (8, 7.5, False), (20, 12.0, False)])
+def test_few_steps_of_strong_guidance_are_warned_of(pipe: Any, num_steps: int, scale: float, is_weak: bool) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run_guarded(coarse(pipe), pipe, num_inference_steps=num_steps, guidance_scale=scale)
+    found = [str(one.message) for one in told if "guards less well" in str(one.message)]
+    assert len(found) == is_weak
+    assert all("guidance scale (12)" in text and "num_inference_steps" in text for text in found)
+
+
 @pytest.mark.parametrize(
     ("timesteps", "message"),
     [

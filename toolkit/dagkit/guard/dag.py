@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal
@@ -253,6 +254,15 @@ class Guard(PipelineGuard):
                 f"{scheduler} takes a step of {length:.3g} of the noise, at noise level {first:.3g}; {name} keeps up "
                 f"with at most {own.max_step:g}: in longer ones a concept is drawn before it is seen. Take more "
                 "num_inference_steps, or timesteps that lie closer."
+            )
+        if length * context.guidance_scale > guidance.MOST_REACH:
+            warnings.warn(
+                f"{name} guards less well in few steps of strong guidance: the longest step ({length:.3g} of the noise) "
+                f"times the guidance scale ({context.guidance_scale:g}) is {length * context.guidance_scale:.2g}; up to "
+                f"{guidance.MOST_REACH:g} is what it was measured with. Take more num_inference_steps or a lower "
+                "guidance_scale.",
+                RuntimeWarning,
+                stacklevel=2,
             )
         if any(is_sure) and steps[0] < own.min_start - guidance.ROUNDING:
             found = ", ".join(str(sample) for sample, is_found in enumerate(is_sure) if is_found)
