@@ -30,8 +30,8 @@ LATE: Final = 0.65
 LATEST: Final = 0.5
 """A concept first found between these noise levels is pushed up to twice as hard, as few steps are left for it."""
 MOST_REACH: Final = 1.2
-"""Longest step times guidance scale up to which a guard does as well as at the settings that it was made for: a step
-moves the latents by about as much, and beyond it more of the concept is drawn in a step than the next ones take away."""
+"""Longest step times guidance scale up to which a guard does as well as with the settings that it was made for. A step
+moves latents by about as much; beyond it more of the concept is drawn in one than the next ones take away."""
 REUSE_LEVELS: Final = 0.04
 """For so much of the noise, times ``reuse_steps``, a safety prediction is kept; in few steps it is made anew."""
 ROUNDING: Final = 1e-9

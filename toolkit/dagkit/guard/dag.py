@@ -255,12 +255,12 @@ class Guard(PipelineGuard):
                 f"with at most {own.max_step:g}: in longer ones a concept is drawn before it is seen. Take more "
                 "num_inference_steps, or timesteps that lie closer."
             )
-        if length * context.guidance_scale > guidance.MOST_REACH:
+        reach = length * context.guidance_scale
+        if reach > guidance.MOST_REACH:
             warnings.warn(
-                f"{name} guards less well in few steps of strong guidance: the longest step ({length:.3g} of the noise) "
-                f"times the guidance scale ({context.guidance_scale:g}) is {length * context.guidance_scale:.2g}; up to "
-                f"{guidance.MOST_REACH:g} is what it was measured with. Take more num_inference_steps or a lower "
-                "guidance_scale.",
+                f"{name} guards less well in few steps of strong guidance: the longest step ({length:.3g} of the "
+                f"noise) times the guidance scale ({context.guidance_scale:g}) is {reach:.2g}; it was measured up to "
+                f"{guidance.MOST_REACH:g}. Take more num_inference_steps or a lower guidance_scale.",
                 RuntimeWarning,
                 stacklevel=2,
             )
