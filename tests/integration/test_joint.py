@@ -296,3 +296,32 @@ def test_pictures_to_start_from(pipe: Any, cls: Any) -> None:
         guarded = drawn()
     assert max(trace.summary(sample)["change"] for sample in range(2)) > 0
     assert not torch.equal(guarded, plain)
+
+
+def test_model_offload(pipe: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    token, other = firing(pipe), tiny_joint.sd3()
+    with token.guard().attach(pipe):
+        expected = draw(pipe)
+    for part in (other.text_encoder, other.text_encoder_2, other.transformer):
+        accelerate.cpu_offload_with_hook(part, torch.device("cpu"))
+    with token.guard().attach(other):
+        assert torch.equal(draw(other), expected)
+    with token.guard().attach(other) as trace:
+        for _ in range(2):
+            assert torch.equal(draw(other), expected)
+    assert {record.run for record in trace.steps} == {0, 1}
+
+
+def test_a_lora_changes_what_is_seen_and_no_fingerprint(pipe: Any) -> None:
+    peft = pytest.importorskip("peft")
+    token, other = firing(pipe), tiny_joint.sd3()
+    plain = draw(other)
+    settings = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
+    other.transformer.add_adapter(settings)
+    with token.guard().attach(other):
+        guarded = draw(other)
+        weak = draw(other, joint_attention_kwargs={"scale": 0.0})
+    assert not torch.allclose(guarded, plain, atol=1e-2)
+    with token.guard().attach(pipe):
+        torch.testing.assert_close(weak, draw(pipe), atol=1e-4, rtol=1e-4)
