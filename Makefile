@@ -22,7 +22,7 @@ NOT_OLD := not (sam2 or test_sign_then_publish_then_verify or test_shipped_conce
 
 .PHONY: demo test test-demo test-oldest check format bench bench-quick clean
 
-demo: .venv/.ready
+demo: .venv/.installed
 	$(BIN)/dagkit demo
 
 test: .venv/.ready
@@ -46,10 +46,15 @@ format: .venv/.ready
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-.venv/.ready: pyproject.toml
+# What the package needs, for the demo; the test tools come on top with the first command that takes them.
+.venv/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "dagkit needs Python 3.11 or newer. Install it, or set PYTHON=/path/to/it."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.ready: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
