@@ -173,7 +173,8 @@ def _float_rounding(values: Tensor) -> Tensor:
     limits = torch.finfo(values.dtype)
     mantissa, exponent = torch.frexp(values.float().abs())
     smallest = math.frexp(limits.smallest_normal)[1]
-    step = torch.ldexp(torch.full_like(mantissa, limits.eps / 2), exponent.clamp_min(smallest))
+    exponent = exponent.where(mantissa > 0, smallest).clamp_min(smallest)
+    step = torch.ldexp(torch.full_like(mantissa, limits.eps / 2), exponent)
     # below a power of two the step is half as long
     share = torch.where((mantissa == 0.5) & (exponent > smallest), 1 / 16, 1 / 12)
     return share * step.square()

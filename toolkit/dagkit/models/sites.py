@@ -8,6 +8,7 @@ call it and know no layer; a family (`dagkit.models.base.Family.sites`) says whi
 from __future__ import annotations
 
 import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -265,7 +266,7 @@ _ears: dict[int, _Ear] = {}
 class _Ear:
     """A hook on a module, and who listens."""
 
-    module: nn.Module
+    module: weakref.ref[nn.Module]
     handle: RemovableHandle
     listeners: list[tuple[_Store, str]] = field(default_factory=list)
 
@@ -312,23 +313,21 @@ def _listen(module: nn.Module, reads: Literal["output", "input"], store: _Store,
     """Lets a store hear a module; returns what ends it."""
     slot = module.__dict__.get(_SLOTS[reads])
     ear = None if slot is None else _ears.get(int(slot[0]))
-    if slot is None or (ear is not None and ear.module is not module):  # that of what it is a copy of
+    if slot is None or (ear is not None and ear.module() is not module):  # that of what it is a copy of
         with torch.inference_mode(mode=False):
             slot, ear = torch.tensor([next(_numbers), 0], device="cpu"), None
         module.__dict__[_SLOTS[reads]] = slot
     if ear is None:
         is_output = reads == "output"
         handle = module.register_forward_hook(_after) if is_output else module.register_forward_pre_hook(_before)
-        ear = _ears[int(slot[0])] = _Ear(module, handle)
+        ear = _ears[int(slot[0])] = _Ear(weakref.ref(module), handle)
     ear.listeners.append((store, name))
 
     def stop() -> None:
         ear.listeners.remove((store, name))
-        if not ear.listeners:
+        if not ear.listeners and not slot[1]:  # else a graph was compiled with it, which is not made anew without
             ear.handle.remove()
-            del _ears[int(slot[0])]
-            if not slot[1]:  # no graph was compiled with it
-                del module.__dict__[_SLOTS[reads]]
+            del _ears[int(slot[0])], module.__dict__[_SLOTS[reads]]
 
     return stop
 
@@ -337,7 +336,9 @@ class Tap:
     """Keeps the features of some sites while it is open and recording.
 
     What the layers compute is untouched, so a tapped forward is bit-equal to a plain one. Works with SDPA, attention
-    slicing, fused projections, LoRA layers, offloading and reduced precision, because it hooks one module a site only.
+    slicing, fused projections, LoRA layers, offloading, reduced precision and compiled blocks, because it hooks one
+    module a site only. Where a graph was compiled with the hook, the hook stays, idle: without it torch would compile
+    anew, and then no longer see that one is there again.
 
     Args:
         sites: to listen to; none is fine.

@@ -81,7 +81,7 @@ def sketch(weights: Iterable[Tensor | Weight]) -> Sketch:
         weights: in a fixed order; any float dtype.
     """
     signs = (torch.randint(0, 2, (_PERIOD,), generator=torch.Generator().manual_seed(20250321)) * 2 - 1).float()
-    group = torch.arange(_PERIOD // _COLUMNS) * _GROUPS // (_PERIOD // _COLUMNS)
+    group = torch.arange(_PERIOD // _COLUMNS) % _GROUPS
     buckets, rounding = torch.zeros(2, _GROUPS, _COLUMNS, dtype=torch.float64)
     is_rounded = False
     for weight in weights:
