@@ -25,10 +25,9 @@ def main() -> None:
     base = models.load(demo.model_path())
     own = base.family.fingerprints(base.pipe)["key_projections"]
     tuned = {share: odd_weights.fine_tuned(base.pipe, share) for share in FINE_TUNES}
-    print(
-        "| stored as | distance | accepted up to |", " | ".join(f"fine-tune {share:.0%}" for share in FINE_TUNES), "|"
-    )
-    print("|---" * (3 + len(FINE_TUNES)) + "|")
+    titles = ["stored as", "distance", "accepted up to", *(f"fine-tune {share:.0%}" for share in FINE_TUNES)]
+    print("|", " | ".join(titles), "|")
+    print("|---" * len(titles) + "|")
     kinds = {"fp16": odd_weights.fp16, "bf16": odd_weights.bf16, **odd_weights.KINDS}
     for name, store in kinds.items():
         cells = []

@@ -145,7 +145,7 @@ def test_casting_after_binding_is_no_change() -> None:
     bound = token.guard().bind(pipe)
     with bound.run() as before:
         draw(pipe)
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    odd_weights.cast(pipe.unet, torch.float32)
     plain = draw(pipe)
     with bound.run() as after:
         guarded = draw(pipe)
@@ -160,7 +160,7 @@ def test_casting_inside_a_run_is_guarded() -> None:
     pipe = tiny.sd()
     token = tiny.half_firing(pipe, lambda: draw(pipe))
     with token.guard().attach(pipe) as trace:
-        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        odd_weights.cast(pipe.unet, torch.float32)
         guarded = draw(pipe)
     assert (guarded - draw(pipe)).abs().max() > 1e-3
     assert len(trace.steps) == 2 * tiny.STEPS
@@ -168,7 +168,7 @@ def test_casting_inside_a_run_is_guarded() -> None:
 
 def test_rows_are_projected_in_the_dtype_that_a_layer_computes_in() -> None:
     pipe = tiny.sd()
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    odd_weights.cast(pipe.unet, torch.bfloat16)
     layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     assert layer.to_k.weight.dtype == torch.float8_e4m3fn
     assert compute_dtype(layer.to_k, torch.float32) == torch.bfloat16
@@ -245,6 +245,8 @@ def no_more_graphs() -> Iterator[None]:
 
 
 def by_blocks(pipe: Any) -> None:
+    if not hasattr(pipe.unet, "compile_repeated_blocks"):
+        pytest.skip("this release of diffusers compiles no repeated blocks")
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
 
 
