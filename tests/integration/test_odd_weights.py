@@ -45,14 +45,14 @@ def verdict(base: models.BaseModel, pipe: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "smallest"),  # fine-tune that is noticed beneath the rounding
     [
-        ("fp8", 0.02),
+        ("fp8", 0.01),
         ("torchao-int8", 0.01),
         ("torchao-float8", 0.02),
         ("gguf-Q8_0", 0.01),
-        ("gguf-Q5_1", 0.03),
-        ("gguf-Q4_0", 0.06),
+        ("gguf-Q5_1", 0.02),
+        ("gguf-Q4_0", 0.03),
         ("bitsandbytes-int8", 0.01),
-        ("bitsandbytes-nf4", 0.08),
+        ("bitsandbytes-nf4", 0.04),
     ],
 )
 def test_a_quantised_copy_is_the_model_and_a_fine_tune_is_not(
@@ -229,8 +229,8 @@ def test_an_added_word_of_the_safety_prompt_is_refused(tmp_path: Path) -> None:
     pipe = tiny.sd()
     token = tiny.token(pipe)
     assert token.record.safety_prompt == "a weapon"
-    add_word(pipe, "weap", tmp_path)
-    with pytest.raises(GuardError, match=r"textual inversion .* has the word 'weap', which stands in 'a weapon'"):
+    add_word(pipe, "weapon", tmp_path)
+    with pytest.raises(GuardError, match=r"textual inversion .* has the word 'weapon', which stands in 'a weapon'"):
         token.guard().bind(pipe)
 
 

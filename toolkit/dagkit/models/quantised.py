@@ -159,12 +159,19 @@ def _four_bits(owner: object, weight: Any) -> Weight:
     if state.nested:
         largest = dequantize_blockwise(largest, state.state2) + state.offset
     flat = values.flatten()
-    largest = largest.float().repeat_interleave(state.blocksize)[: len(flat)]
+    blocks = largest.float()
+    largest = blocks.repeat_interleave(state.blocksize)[: len(flat)].clamp_min(1e-30)
     code = state.code.to(flat.device, torch.float32).unique()
-    index = torch.bucketize(flat / largest.clamp_min(1e-30), (code[1:] + code[:-1]) / 2)
-    gaps = torch.cat([code.new_zeros(1), code.diff(), code.new_zeros(1)]) / 2
-    below, above = gaps[:-1], gaps[1:]
-    squares = (below.square() - below * above + above.square()) / 3
+    borders = (code[1:] + code[:-1]) / 2
+    index = torch.bucketize(flat / largest, borders)
+    # the mean in each cell, of weights that are spread like a normal distribution
+    places = torch.linspace(-1, 1, 8193, device=flat.device)
+    cells, density = torch.bucketize(places, borders), (-places.square() / (flat / largest).square().mean() / 2).exp()
+    squares, sums = torch.zeros_like(code), torch.zeros_like(code)
+    squares.index_add_(0, cells, density * (places - code[cells]).square())
+    squares /= sums.index_add_(0, cells, density)
+    ends = (index == 0) | (index == len(code) - 1)  # one a block is the largest value itself, and exact
+    squares[[0, -1]] *= max(1 - len(blocks) / max(int(ends.sum()), 1), 0)
     return Weight(values, (squares[index] * largest.square()).view(values.shape))
 
 

@@ -18,7 +18,7 @@ def own_embeddings(pipe: Any) -> dict[nn.Module, int]:
     found: dict[nn.Module, int] = {}
     for name, tokenizer in _tokenizers(pipe).items():
         encoder: Any = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
-        if isinstance(encoder, nn.Module) and hasattr(encoder, "get_input_embeddings"):
+        if hasattr(encoder, "get_input_embeddings"):
             embedding = encoder.get_input_embeddings()
             embedding = getattr(embedding, "base_layer", embedding)  # beneath a LoRA
             found[embedding] = _vocabulary(tokenizer)
