@@ -342,7 +342,7 @@ def test_compiled_denoiser() -> None:
     assert torch.equal(watched, plain)
     silent = [trace.summary(sample)["is_firing"] for sample in range(2)].index(False)
     assert torch.equal(guarded[silent], plain[silent])
-    assert leftovers(pipe) == 0
+    assert leftovers(pipe) == len(token.record.layers)  # idle, so that nothing is compiled anew
     torch._dynamo.reset()
 
 

@@ -20,6 +20,7 @@ from dagkit.models import Encoding, Family, match
 from dagkit.models.calls import is_close
 from dagkit.models.checker import watched
 from dagkit.models.seal import Seal
+from dagkit.models.words import check_words
 
 if TYPE_CHECKING:
     from dagkit.guard.trace import Trace
@@ -146,11 +147,15 @@ class BoundGuard:
         """The safety condition and the neutral ones, encoded in one way.
 
         Raises:
-            GuardError: a text of the safety condition says nothing to this model.
+            GuardError: a text of the safety condition says nothing to this model, or something else.
         """
         if how not in self._conditions:
             is_one = not self.family.stand_side_by_side
             phrases = (self.guard.safety_prompt,) if is_one else self.guard.safety_phrases
+            try:
+                check_words(self.pipe, phrases)
+            except ModelError as error:
+                raise GuardError(f"{type(self.pipe).__name__} cannot be guarded: {error}") from error
             texts = self.family.encode_prompt(self.pipe, list(phrases), how)
             neutral = self.family.neutral_conditions(self.pipe, how)
             says_nothing = torch.stack([is_close(texts.hidden_states, one.hidden_states) for one in neutral]).any(0)

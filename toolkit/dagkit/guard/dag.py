@@ -137,11 +137,11 @@ class Guard(PipelineGuard):
                 f"{self.token.name}: {error}, so nobody can tell whether it belongs to this model. Get the token again."
             ) from error
         if other is not None:
-            part, distance = other
+            part = other.part
             raise GuardError(
                 f"{self.token.name} was made for {model.id} ({part} {getattr(model, part)[-13:]}), but this "
                 f"pipeline ({getattr(pipe.config, '_name_or_path', None) or type(pipe).__name__}) has {part} "
-                f"{found[part][-13:]}: the weights differ by {distance:.1%}. Optimise a token for this model, or pass "
+                f"{found[part][-13:]}: {other}. Optimise a token for this model, or pass "
                 "allow_other_model=True if it is a fine-tuned copy."
             )
         if sites.width != self.token.guideline.shape[1]:

@@ -16,8 +16,10 @@ from dagkit import plugins
 from dagkit.errors import ModelError
 from dagkit.models.calls import Batched, Call, CallLayout, Condition
 from dagkit.models.noise import NoiseSchedule, noise_schedule
+from dagkit.models.quantised import weights_of
 from dagkit.models.sites import Site, Sites, Tap
-from dagkit.models.sketch import sketch
+from dagkit.models.sketch import Sketch, sketch
+from dagkit.models.words import own_embeddings
 
 
 class Seen(NamedTuple):
@@ -205,20 +207,25 @@ class Family(ABC):
         """The modules whose weights a token belongs to: ``text_encoder`` and ``key_projections``."""
         return {"text_encoder": self.text_encoders(pipe), "key_projections": [one.projection for one in sites.values()]}
 
-    def fingerprints(self, pipe: Any, sites: Sites | None = None) -> dict[str, str]:
-        """Sketches of the weights that ``weighed`` names, without LoRAs; compare them with ``sketch.difference``.
+    def fingerprints(self, pipe: Any, sites: Sites | None = None) -> dict[str, Sketch]:
+        """Sketches of the weights that ``weighed`` names; compare them with ``sketch.mismatch``.
+
+        LoRAs do not count, nor do the words that textual inversions added to a text encoder.
 
         Raises:
-            ModelError: some weights are not there to be read.
+            ModelError: some weights are not there to be read, or stored in a way that is not known.
         """
         parts = self.weighed(pipe, sites or self.sites(pipe))
-        weights = {part: [one for module in modules for one in weights_of(module)] for part, modules in parts.items()}
-        if any(tensor.is_meta for tensors in weights.values() for tensor in tensors):
+        if any(one.is_meta for modules in parts.values() for module in modules for one in module.parameters()):
             raise ModelError(
                 "some weights are on the meta device (sequential offload). Attach the guard first, then enable "
                 "offloading."
             )
-        return {part: sketch(tensors) for part, tensors in weights.items()}
+        rows = own_embeddings(pipe)
+        return {
+            part: sketch(one for module in modules for one in weights_of(module, rows))
+            for part, modules in parts.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -333,11 +340,6 @@ def match(pipe: Any) -> Family:
 def noise_like(latents: Tensor, seed: int) -> Tensor:
     """Noise of unit variance in the shape of latents, the same on every device."""
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-
-
-def weights_of(module: nn.Module) -> list[Tensor]:
-    """A module's weights, in the order of their names, without a LoRA that is loaded on it."""
-    return [tensor for name, tensor in sorted(module.named_parameters()) if "lora_" not in name]
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:

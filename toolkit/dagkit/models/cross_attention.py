@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dagkit import attention
 from dagkit.errors import GuardError
+from dagkit.models.quantised import compute_dtype
 from dagkit.models.sites import Site
 
 REQUIRED_ATTRIBUTES: Final = ("to_q", "to_k", "heads", "scale")
@@ -53,7 +54,7 @@ class CrossAttention(Site):
 
     def project(self, rows: Tensor, lora_scale: float = 1.0) -> Tensor:
         """``to_k`` of the rows, called as a module (LoRA, offload included)."""
-        rows = rows[None].to(_dtype(self.layer.to_k, rows.dtype))
+        rows = rows[None].to(compute_dtype(self.layer.to_k, rows.dtype))
         if getattr(self.layer, "norm_cross", None) is not None:
             rows = self.layer.norm_encoder_hidden_states(rows)
         with _scaled_lora(self.layer.to_k, lora_scale):
@@ -118,7 +119,3 @@ def _scaled_lora(module: nn.Module, scale: float) -> Iterator[None]:
     finally:
         for layer, scaling in zip(layers, kept, strict=True):
             layer.scaling.update(scaling)
-
-
-def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
-    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), default)

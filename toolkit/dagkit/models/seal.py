@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from dagkit.models.quantised import stored
 
 NUM_WATCHED: Final = 8
 """Values of each matrix that are compared. A LoRA that is fused changes nearly all of them, and tells nobody."""
@@ -27,7 +29,7 @@ class Seal:
         self._holders = [(holder, name) for holder, name, _ in links]
         self._held = [child for _, _, child in links]
         self._weights = [child for child in self._held if isinstance(child, nn.Parameter)]
-        self._matrices = [weight for weight in self._weights if weight.dim() > 1 and not weight.is_meta]
+        self._parts = [weight for weight in self._weights if weight.dim() > 1 and not weight.is_meta]
         self._versions = self._read_versions()
         self._look_anew()
         self._values = [view.cpu() for view in self._views]
@@ -39,13 +41,14 @@ class Seal:
             return False
         if self._read_versions() != self._versions:
             return False
-        if self._pointers != [matrix.data_ptr() for matrix in self._matrices]:
-            if any(matrix.is_meta for matrix in self._matrices):
+        if self._pointers != [matrix.data_ptr() for matrix in self._matrices()]:
+            if any(matrix.is_meta for matrix in self._matrices()):
                 return False
             self._look_anew()
             self._expect()
         return all(
-            bool(torch.equal(torch.cat([self._views[i] for i in group]), expected)) for group, expected in self._groups
+            bool(torch.equal(torch.cat([self._views[i] for i in group]).float(), expected))
+            for group, expected in self._groups
         )
 
     def _read_versions(self) -> list[int]:
@@ -53,10 +56,13 @@ class Seal:
 
     def _look_anew(self) -> None:
         """Views of the watched values, in the weights' own memory."""
-        self._pointers = [matrix.data_ptr() for matrix in self._matrices]
-        self._views = [
-            matrix.detach().reshape(-1)[:: max(matrix.numel() // NUM_WATCHED, 1)] for matrix in self._matrices
-        ]
+        matrices = self._matrices()
+        self._pointers = [matrix.data_ptr() for matrix in matrices]
+        self._views = [matrix.reshape(-1)[:: max(matrix.numel() // NUM_WATCHED, 1)] for matrix in matrices]
+
+    def _matrices(self) -> list[Tensor]:
+        """The plain tensors that the matrices lie in now."""
+        return [matrix for weight in self._parts for matrix in stored(weight)]
 
     def _expect(self) -> None:
         """Which views are read together, and what they must hold."""
@@ -64,7 +70,7 @@ class Seal:
         for index, view in enumerate(self._views):
             groups.setdefault((view.device, view.dtype), []).append(index)
         self._groups = [
-            (members, torch.cat([self._values[i] for i in members]).to(device, dtype))
+            (members, torch.cat([self._values[i].to(dtype) for i in members]).to(device, torch.float32))
             for (device, dtype), members in groups.items()
         ]
 

@@ -7,13 +7,17 @@ call it and know no layer; a family (`dagkit.models.base.Family.sites`) says whi
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dagkit import attention
 from dagkit.errors import GuardError
@@ -235,7 +239,7 @@ class Detector:
 
 
 class _Store:
-    """What the hooks write to; it refers to no module, so that torch.compile can trace the hooks."""
+    """What the hooks write to."""
 
     def __init__(self) -> None:
         self.is_recording = False
@@ -247,27 +251,95 @@ class _Store:
             self.values[name] = value
             self.num_calls[name] = self.num_calls.get(name, 0) + 1
 
-    def after(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self.keep(name, output)
-
-        return keep_output
-
-    def before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.keep(name, args[0])
-
-        return keep_input
-
     def clear(self) -> None:
         self.values, self.num_calls = {}, {}
+
+
+_SLOTS: Final = {"output": "_dagkit_output", "input": "_dagkit_input"}
+"""Attributes of a module that is listened to: a tensor (number, calls) each."""
+
+_numbers = itertools.count()
+_ears: dict[int, _Ear] = {}
+
+
+@dataclass
+class _Ear:
+    """A hook on a module, and who listens."""
+
+    module: weakref.ref[nn.Module]
+    handle: RemovableHandle
+    listeners: list[tuple[_Store, str]] = field(default_factory=list)
+
+
+def _hear(value: Tensor, number: int, *, is_lent: bool = False) -> None:
+    """Hands a value to who listens; a copy of one whose memory is used again."""
+    ear = _ears.get(number)
+    entries = [] if ear is None else [(store, name) for store, name in ear.listeners if store.is_recording]
+    kept = value.clone() if is_lent and entries else value
+    for store, name in entries:
+        store.keep(name, kept)
+
+
+@torch.library.custom_op("dagkit::hear", mutates_args=("slot",))
+def _hear_compiled(value: Tensor, slot: Tensor) -> None:
+    """The same in a compiled graph, which leaves the call in because ``slot`` is written."""
+    slot[1] += 1
+    _hear(value, int(slot[0]), is_lent=True)
+
+
+@_hear_compiled.register_fake
+def _(value: Tensor, slot: Tensor) -> None: ...
+
+
+# One function for all layers, and a tensor that says which: it is an input of a compiled graph, so blocks of which each
+# is compiled share one, and it stays valid for the next guard.
+def _after(module: nn.Module, _args: Any, output: Tensor) -> None:
+    slot = module.__dict__[_SLOTS["output"]]
+    if torch.compiler.is_compiling():
+        torch.ops.dagkit.hear(output, slot)
+    else:
+        _hear(output, slot.number)
+
+
+def _before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    slot = module.__dict__[_SLOTS["input"]]
+    if torch.compiler.is_compiling():
+        torch.ops.dagkit.hear(args[0], slot)
+    else:
+        _hear(args[0], slot.number)
+
+
+def _listen(module: nn.Module, reads: Literal["output", "input"], store: _Store, name: str) -> Callable[[], None]:
+    """Lets a store hear a module; returns what ends it."""
+    slot = module.__dict__.get(_SLOTS[reads])
+    ear = None if slot is None else _ears.get(int(slot[0]))
+    if slot is None or (ear is not None and ear.module() is not module):  # that of what it is a copy of
+        with torch.inference_mode(mode=False):
+            slot, ear = torch.tensor([next(_numbers), 0], device="cpu"), None
+        slot.number = int(slot[0])  # for calls that are not compiled: reading a tensor takes two operations
+        module.__dict__[_SLOTS[reads]] = slot
+    if ear is None:
+        is_output = reads == "output"
+        handle = module.register_forward_hook(_after) if is_output else module.register_forward_pre_hook(_before)
+        ear = _ears[int(slot[0])] = _Ear(weakref.ref(module), handle)
+    ear.listeners.append((store, name))
+
+    def stop() -> None:
+        ear.listeners.remove((store, name))
+        if not ear.listeners and not slot[1]:  # else a graph was compiled with it, which is not made anew without
+            ear.handle.remove()
+            del _ears[int(slot[0])], module.__dict__[_SLOTS[reads]]
+
+    return stop
 
 
 class Tap:
     """Keeps the features of some sites while it is open and recording.
 
     What the layers compute is untouched, so a tapped forward is bit-equal to a plain one. Works with SDPA, attention
-    slicing, fused projections, LoRA layers, offloading and reduced precision, because it hooks one module a site only.
+    slicing, fused projections, LoRA layers, offloading, reduced precision and compiled blocks, because it hooks one
+    module a site only. Where a graph was compiled with the hook, the hook stays, idle: without it torch would compile
+    anew, and then no longer see that one is there again.
 
     Args:
         sites: to listen to; none is fine.
@@ -278,7 +350,7 @@ class Tap:
             site.check()
         self.sites = dict(sites)
         self._store = _Store()
-        self._handles: dict[str, tuple[nn.Module, Any]] = {}
+        self._stops: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
 
     def __enter__(self) -> Self:
         self._hook()
@@ -287,26 +359,21 @@ class Tap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for _, handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        for _, stop in self._stops.values():
+            stop()
+        self._stops.clear()
         self._store.is_recording = False
         self._store.clear()
 
     def _hook(self) -> None:
         """Hooks every site; again where a LoRA layer or a fusion replaced the module since the last call."""
         for name, site in self.sites.items():
-            tapped, known = site.tapped, self._handles.get(name)
+            tapped, known = site.tapped, self._stops.get(name)
             if known is not None and known[0] is tapped:
                 continue
             if known is not None:
-                known[1].remove()
-            handle = (
-                tapped.register_forward_hook(self._store.after(name))
-                if site.reads == "output"
-                else tapped.register_forward_pre_hook(self._store.before(name))
-            )
-            self._handles[name] = tapped, handle
+                known[1]()
+            self._stops[name] = tapped, _listen(tapped, site.reads, self._store, name)
 
     def start(self) -> None:
         """Forgets old features and records those of the next forward pass."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dagkit.metrics import iou
 from dagkit.models import BaseModel
+from dagkit.models.quantised import check_plain
 from dagkit.models.sites import Sites
 from dagkit.optimization.cache import QueryCache, cache_queries
 from dagkit.optimization.calibration import DECIDED, KNOTS, calibrate, summary
@@ -169,8 +170,12 @@ def optimize(
 
     Raises:
         DatasetError: there are no unsafe or no safe images, or a mask does not fit its image.
+        ModelError: the model is quantised.
         WorkspaceError: the checkpoint is damaged, or of another recipe, seed or data, or the disk is full.
     """
+    sites = base.sites
+    check_plain(module for part in base.family.weighed(base.pipe, sites).values() for module in part)
+    sites = sites.in_float32()
     check_examples(examples)
     if validation is None:
         examples, validation = split(examples)
@@ -178,7 +183,6 @@ def optimize(
     check_examples(validation)
     learned_from = kinds_learned_from(validation, examples)
     generator = torch.Generator().manual_seed(seed)
-    sites = base.sites.in_float32()
     with ExitStack() as stack:
         cache = stack.enter_context(
             _cached(base, examples, draw_levels(recipe, len(examples), generator), recipe, 2 * seed)

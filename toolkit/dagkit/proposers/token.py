@@ -64,7 +64,7 @@ class TokenProposer(Proposer):
             raise TokenError(f"{token.name}: {error}. Get the token again.") from error
         if other is not None:
             raise TokenError(
-                f"{token.name} was made for {token.record.base_model.id}, and its {other[0]} is not that of "
+                f"{token.name} was made for {token.record.base_model.id}, and its {other.part} is not that of "
                 f"{base_model.source}. Propose with a token for this model, or with 'attention'."
             )
         self.version = f"{token.name}-1"
