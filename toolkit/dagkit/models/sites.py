@@ -316,7 +316,7 @@ def _listen(module: nn.Module, reads: Literal["output", "input"], store: _Store,
     if slot is None or (ear is not None and ear.module() is not module):  # that of what it is a copy of
         with torch.inference_mode(mode=False):
             slot, ear = torch.tensor([next(_numbers), 0], device="cpu"), None
-        slot.number = int(slot[0])  # for calls that are not compiled: reading a tensor takes two operations
+        setattr(slot, "number", int(slot[0]))  # noqa: B010 - calls that are not compiled read no tensor
         module.__dict__[_SLOTS[reads]] = slot
     if ear is None:
         is_output = reads == "output"
