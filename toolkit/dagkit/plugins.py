@@ -19,7 +19,12 @@ from dagkit.errors import PluginError, required
 Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
-    "families": {"sd": "dagkit.models.sd:SD", "sdxl": "dagkit.models.sdxl:SDXL"},
+    "families": {
+        "pixart": "dagkit.models.dit:PixArt",
+        "sana": "dagkit.models.dit:Sana",
+        "sd": "dagkit.models.sd:SD",
+        "sdxl": "dagkit.models.sdxl:SDXL",
+    },
     "guards": {
         "dag": "dagkit.guard.dag:Guard",
         "sega": "dagkit.guard.peers:SEGAGuard",

@@ -42,9 +42,11 @@ class Family(ABC):
 
     Attributes:
         name: of the family.
+        has_start: whether the first row of every text is the same, that of a start-of-text token.
     """
 
     name: ClassVar[str]
+    has_start: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:
@@ -79,12 +81,27 @@ class Family(ABC):
         ids = pipe.tokenizer(phrase, truncation=True).input_ids
         return self.encode_prompt(pipe, [phrase]).hidden_states[0, 1 : max(len(ids) - 1, 2)]
 
+    def start_of_text(self, pipe: Any) -> Tensor:
+        """(1, d) first row of the empty prompt, with which a concept's rows compete where nothing is said.
+
+        A text encoder without a start-of-text token (T5) has there what ends the text: the one row that the denoiser
+        attends to when it is asked for nothing.
+        """
+        return self.encode_prompt(pipe, [""]).hidden_states[0, :1]
+
+    def text_rows(self, condition: Condition) -> Tensor:
+        """(N, d) rows of some texts together, without the one that starts each and without padding that is masked."""
+        rows, first = condition.hidden_states, int(self.has_start)
+        if condition.mask is None:
+            return rows[:, first:].flatten(0, 1)
+        return rows[:, first:][condition.mask[:, first:].bool()]
+
     def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
         """Conditions of one row each that ask for nothing in particular; the model's own unconditional one first."""
         return [self.encode_prompt(pipe, [""], how)]
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
-        """(B, C, h, w): mode of the VAE's posterior, scaled as the denoiser expects it, in the VAE's dtype.
+        """(B, C, h, w): mode of the VAE's posterior (or its one latent), scaled as the denoiser expects it, in its dtype.
 
         A VAE with ``force_upcast`` (SDXL's overflows in float16) encodes in float32, as in diffusers' img2img.
 
@@ -102,7 +119,8 @@ class Family(ABC):
         try:
             if is_upcast:
                 vae.to(torch.float32)
-            latents: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
+            encoded = vae.encode(image.to(vae.device, vae.dtype))
+            latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         finally:
             if is_upcast:
                 vae.to(dtype)
@@ -225,6 +243,11 @@ class BaseModel:
     def phrase_rows(self, phrase: str) -> Tensor:
         """(n, d) text-encoder output of a phrase's own tokens."""
         return self.family.phrase_rows(self.pipe, phrase)
+
+    @torch.no_grad()
+    def start_of_text(self) -> Tensor:
+        """(1, d) first row of the empty prompt."""
+        return self.family.start_of_text(self.pipe)
 
     @torch.no_grad()
     def latents(self, images: Sequence[Image.Image]) -> Tensor:

@@ -142,11 +142,8 @@ class AttentionProposer(Proposer):
         """(1 + W + C, d) rows: start of text, the W words, and C other words of the prompt that compete with them."""
         taken = {part for word in words for part in _content_words(word)}
         others = [word for word in _content_words(prompt) if word not in taken][:MAX_COMPETITORS]
-        start, rows = (
-            self._base_model.encode([""]).hidden_states[0, 0],
-            [self._encode(word) for word in (*words, *others)],
-        )
-        return torch.stack([start, *rows])
+        rows = [self._encode(word) for word in (*words, *others)]
+        return torch.stack([self._base_model.start_of_text()[0], *rows])
 
     def _encode_word(self, word: str) -> Tensor:
         """(d,) row of a word or phrase: its last token, which in a causal text encoder has seen all before it."""
