@@ -30,6 +30,7 @@ from dagkit.token import GuidelineToken
 WIDTH = 24
 WORDS = ("a", "cat", "on", "grass", "bomb", "and", "dog", "sand", "weapon", "red", "green", "square")
 SCALE = 4.5
+INSTRUCTION = ["Describe it well.", "User Prompt: "]
 
 
 def t5() -> dict[str, Any]:
@@ -60,7 +61,10 @@ def gemma() -> dict[str, Any]:
         head_dim=12,
         max_position_embeddings=1024,
     )
-    return {"text_encoder": Gemma2Model(config), "tokenizer": GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True)}
+    return {
+        "text_encoder": Gemma2Model(config),
+        "tokenizer": GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True),
+    }
 
 
 def _lively(transformer: Any) -> Any:
@@ -88,7 +92,9 @@ def pixart(cls: Any = PixArtAlphaPipeline, *, seed: int = 0, sample_size: int = 
     }
     transformer = _lively(PixArtTransformer2DModel(**{**settings, **changes}))
     scheduler = DPMSolverMultistepScheduler()  # betas from 0.0001 to 0.02, linear, as the published ones have
-    return tiny.finish(cls(vae=tiny.vae(), transformer=transformer, scheduler=scheduler, **t5()))
+    vae = tiny.vae()
+    vae.register_to_config(scaling_factor=4.0)  # its latents are small
+    return tiny.finish(cls(vae=vae, transformer=transformer, scheduler=scheduler, **t5()))
 
 
 def sana(*, seed: int = 0, sample_size: int = 16, scheduler: Any = None, **changes: Any) -> Any:
@@ -121,7 +127,7 @@ def sana(*, seed: int = 0, sample_size: int = 16, scheduler: Any = None, **chang
         downsample_block_type="stride_conv",
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
-        scaling_factor=0.41,
+        scaling_factor=1.3,
     )
     flow = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
@@ -161,6 +167,8 @@ def draw(pipe: Any, prompts: Sequence[str] = tiny.PROMPTS, **changes: Any) -> Te
         "clean_caption": False,
         "generator": tiny.generators(len(prompts)),
     }
+    if isinstance(pipe, SanaPipeline):
+        settings["complex_human_instruction"] = INSTRUCTION
     latents: Tensor = pipe(list(prompts), **{**settings, **changes}).images
     return latents
 
@@ -185,12 +193,9 @@ def reference(
     scale: float = SCALE,
     num_steps: int = tiny.STEPS,
 ) -> Tensor:
-    """(2, 4, 16, 16) guarded latents of ``tiny.PROMPTS`` by a loop of our own: no pipeline, no hook, one call a text."""
-    instruction = ""
-    defaults = inspect.signature(type(pipe).__call__).parameters
-    length = length or defaults["max_sequence_length"].default
-    if "complex_human_instruction" in defaults:
-        instruction = "\n".join(defaults["complex_human_instruction"].default)
+    """(2, 4, 16, 16) guarded latents of ``tiny.PROMPTS`` by a loop of our own: no pipeline, no hook."""
+    length = length or inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    instruction = "\n".join(INSTRUCTION) if isinstance(pipe, SanaPipeline) else ""
     transformer, scheduler = pipe.transformer, copy.deepcopy(pipe.scheduler)
     kept: dict[str, tuple[Tensor, list[Tensor]]] = {}
     caption = transformer.caption_projection(token.sequence)
@@ -215,6 +220,7 @@ def reference(
         side = 16.0 * pipe.vae_scale_factor
         added = {"resolution": torch.full((2, 2), side), "aspect_ratio": torch.ones(2, 1)}
     size = (16, 16)
+    unit = getattr(transformer.config, "timestep_scale", 1)
     latents = torch.cat([torch.randn((1, 4, *size), generator=one) for one in tiny.generators()])
     scheduler.set_timesteps(num_steps)
     state: dict[Any, Any] = {}
@@ -225,7 +231,11 @@ def reference(
             for name, (hidden, mask) in texts.items():
                 further = {"added_cond_kwargs": added} if added else {}
                 whole = transformer(
-                    latents, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=t.expand(2), **further
+                    latents,
+                    encoder_hidden_states=hidden,
+                    encoder_attention_mask=mask,
+                    timestep=t.expand(2) * unit,
+                    **further,
                 ).sample
                 eps[name], features[name] = whole[:, :4], dict(kept)
             cams = _cams(pipe, token, features["p"], size)

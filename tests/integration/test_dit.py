@@ -60,20 +60,18 @@ def test_other_schedulers(scheduler: Any) -> None:
 @pytest.mark.parametrize("name", TWO)
 @pytest.mark.parametrize("form", ["drop", "subtract"])
 def test_with_a_negative_prompt_and_several_phrases(name: str, form: str) -> None:
-    pipe = MODELS[name]()
-    token = half_firing(pipe, form=form)
-    token = replace(token, record=token.record.model_copy(update={"safety_phrases": ("a weapon", "a bomb, and sand")}))
-    negative = ["a dog", "green grass"]
-    expected = dits.reference(pipe, token, negative=negative, scale=3.0)
+    pipe, negative = MODELS[name](), ["a dog", "green grass"]
     run: Callable[[], Tensor] = lambda: draw(pipe, negative_prompt=negative, guidance_scale=3.0)  # noqa: E731
-    check(pipe, run, token=token, expected=expected)
+    token = tiny.half_firing(pipe, run, form=form)
+    token = replace(token, record=token.record.model_copy(update={"safety_phrases": ("a weapon", "a bomb, and sand")}))
+    check(pipe, run, token=token, expected=dits.reference(pipe, token, negative=negative, scale=3.0))
 
 
 @pytest.mark.parametrize("name", TWO)
 def test_with_shorter_texts_than_the_guards_own(name: str) -> None:
     pipe = MODELS[name]()
-    token = half_firing(pipe)
     run: Callable[[], Tensor] = lambda: draw(pipe, max_sequence_length=40)  # noqa: E731
+    token = tiny.half_firing(pipe, run)
     check(pipe, run, token=token, expected=dits.reference(pipe, token, length=40))
 
 
@@ -155,28 +153,27 @@ def test_learned_variances_stay() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TWO)
-def test_compiled_denoiser(name: str) -> None:
-    pipe = MODELS[name]()
-    token, plain = half_firing(pipe), draw(pipe)
+@pytest.mark.parametrize("make", [dits.pixart, dits.sana])
+def test_compiled_denoiser(make: Callable[..., Any]) -> None:
+    pipe = make(num_layers=1)
+    token = half_firing(pipe)
     expected = guarded(pipe, token)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    check(pipe, lambda: _anew(pipe), token=token, expected=expected)
-    assert (_anew(pipe) - plain).abs().max() < 1e-4 * plain.abs().max()
-    torch._dynamo.reset()
 
+    def draw_anew() -> Tensor:
+        """By a graph that is compiled with the hooks of now."""
+        torch._dynamo.reset()
+        return draw(pipe)
 
-def _anew(pipe: Any) -> Tensor:
-    """Drawn by a graph that was compiled with the hooks of now."""
+    check(pipe, draw_anew, token=token, expected=expected)
     torch._dynamo.reset()
-    return draw(pipe)
 
 
 def lora(pipe: Any, *modules: str) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(3)
-    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=list(modules), init_lora_weights=False))
-    pipe.transformer.requires_grad_(False)
+    config = peft.LoraConfig(r=2, target_modules=list(modules), init_lora_weights=False)
+    peft.inject_adapter_in_model(config, pipe.transformer).requires_grad_(False)
     return pipe
 
 
@@ -194,8 +191,10 @@ def test_lora_layers_are_read_and_do_not_change_the_fingerprint(name: str, modul
     assert (first_map(plain, token) - first_map(pipe, token)).abs().max() > 1e-4
     token = half_firing(pipe)
     check(pipe, lambda: draw(pipe), token=token, expected=dits.reference(pipe, token))
-    pipe.transformer.fuse_lora(lora_scale=1.0)
-    with pytest.raises(GuardError, match="key_projections: the weights differ by|has key_projections"):
+    for layer in pipe.transformer.modules():
+        if hasattr(layer, "merge"):
+            layer.merge()
+    with pytest.raises(GuardError, match=r"has key_projections .*the weights differ by"):
         token.guard().bind(pipe)
 
 
@@ -242,7 +241,11 @@ def moved(pipe: Any) -> Any:
 
 OTHERS: dict[str, tuple[str, Callable[[], Any], str]] = {
     "architecture": ("alpha", tiny.sd, r"no cross-attention layer transformer_blocks\.0\.attn2"),
-    "family": ("alpha", lambda: dits.sana(num_cross_attention_heads=3, cross_attention_head_dim=8), "was made for tiny"),
+    "family": (
+        "alpha",
+        lambda: dits.sana(num_cross_attention_heads=3, cross_attention_head_dim=8),
+        "was made for tiny",
+    ),
     "depth": ("alpha", lambda: dits.pixart(num_layers=1), r"no cross-attention layer transformer_blocks\.1\.attn2"),
     "width": ("sana", lambda: dits.sana(num_attention_heads=3, attention_head_dim=16), "was made for tiny"),
     "weights": ("sigma", lambda: dits.pixart(seed=1), r"text_encoder .*weights differ by"),
@@ -285,7 +288,9 @@ def test_caches_of_blocks_are_refused_by_name(kind: str) -> None:
     }[kind]
     with token.guard().attach(pipe):
         apply(pipe.transformer, CACHES[kind](pipe))
-        with pytest.raises(GuardError, match=r"PixArtTransformer2DModel keeps what its blocks computed .*Turn the cache"):
+        with pytest.raises(
+            GuardError, match=r"PixArtTransformer2DModel keeps what its blocks computed .*Turn the cache"
+        ):
             draw(pipe)
 
 
@@ -378,9 +383,11 @@ def example(seed: int, side: int, *, is_unsafe: bool) -> Example:
 @pytest.mark.parametrize("name", ["alpha-1024", "sana-1.5"])
 def test_a_token_is_learned_saved_loaded_and_guards(name: str, tmp_path: Path) -> None:
     base = dits.base(MODELS[name]())
-    examples = [example(seed, 32, is_unsafe=seed % 2 == 0) for seed in range(12)]
-    recipe = Recipe(initial_phrase="a bomb", num_tokens=2, num_background=5, num_steps=40, num_draws=2, batch_size=8)
+    examples = [example(seed, 32, is_unsafe=seed % 2 == 0) for seed in range(16)]
+    rows = {"initial_phrase": "a bomb", "num_tokens": 2, "num_background": 5}
+    recipe = Recipe(**rows, num_steps=100, learning_rate=0.1, num_draws=3, batch_size=16, max_level=0.5)
     result = optimize(base, examples, recipe=recipe, seed=0)
+    assert result.metrics["validation_iou_t100"] > 0.4  # a map that is 1 everywhere has 0.25
     assert result.layers == ("transformer_blocks.0.attn2", "transformer_blocks.1.attn2")
     made = result.token(base, concept="bomb", version="1.0.0", safety_prompt="a bomb")
     token = GuidelineToken.load(made.save(tmp_path / "1.0.0"))

@@ -101,7 +101,9 @@ class Family(ABC):
         return [self.encode_prompt(pipe, [""], how)]
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
-        """(B, C, h, w): mode of the VAE's posterior (or its one latent), scaled as the denoiser expects it, in its dtype.
+        """(B, C, h, w): mode of the VAE's posterior, scaled as the denoiser expects it, in the VAE's dtype.
+
+        Of an autoencoder without a posterior (Sana's) it is the one latent.
 
         A VAE with ``force_upcast`` (SDXL's overflows in float16) encodes in float32, as in diffusers' img2img.
 

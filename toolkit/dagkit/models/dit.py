@@ -79,7 +79,9 @@ class CaptionAttention(CrossAttention):
         """``to_k``, and ``norm_k`` where there is one, of the rows' caption."""
         keys = super().project(self.caption(rows, lora_scale), lora_scale)
         norm = getattr(self.layer, "norm_k", None)
-        return keys if norm is None else attention.split_heads(norm(keys.transpose(0, 1).flatten(1)[None]), len(keys))[0]
+        if norm is None:
+            return keys
+        return attention.split_heads(norm(keys.transpose(0, 1).flatten(1)[None]), len(keys))[0]
 
     def check_norms(self) -> None:
         """Refuses norms of single heads: they come after the heads are split, where nothing is tapped."""
@@ -219,7 +221,7 @@ class PixArt(DiTFamily):
         return Untold(Arguments(sample="hidden_states"))
 
     def added_conditions(self, pipe: Any, latents: Tensor, condition: Condition) -> dict[str, Any]:
-        """``resolution`` and ``aspect_ratio`` of the latent's own size where the denoiser asks for them (alpha, 1024)."""
+        """``resolution`` and ``aspect_ratio`` of the latent's own size where the denoiser wants them (alpha 1024)."""
         if not self.denoiser(pipe).use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
