@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor
 
 import tiny_dits as dits
 import tiny_pipelines as tiny
-from dagkit import cli, models
+from dagkit import models
+from dagkit.cli import command
 from dagkit.errors import GuardError, ModelError
 from dagkit.generation import generate_images
 from dagkit.guard import SEGAGuard, SLDGuard
@@ -289,7 +291,7 @@ def test_caches_of_blocks_are_refused_by_name(kind: str) -> None:
     with token.guard().attach(pipe):
         apply(pipe.transformer, CACHES[kind](pipe))
         with pytest.raises(
-            GuardError, match=r"PixArtTransformer2DModel keeps what its blocks computed .*Turn the cache"
+            GuardError, match=r"PixArtTransformer2DModel keeps what its blocks computed .*leave the cache off"
         ):
             draw(pipe)
 
@@ -307,6 +309,14 @@ def test_norms_of_single_heads_are_refused_by_name() -> None:
     pipe = dits.sana(qk_norm="rms_norm")
     with pytest.raises(GuardError, match=r"layer transformer_blocks\.0\.attn2 \(Attention\) uses norm_q"):
         tiny.token(pipe).guard().bind(pipe)
+
+
+@pytest.mark.parametrize("cls", [diffusers.SanaSprintPipeline, diffusers.SanaPAGPipeline])
+def test_pipelines_that_call_their_denoiser_otherwise_are_refused_by_name(cls: Any) -> None:
+    pipe = dits.sana()
+    other = cls(**pipe.components)
+    with pytest.raises(GuardError, match=f"no family knows {cls.__name__} with denoiser SanaTransformer2DModel"):
+        tiny.token(pipe).guard().bind(other)
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -453,8 +463,8 @@ def test_a_saved_repository_is_loaded_draws_and_is_looked_at(
     assert images[0].size == (side, side)
     monkeypatch.chdir(tmp_path)
     run = CliRunner()
-    assert run.invoke(cli.main, ["concept", "new", "blade"]).exit_code == 0
+    assert run.invoke(command, ["concept", "new", "blade"]).exit_code == 0
     (path,) = tmp_path.rglob("blade.yaml")
-    path.write_text(path.read_text().replace("model: demo", "model: model"))
-    found = json.loads(run.invoke(cli.main, ["doctor", "--concept", "blade", "--json"]).stdout)
+    path.write_text(re.sub(r"(?m)^model: .*$", "model: model", path.read_text()))
+    found = json.loads(run.invoke(command, ["doctor", "--concept", "blade", "--json"]).stdout)
     assert [one["found"] for one in found if one["what"] == "blade: base model"] == ["model"]

@@ -196,6 +196,7 @@ def _draw(
     with guard or nullcontext(), checker.taken_off(pipe):
         return pipeline(
             **condition,
+            **base_model.family.drawing,
             num_inference_steps=settings["num_inference_steps"],
             guidance_scale=settings["guidance_scale"],
             width=settings["width"],

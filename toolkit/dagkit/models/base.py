@@ -43,10 +43,12 @@ class Family(ABC):
     Attributes:
         name: of the family.
         has_start: whether the first row of every text is the same, that of a start-of-text token.
+        drawing: arguments of the pipeline where dagkit draws, beside those that the user sets.
     """
 
     name: ClassVar[str]
     has_start: ClassVar[bool] = True
+    drawing: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:

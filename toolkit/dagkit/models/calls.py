@@ -339,7 +339,7 @@ class CallLayout(ABC):
 
 
 def refuse_caches(denoiser: Any) -> None:
-    """Refuses a denoiser that takes parts of its output from earlier calls (`enable_cache` and its kin of diffusers).
+    """Refuses a denoiser that takes parts of its output from earlier calls (``enable_cache`` and its kin of diffusers).
 
     What was kept for the pipeline's rows would be handed to the safety forward, and skipped layers see nothing.
 
@@ -356,8 +356,8 @@ def refuse_caches(denoiser: Any) -> None:
         kind = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
         raise GuardError(
             f"{kind} keeps what its blocks computed for later calls ({', '.join(sorted(names)) or 'enable_cache'}), so "
-            "what a guard sees and asks for would be of another call. Turn the cache off: disable_cache(), or load the "
-            "model again."
+            "what a guard sees and asks for would be of another call. Load the model "
+            "again and leave the cache off (disable_cache(), where it has that)."
         )
 
 

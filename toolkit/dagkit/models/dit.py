@@ -213,6 +213,7 @@ class PixArt(DiTFamily):
 
     name = "pixart"
     has_start = False
+    drawing: ClassVar[Mapping[str, Any]] = {"clean_caption": False}  # else it depends on which packages are installed
     pipelines = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline"})
     way_of_text = ("caption_projection",)
 
