@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +23,12 @@ import tiny_pipelines as tiny
 from dagkit import models
 from dagkit.cli import command
 from dagkit.errors import GuardError, ModelError
+from dagkit.evaluation import score_detection
 from dagkit.generation import generate_images
 from dagkit.guard import SEGAGuard, SLDGuard
 from dagkit.models.calls import Batched, Condition, Step
 from dagkit.optimization import Example, Recipe, cache_queries, draw_levels, initial_parameters, optimize
+from dagkit.proposers.attention import AttentionOptions, AttentionProposer
 from dagkit.token import GuidelineToken, Thresholds
 from guarded import check, leftovers
 from tiny_dits import MODELS, draw
@@ -344,6 +347,19 @@ def test_a_denoiser_that_no_pipeline_called_tells_no_scale() -> None:
         )
 
 
+@pytest.mark.parametrize("part", ["text_encoder.layers", "transformer.caption_norm", "transformer.caption_projection"])
+def test_a_bound_guard_notices_other_weights(part: str) -> None:
+    pipe = dits.sana()
+    bound = tiny.token(pipe).guard().bind(pipe)
+    with bound.run():
+        pass
+    with torch.no_grad():
+        for weight in operator.attrgetter(part)(pipe).parameters():
+            weight.add_(0.1)
+    with pytest.raises(GuardError, match="the weights differ by"), bound.run():
+        pass
+
+
 @pytest.mark.parametrize("name", TWO)
 def test_peers(name: str) -> None:
     pipe = MODELS[name]()
@@ -404,6 +420,9 @@ def test_a_token_is_learned_saved_loaded_and_guards(name: str, tmp_path: Path) -
     assert token.record.base_model.architecture == base.family.name
     assert token.sequence.shape == (8, dits.WIDTH)
     torch.testing.assert_close(token.start_of_text, base.start_of_text())
+    unseen = [example(seed, 32, is_unsafe=seed % 2 == 0) for seed in range(100, 108)]
+    (found,) = score_detection(base, token, unseen, levels=[0.1])
+    assert found["iou"]["value"] > 0.28
     highlight = Thresholds(highlight=(0.02,), edit=(0.01,), min_area=0.02)
     options = {"max_level": 1.0, "max_step": 1.0, "min_start": 0.0}
     record = token.record.model_copy(update={"guidance": token.record.guidance.model_copy(update=options)})
@@ -411,6 +430,18 @@ def test_a_token_is_learned_saved_loaded_and_guards(name: str, tmp_path: Path) -
     with replace(token, record=record).guard(thresholds=highlight).attach(base.pipe) as trace:
         assert not torch.equal(draw(base.pipe), plain)
     assert any(step.is_firing for step in trace.steps)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_words_are_looked_up_in_its_attention(name: str) -> None:
+    base = dits.base(MODELS[name]())
+    proposer = AttentionProposer(base, {"a": ["bomb"], "b": ["sand"]}, frozenset({"a"}), AttentionOptions())
+    maps = proposer.heat_maps(example(0, 64, is_unsafe=True).image, "a bomb on sand", 0)
+    assert {label: found.shape for label, found in maps.items()} == {"a": (64, 64), "b": (64, 64)}
+    assert not np.array_equal(maps["a"], maps["b"])
+    sequence = proposer.word_sequence(["bomb"], "a bomb on sand")
+    torch.testing.assert_close(sequence[:1], base.start_of_text())
+    torch.testing.assert_close(sequence[1], base.phrase_rows("a bomb")[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
