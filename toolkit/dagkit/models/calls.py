@@ -349,7 +349,7 @@ def refuse_caches(denoiser: Any) -> None:
     names = {
         name
         for module in denoiser.modules()
-        for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+        for name in getattr(module.__dict__.get("_diffusers_hook"), "hooks", ())
         if "cache" in name or name.startswith(("fbc_", "pyramid_attention_broadcast"))
     }
     if names or getattr(denoiser, "is_cache_enabled", False):
