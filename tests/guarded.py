@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny_pipelines as tiny
+from dagkit import models
 from dagkit.guard import Trace
 from dagkit.token import GuidelineToken
 
@@ -24,8 +25,9 @@ def draw(pipe: Any, **changes: Any) -> Tensor:
 
 def leftovers(pipe: Any) -> int:
     """Hooks on the denoiser and all below it, and methods put on its parts or on the scheduler."""
-    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.unet.modules())
-    patches = sum("forward" in vars(part) for part in pipe.unet.modules() if part is not pipe.unet)
+    denoiser = models.match(pipe).denoiser(pipe)
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in denoiser.modules())
+    patches = sum("forward" in vars(part) for part in denoiser.modules() if part is not denoiser)
     return hooks + patches + ("step" in vars(pipe.scheduler))
 
 

@@ -60,16 +60,10 @@ def generate_images(
         warnings.warn(
             f"the bundled model does not know the word(s) {', '.join(unknown)} and draws something else.", stacklevel=2
         )
-    return _pictures(
-        _draw(
-            base_model,
-            seeds,
-            settings,
-            guard,
-            prompt=list(prompts),
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-        )
-    )
+    condition: dict[str, Any] = {"prompt": list(prompts)}
+    if negative_prompt is not None:  # PixArt and Sana take no None
+        condition["negative_prompt"] = [negative_prompt] * len(prompts)
+    return _pictures(_draw(base_model, seeds, settings, guard, **condition))
 
 
 def generate_from_embeddings(

@@ -20,6 +20,8 @@ Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {
+        "pixart": "dagkit.models.dit:PixArt",
+        "sana": "dagkit.models.dit:Sana",
         "sd": "dagkit.models.sd:SD",
         "sd3": "dagkit.models.joint:SD3",
         "sdxl": "dagkit.models.sdxl:SDXL",

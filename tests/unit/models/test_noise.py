@@ -107,3 +107,6 @@ def test_what_tells_nothing_is_refused() -> None:
     wrong = noise_schedule(make("DDIMScheduler", prediction_type="velocity"))
     with pytest.raises(ModelError, match="prediction_type 'velocity'; expected 'epsilon'"):
         wrong.target(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([5]))
+    mixed = noise_schedule(make("DPMSolverMultistepScheduler", prediction_type="epsilon", use_flow_sigmas=True))
+    with pytest.raises(ModelError, match="prediction_type 'epsilon'; expected 'flow_prediction'"):
+        mixed.target(*torch.zeros(2, 1, 4, 8, 8), torch.tensor([500]))

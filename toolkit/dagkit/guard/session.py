@@ -205,13 +205,13 @@ class Session:
         """
         if not self.bound.layout.has_guidance:
             return 1.0
-        scale = getattr(self.pipe, "guidance_scale", None)
+        scale = self.bound.layout.guidance_scale(self.pipe)
         if scale is None:
             raise GuardError(
                 f"{self.kind} does not tell its guidance_scale, so nobody knows how far a change would "
                 "reach, and nothing is generated."
             )
-        return float(scale)
+        return scale
 
     @property
     def is_over(self) -> bool:
@@ -269,6 +269,9 @@ class Session:
 
     def _current_run(self, timestep: float, batch: int) -> Run:
         timesteps, run = getattr(self.pipe.scheduler, "timesteps", None), self.run
+        if timesteps is not None and self.bound.layout.names.timestep_unit != 1:  # divided and multiplied again
+            nearest = min(torch.as_tensor(timesteps).tolist(), key=lambda one: abs(one - timestep))
+            timestep = nearest if math.isclose(nearest, timestep, rel_tol=1e-4) else timestep
         if run is None or timesteps is not run.timesteps or batch != run.batch or timestep > run.timestep:
             schedule = [timestep] if timesteps is None else torch.as_tensor(timesteps).tolist()
             share = getattr(self.pipe, "denoising_end", None)

@@ -61,11 +61,15 @@ class Family(ABC):
         stand_side_by_side: whether several texts may be one condition, as in cross-attention; where text and image
             share a softmax, more text would weigh more.
         text_sees_image: whether what the denoiser makes of a text depends on the image.
+        has_start: whether the first row of every text is the same, that of a start-of-text token.
+        drawing: arguments of the pipeline where dagkit draws, beside those that the user sets.
     """
 
     name: ClassVar[str]
     stand_side_by_side: ClassVar[bool] = True
     text_sees_image: ClassVar[bool] = False
+    has_start: ClassVar[bool] = True
+    drawing: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:
@@ -84,8 +88,9 @@ class Family(ABC):
         return Batched()
 
     def arguments(self, how: Encoding) -> dict[str, Any]:
-        """Of a pipeline's call, so that it encodes prompts in a way."""
-        return {}
+        """Of a pipeline's call where dagkit draws: ``drawing``, and what makes it encode prompts in a way."""
+        length = how.max_sequence_length
+        return {**self.drawing, **({} if length is None else {"max_sequence_length": length})}
 
     def noise(self, pipe: Any) -> NoiseSchedule:
         """How noisy latents are, by the pipeline's scheduler.
@@ -120,12 +125,28 @@ class Family(ABC):
         ids = pipe.tokenizer(phrase, truncation=True).input_ids
         return self.rows(pipe, [phrase], how, seen)[0, 1 : max(len(ids) - 1, 2)]
 
+    def start_of_text(self, pipe: Any, how: Encoding = PLAIN, seen: Seen | None = None) -> Tensor:
+        """(1, d) first row of the empty prompt, with which a concept's rows compete where nothing is said.
+
+        A text encoder without a start-of-text token (T5) has there what ends the text: the one row that the denoiser
+        attends to when it is asked for nothing.
+        """
+        return self.rows(pipe, [""], how, seen)[0, :1]
+
+    def text_rows(self, pipe: Any, texts: list[str], how: Encoding = PLAIN) -> Tensor:
+        """(N, d) rows of some texts together, without the one that starts each and without padding that is masked."""
+        condition, first = self.encode_prompt(pipe, texts, how), int(self.has_start)
+        rows = condition.hidden_states[:, first:]
+        return rows.flatten(0, 1) if condition.mask is None else rows[condition.mask[:, first:].bool()]
+
     def neutral_conditions(self, pipe: Any, how: Encoding = PLAIN) -> list[Condition]:
         """Conditions of one row each that ask for nothing in particular; the model's own unconditional one first."""
         return [self.encode_prompt(pipe, [""], how)]
 
     def latents(self, pipe: Any, images: Sequence[Image.Image]) -> Tensor:
         """(B, C, h, w): mode of the VAE's posterior, scaled as the denoiser expects it, in the VAE's dtype.
+
+        Of an autoencoder without a posterior (Sana's) it is the one latent.
 
         A VAE with ``force_upcast`` (SDXL's overflows in float16) encodes in float32, as in diffusers' img2img.
 
@@ -143,7 +164,8 @@ class Family(ABC):
         try:
             if is_upcast:
                 vae.to(torch.float32)
-            latents: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
+            encoded = vae.encode(image.to(vae.device, vae.dtype))
+            latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         finally:
             if is_upcast:
                 vae.to(dtype)
@@ -278,6 +300,16 @@ class BaseModel:
     def phrase_rows(self, phrase: str, seen: Seen | None = None) -> Tensor:
         """(n, d) rows of a phrase's own tokens."""
         return self.family.phrase_rows(self.pipe, phrase, self.encoding, seen)
+
+    @torch.no_grad()
+    def start_of_text(self, seen: Seen | None = None) -> Tensor:
+        """(1, d) first row of the empty prompt."""
+        return self.family.start_of_text(self.pipe, self.encoding, seen)
+
+    @torch.no_grad()
+    def text_rows(self, texts: Sequence[str]) -> Tensor:
+        """(N, d) rows of some texts together, without the one that starts each and without padding that is masked."""
+        return self.family.text_rows(self.pipe, list(texts), self.encoding)
 
     @torch.no_grad()
     def latents(self, images: Sequence[Image.Image]) -> Tensor:

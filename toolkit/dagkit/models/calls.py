@@ -184,9 +184,20 @@ class Half:
             is_this = is_close(hidden, condition.hidden_states)
             for name, value in condition.added.items():
                 is_this &= is_close(added[name][self.rows, None], value[:, None])
-            found |= is_this
+            found |= is_this & self._is_masked_as(condition)
         others = [name for name in added if not neutral or name not in neutral[0].added]
         return found & all(self._agrees(added[name], other, other.call.added.get(name)) for name in others)
+
+    def _is_masked_as(self, condition: Condition) -> Tensor:
+        """(B,) bool, on the CPU: where of this half's text as much is attended to as of a condition of its length."""
+        given = None if self.call.names.mask is None else self.call.arguments.get(self.call.names.mask)
+        if condition.mask is None or given is None:
+            return torch.full((self.num,), condition.mask is None and given is None)
+        mine = given[self.rows].bool().cpu()
+        if mine.shape[1:] != condition.mask.shape[1:]:
+            return torch.zeros(self.num, dtype=torch.bool)
+        found: Tensor = (mine == condition.mask.bool().cpu()).flatten(1).all(1)
+        return found
 
     def _agrees(self, mine: Any, other: Half, theirs: Any) -> bool:
         """Whether every tensor with a row a sample, inside lists, tuples and dicts too, is the same in both halves."""
@@ -251,7 +262,7 @@ class CallLayout(ABC):
         Raises:
             GuardError: it has no classifier-free guidance.
         """
-        if not self.has_guidance or getattr(pipe, "do_classifier_free_guidance", True):
+        if not self.has_guidance or self.is_guided(pipe):
             return
         kind = type(pipe).__name__
         if getattr(denoiser.config, "time_cond_proj_dim", None) is not None:
@@ -264,6 +275,15 @@ class CallLayout(ABC):
             f"{kind} runs without classifier-free guidance, so there is no unconditional prediction to guide "
             "from. Set guidance_scale above 1 (and no callback that turns it off)."
         )
+
+    def is_guided(self, pipe: Any) -> bool:
+        """Whether the run that is under way has classifier-free guidance, as far as the pipeline tells."""
+        return bool(getattr(pipe, "do_classifier_free_guidance", True))
+
+    def guidance_scale(self, pipe: Any) -> float | None:
+        """That of the run that is under way; None where the pipeline does not tell it."""
+        scale = getattr(pipe, "guidance_scale", None)
+        return None if scale is None else float(scale)
 
     def enter(self, kind: str, step: Step, arguments: dict[str, Any]) -> Call:
         """Before a call: what it is, with its halves in ``step``.
@@ -325,6 +345,29 @@ class CallLayout(ABC):
         if whole.shape[1] > prediction.shape[1]:
             prediction = torch.cat([prediction, whole[:, prediction.shape[1] :]], 1)
         return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+
+
+def refuse_caches(denoiser: Any) -> None:
+    """Refuses a denoiser that takes parts of its output from earlier calls (``enable_cache`` and its kin of diffusers).
+
+    What was kept for the pipeline's rows would be handed to the safety forward, and skipped layers see nothing.
+
+    Raises:
+        GuardError: it does.
+    """
+    names = {
+        name
+        for module in denoiser.modules()
+        for name in getattr(module.__dict__.get("_diffusers_hook"), "hooks", ())
+        if "cache" in name or name.startswith(("fbc_", "pyramid_attention_broadcast"))
+    }
+    if names or getattr(denoiser, "is_cache_enabled", False):
+        kind = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
+        raise GuardError(
+            f"{kind} keeps what its blocks computed for later calls ({', '.join(sorted(names)) or 'enable_cache'}), so "
+            "what a guard sees and asks for would be of another call. Load the model "
+            "again and leave the cache off (disable_cache(), where it has that)."
+        )
 
 
 class Batched(CallLayout):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Final
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dagkit import attention
-from dagkit.errors import GuardError
+from dagkit.errors import GuardError, ModelError
 from dagkit.models.quantised import compute_dtype
 from dagkit.models.sites import Site
 
@@ -57,7 +57,7 @@ class CrossAttention(Site):
         rows = rows[None].to(compute_dtype(self.layer.to_k, rows.dtype))
         if getattr(self.layer, "norm_cross", None) is not None:
             rows = self.layer.norm_encoder_hidden_states(rows)
-        with _scaled_lora(self.layer.to_k, lora_scale):
+        with scaled_lora(self.layer.to_k, lora_scale):
             return attention.split_heads(self.layer.to_k(rows), self.num_heads)[0]
 
     def shares(self, features: Tensor, keys: Tensor) -> Tensor:
@@ -82,11 +82,19 @@ class CrossAttention(Site):
                 f"layer {self.name} is a {kind} without {', '.join(missing)}; expected diffusers' Attention. This "
                 "model cannot be guarded."
             )
+        self.check_norms()
+
+    def check_norms(self) -> None:
+        """Refuses queries or keys that are normalised before they are compared.
+
+        Raises:
+            GuardError: they are.
+        """
         for norm in ("norm_q", "norm_k"):
             if getattr(self.layer, norm, None) is not None:
                 raise GuardError(
-                    f"layer {self.name} ({kind}) uses {norm}; dagkit reads plain queries and keys. This model cannot "
-                    "be guarded."
+                    f"layer {self.name} ({type(self.layer).__name__}) uses {norm}; dagkit reads plain queries and "
+                    "keys. This model cannot be guarded."
                 )
 
     @property
@@ -107,8 +115,31 @@ class CrossAttention(Site):
         return CrossAttention(self.name, deepcopy(self.layer).float(), self._grid)
 
 
+def layers_of(denoiser: nn.Module, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The cross-attention layers of a denoiser by name, compiled or not: all of them, or exactly ``names``.
+
+    Raises:
+        ModelError: there is none, or one of ``names`` is missing.
+    """
+    found = {name: module for name, module in denoiser.named_modules() if name.endswith("attn2")}
+    layers = {name.removeprefix("_orig_mod."): module for name, module in found.items()}
+    if names is None:
+        if not layers:
+            raise ModelError(
+                "the denoiser has no cross-attention layer (attn2), so there is nothing to read a concept from."
+            )
+        return layers
+    missing = [name for name in names if name not in layers]
+    if missing:
+        raise ModelError(
+            f"the denoiser has no cross-attention layer {missing[0]} ({len(missing)} of {len(names)} are missing); it "
+            f"has {len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for another architecture."
+        )
+    return {name: layers[name] for name in names}
+
+
 @contextmanager
-def _scaled_lora(module: nn.Module, scale: float) -> Iterator[None]:
+def scaled_lora(module: nn.Module, scale: float) -> Iterator[None]:
     """Multiplies LoRA layers at and below a module by a scale, as diffusers does, and restores them exactly."""
     layers: list[Any] = [part for part in module.modules() if scale != 1.0 and hasattr(part, "scale_layer")]
     kept = [dict(layer.scaling) for layer in layers]

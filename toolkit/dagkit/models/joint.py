@@ -194,6 +194,10 @@ class JointFamily(Family):
                 found.append(torch.cat([normalised(parts[name]) for name in sites], -1))
         return torch.cat(found)
 
+    def text_rows(self, pipe: Any, texts: list[str], how: Encoding = PLAIN) -> Tensor:
+        """(N, d) rows of some texts together, without the one that starts each."""
+        return self.rows(pipe, texts, how)[:, 1:].flatten(0, 1)
+
     def _nothing(self, pipe: Any) -> Seen:
         """Noise, as the denoiser gets it."""
         denoiser, schedule = self.denoiser(pipe), self.noise(pipe)
@@ -271,10 +275,6 @@ class SD3(JointFamily):
         """Also how many rows T5 has, or its zeros."""
         num_clip = int(pipe.tokenizer_max_length)
         return super().encoding(pipe, call)._replace(max_sequence_length=call.hidden_states.shape[1] - num_clip)
-
-    def arguments(self, how: Encoding) -> dict[str, Any]:
-        """``max_sequence_length``."""
-        return {} if how.max_sequence_length is None else {"max_sequence_length": how.max_sequence_length}
 
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
         """Those that are loaded."""

@@ -62,10 +62,10 @@ class NoiseSchedule(ABC):
         values = [self.timestep(level) for level in levels.flatten().tolist()]
         return torch.tensor(values, dtype=torch.float32).reshape(levels.shape)
 
-    def _unknown_prediction(self) -> ModelError:
+    def _unknown_prediction(self, expected: str = "'epsilon', 'v_prediction' or 'sample'") -> ModelError:
         return ModelError(
-            f"{type(self.scheduler).__name__} has prediction_type {self.prediction_type!r}; expected 'epsilon', "
-            "'v_prediction' or 'sample'. Set the one that the model was trained with."
+            f"{type(self.scheduler).__name__} has prediction_type {self.prediction_type!r}; expected {expected}. Set "
+            "the one that the model was trained with."
         )
 
 
@@ -138,6 +138,8 @@ class FlowSchedule(NoiseSchedule):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The velocity ``e - z``."""
+        if self.scheduler.config.get("use_flow_sigmas") and self.prediction_type != "flow_prediction":
+            raise self._unknown_prediction("'flow_prediction'")
         return noise - latents
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dagkit.errors import ModelError
 from dagkit.models.base import Encoding, Family
 from dagkit.models.calls import Condition
-from dagkit.models.cross_attention import CrossAttention
+from dagkit.models.cross_attention import CrossAttention, layers_of
 from dagkit.models.sites import Sites
 
 MIN_SIDE, MAX_SIDE = 16, 32
@@ -35,21 +35,9 @@ class UNetFamily(Family):
     def sites(self, pipe: Any, names: Sequence[str] | None = None) -> Sites:
         """Layers of 16 to 32 cells a side at the model's own size, the finest where none is; or exactly ``names``."""
         unet = self.denoiser(pipe)
-        layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
-        layers = {name.removeprefix("_orig_mod."): module for name, module in layers.items()}
+        layers = layers_of(unet, names)
         if names is not None:
-            missing = [name for name in names if name not in layers]
-            if missing:
-                raise ModelError(
-                    f"the denoiser has no cross-attention layer {missing[0]} ({len(missing)} of {len(names)} are "
-                    f"missing); it has {len(layers)}, e.g. {next(iter(layers), 'none')}. The token was made for "
-                    "another architecture."
-                )
             return self._sites(unet, layers, names)
-        if not layers:
-            raise ModelError(
-                "the denoiser has no cross-attention layer (attn2), so there is nothing to read a concept from."
-            )
         size = unet.config.sample_size
         side = min(size) if isinstance(size, (list, tuple)) else int(size)
         levels = {name: _level(name, len(unet.up_blocks)) for name in layers}

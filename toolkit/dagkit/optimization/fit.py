@@ -97,8 +97,8 @@ def initial_parameters(
         sites: where to look.
         generator: of the noise that tells several guideline rows apart.
     """
-    rows = base.rows([example.prompt for example in examples]).float()
-    spread = float(rows[:, 1:].std())
+    rows = base.text_rows([example.prompt for example in examples]).float()
+    spread = float(rows.std())
     shape = (recipe.num_tokens, rows.shape[-1])
     noise = torch.randn(shape, generator=generator).to(rows)
     if recipe.initial_phrase:
@@ -106,10 +106,10 @@ def initial_parameters(
         guideline = phrase.flip(0)[torch.arange(recipe.num_tokens) % len(phrase)]
         guideline = guideline + (0.3 * spread * noise if recipe.num_tokens > 1 else 0)
     else:
-        guideline = rows[:, 1:].mean((0, 1)) + spread * noise
-    background = _spread_rows(rows[:, 1:].flatten(0, 1), recipe.num_background) if recipe.num_background else None
+        guideline = rows.mean(0) + spread * noise
+    background = _spread_rows(rows, recipe.num_background) if recipe.num_background else None
     logits = torch.zeros(sites.num_heads, device=rows.device) if recipe.learn_head_weights else None
-    return Parameters(rows[0, :1].clone(), guideline.clone(), background, logits)
+    return Parameters(base.start_of_text().to(rows), guideline.clone(), background, logits)
 
 
 def fit(

@@ -148,8 +148,8 @@ class AttentionProposer(Proposer):
         others = [word for word in _content_words(prompt) if word not in taken][:MAX_COMPETITORS]
         seen = seen if self._base_model.family.text_sees_image else None
         encode = self._encode if seen is None else partial(self._encode_word, seen=seen)
-        start, rows = self._base_model.rows([""], seen)[0, 0], [encode(word) for word in (*words, *others)]
-        return torch.stack([start, *rows])
+        rows = [encode(word) for word in (*words, *others)]
+        return torch.stack([self._base_model.start_of_text(seen)[0], *rows])
 
     def _encode_word(self, word: str, seen: Seen | None = None) -> Tensor:
         """(d,) row of a word or phrase: its last token, which in a causal text encoder has seen all before it."""
