@@ -82,8 +82,7 @@ def load(
                     folder,
                     use_safetensors=True,
                     local_files_only=True,
-                    **_absent(index),
-                    **checker.left_out(index),
+                    **{**_absent(index), **checker.left_out(index)},
                     **precision,
                 )
                 for part in TEXT_ENCODERS:
