@@ -39,10 +39,14 @@ def run(
     from dagkit.errors import DatasetError
     from dagkit.workspace import lock
 
-    if not accept_unreviewed and not workspace.stage("annotations", concept.name).rows():
+    is_marked = workspace.stage("annotations", concept.name).rows() or any(
+        row.get("source") for row in workspace.stage("premasks", concept.name).rows()
+    )
+    if not accept_unreviewed and not is_marked:
         raise DatasetError(
             f"concept {concept.name!r}: nothing was annotated yet. Annotate in Label Studio and run dagkit pull, "
-            "or accept pre-masks that nobody reviewed with --unreviewed."
+            "bring masks that you have with dagkit dataset import, or accept pre-masks that nobody reviewed with "
+            "--unreviewed."
         )
     target = workspace.stage("dataset", concept.name).path
     with lock(target.parent):
