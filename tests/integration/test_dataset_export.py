@@ -61,6 +61,14 @@ def test_out_and_back_is_the_same(format_name: str, whole: Path, tmp_path: Path)
     assert all(np.array_equal(back[key], wanted[key]) for key in wanted)
 
 
+def test_the_command_offers_all_formats_that_there_are():
+    from dagkit.exchange import EXPORTS, FORMATS
+
+    for name, formats in {"import": FORMATS, "export": EXPORTS}.items():
+        shown = finish("dataset", name, "--help")
+        assert f"[{'|'.join(formats)}]" in shown
+
+
 def test_coco_reads_what_is_written(whole: Path, tmp_path: Path):
     """By COCO's own library, as any other tool would."""
     pytest.importorskip("pycocotools")

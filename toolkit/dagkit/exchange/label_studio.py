@@ -104,31 +104,27 @@ def _file(place: Any, pictures: SourceFolder) -> str:
 
 
 def _renamed(annotation: dict[str, Any], names: LabelNames) -> dict[str, Any]:
-    """An annotation with the concept's labels for theirs, and without regions that mean nothing here."""
+    """An annotation with the concept's labels for theirs, and without regions that mean nothing here.
+
+    A region and its label may be two results of one id; both go.
+    """
     result = annotation.get("result")
     if not isinstance(result, list):
         return annotation
-    kept, dropped = [], set()
-    for region in result:
-        value = region.get("value") if isinstance(region, dict) else None
-        if not isinstance(value, dict):
-            kept.append(region)
-            continue
-        changed, is_dropped = dict(value), False
-        for key, theirs in value.items():
-            if key.endswith("labels") and isinstance(theirs, list):
-                ours = [names.ours(one) for one in theirs]
-                changed[key] = [one for one in ours if one is not None]
-                is_dropped |= bool(ours) and not changed[key]
-        if is_dropped:
-            dropped.add(region.get("id"))
-        else:
-            kept.append({**region, "value": changed})
-    return {
-        **annotation,
-        "result": [
-            one
-            for one in kept
-            if not (isinstance(one, dict) and one.get("id") in dropped and one.get("id") is not None)
-        ],
-    }
+    renamed = [_in_our_words(region, names) for region in result]
+    ids = [region.get("id") if isinstance(region, dict) else None for region in result]
+    gone = {one for one, ours in zip(ids, renamed, strict=True) if ours is None} - {None}
+    kept = [ours for one, ours in zip(ids, renamed, strict=True) if ours is not None and one not in gone]
+    return {**annotation, "result": kept}
+
+
+def _in_our_words(region: Any, names: LabelNames) -> Any:
+    """A result with the concept's labels; None where its labels mean nothing here."""
+    value = region.get("value") if isinstance(region, dict) else None
+    if not isinstance(value, dict):
+        return region
+    labels = {key: theirs for key, theirs in value.items() if key.endswith("labels") and isinstance(theirs, list)}
+    ours = {key: [label for one in theirs if (label := names.ours(one))] for key, theirs in labels.items()}
+    if any(labels[key] and not ours[key] for key in labels):
+        return None
+    return {**region, "value": {**value, **ours}}
