@@ -452,6 +452,23 @@ def test_a_source_that_is_none_is_named(files: dict[str, Any], words: str, tmp_p
     )
 
 
+@pytest.mark.slow
+def test_a_token_from_imported_pictures_says_so(tmp_path: Path):
+    """Encoded as drawn ones are; what was learned finds the weapon in them."""
+    where = ["--concept", "weapon", "--workspace", tmp_path / "runs"]
+    finish("dataset", "import", foreign.as_folder(tmp_path / "theirs", scenes(14, 14)), *where, "--quiet")
+    assert "28 images, 28 with masks as they were imported (" in finish("export", *where)
+    made = json.loads(finish("optimize", *where, "--num-steps", 40, "--tune", 0, "--json", "--quiet"))
+    folder = Path(made["path"])
+    assert "**Imported images.** 28 of the images that this token was trained on" in (folder / "README.md").read_text()
+    record = json.loads((folder / "token.json").read_text())
+    assert record["dataset"]["num_imported"] == 28
+    assert record["dataset"]["review_states"] == {"imported": 28}
+    assert record["metrics"]["validation_iou"] > 0.3
+    shown = finish("token", "show", "weapon@1.0.0", "--workspace", tmp_path / "runs")
+    assert "14 unsafe and 14 safe images, 28 of them imported; masks: 28 imported" in shown
+
+
 def test_what_others_marked_is_sent_to_annotators_as_any_premask(tmp_path: Path):
     from dagkit.labelstudio.storage import Upload
     from dagkit.stages.push import _task

@@ -37,6 +37,7 @@ def run(
     from dagkit import dataset
     from dagkit.dataset.reading import read_splits
     from dagkit.errors import DatasetError
+    from dagkit.manifests import IMPORTED
     from dagkit.workspace import lock
 
     is_marked = workspace.stage("annotations", concept.name).rows() or any(
@@ -63,7 +64,9 @@ def run(
         dataset.save_dataset(built, target, summary)
     num_rows = len(collection.records)
     unreviewed = summary["review_states"].get("unreviewed", 0)
-    note = f", {unreviewed} of them UNREVIEWED" if unreviewed else ""
+    imported = summary["review_states"].get(IMPORTED, 0)
+    note = f", {imported} with masks as they were imported" if imported else ""
+    note += f", {unreviewed} of them UNREVIEWED" if unreviewed else ""
     shown = ", ".join(f"{split} {sum(counts.values())}" for split, counts in summary["counts"].items())
     left_out = "; left out: " + ", ".join(f"{n} {why}" for why, n in collection.left_out.items())
     return base.StageResult(
