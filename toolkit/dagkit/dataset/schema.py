@@ -52,8 +52,8 @@ FEATURES: Final = Features(
         "seconds": Value("float32"),
         "created": Value("timestamp[ms, tz=UTC]"),
         "updated": Value("timestamp[ms, tz=UTC]"),
-        "group": Value("string"),
         "source": Value("string"),
+        "group": Value("string"),
     }
 )
 
@@ -117,6 +117,6 @@ DESCRIPTIONS: Final = {
     "seconds": "time that annotators spent",
     "created": "when it was first annotated",
     "updated": "when it was last annotated",
-    "group": "rows of one group share a prompt, a seed or a look, and never straddle splits",
     "source": "where image and mask came from, if no base model drew the image",
+    "group": "rows of one group share a prompt, a seed or a look, and never straddle splits",
 }

@@ -96,13 +96,14 @@ Tables = tuple[list[Any], list[Any], dict[Any, str]]
 
 def _tables(value: Any, where: str) -> Tables:
     """Pictures, annotations, and category id -> name."""
-    if not is_coco(value) or not isinstance(value["annotations"], list):
+    listed = value.get("categories", []) if isinstance(value, dict) else None
+    if not is_coco(value) or not isinstance(value["annotations"], list) or not isinstance(listed, list):
         raise DatasetError(
             f"{printable(where)}: expected COCO's instances, an object with the lists images, annotations and "
             f"categories, but got {quoted(value, 60)}"
         )
     try:
-        categories = [Category.model_validate(one) for one in value.get("categories") or []]
+        categories = [Category.model_validate(one) for one in listed]
     except ValidationError as error:
         raise DatasetError(f"{printable(where)}: categories: {explain(error)}") from error
     return value["images"], value["annotations"], {one.id: one.name for one in categories}

@@ -112,7 +112,7 @@ def _renamed(annotation: dict[str, Any], names: LabelNames) -> dict[str, Any]:
     if not isinstance(result, list):
         return annotation
     renamed = [_in_our_words(region, names) for region in result]
-    ids = [region.get("id") if isinstance(region, dict) else None for region in result]
+    ids = [one.get("id") if isinstance(one, dict) and isinstance(one.get("id"), str) else None for one in result]
     gone = {one for one, ours in zip(ids, renamed, strict=True) if ours is None} - {None}
     kept = [ours for one, ours in zip(ids, renamed, strict=True) if ours is not None and one not in gone]
     return {**annotation, "result": kept}
