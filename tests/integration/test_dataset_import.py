@@ -316,6 +316,55 @@ def test_labels_of_ones_own(tmp_path: Path):
     )
 
 
+def test_pictures_of_one_name_are_not_mixed_up(tmp_path: Path):
+    """Two uploads were called alike, and one file is there: whose is it? And a picture that was replaced."""
+    first, second, third = scenes(3, 0)
+    source = foreign.as_label_studio(tmp_path / "theirs", [first, second, third])
+    tasks = json.loads((source / "project-4.json").read_text())
+    tasks[1]["data"]["image"] = "/data/upload/4/9f9f9f9f-p00.png"
+    put(source, {"project-4.json": tasks})
+    report = take(source, tmp_path / "runs")
+    assert report["taken"] == ["project-4.json, task 3"]
+    assert (
+        "2 tasks have a picture called 'p00.png', and nobody can tell which"
+        in refused(report)["project-4.json, task 1"]
+    )
+    put(source, {"0a1b2c3d-p00.png": png(first.image), "images/9f9f9f9f-p00.png": png(second.image)})
+    assert len(take(source, tmp_path / "runs")["taken"]) == 2
+    assert same(masks_of(tmp_path / "runs"), expected([first, second, third]))
+
+    source = foreign.as_labelme(tmp_path / "me", [first])
+    put(source, {"pictures/p00.png": png(first.image.resize((32, 32)))})
+    error = invoke("dataset", "import", source, "--concept", "weapon", "--workspace", tmp_path / "b").exception
+    assert "it was drawn on a picture of 64x64 px, but the one that is there has 32x32" in str(error)
+
+
+def test_what_annotators_said_counts(tmp_path: Path):
+    """Of several the majority; who skipped or cannot tell says nothing, and nothing is taken for a safe picture."""
+    drawn = scenes(5, 0)
+    source = foreign.as_label_studio(tmp_path / "theirs", drawn)
+    tasks = json.loads((source / "project-4.json").read_text())
+    tasks[0]["annotations"][0]["was_cancelled"] = True
+    tasks[1]["annotations"] = []
+    keypoint = {"type": "keypointlabels", "value": {"x": 1, "y": 1, "keypointlabels": ["weapon"]}}
+    tasks[2]["annotations"][0]["result"].append({**keypoint, "original_width": 64, "original_height": 64})
+    other = {**tasks[3]["annotations"][0], "id": 77, "completed_by": 4, "result": []}
+    tasks[3]["annotations"] += [other, {**other, "id": 78, "completed_by": 5}]
+    report = take(put(source, {"project-4.json": tasks}), tmp_path / "runs")
+    assert report["taken"] == ["project-4.json, task 4", "project-4.json, task 5"]
+    reasons = [refused(report)[f"project-4.json, task {number}"] for number in (1, 2, 3)]
+    assert reasons[:2] == ["its annotators skipped it", "nobody annotated it"]
+    assert "which says nothing exact about pixels" in reasons[2]
+    assert report["notes"] == [
+        {
+            "entry": "project-4.json, task 4",
+            "note": "its 3 annotators disagree (presence): the majority of pixels was taken",
+        }
+    ]
+    found = masks_of(tmp_path / "runs")
+    assert [found[one.image.tobytes()].any() for one in drawn[3:]] == [False, True]
+
+
 def test_duplicates_and_changed_masks_are_named(tmp_path: Path):
     first, second = scenes(2, 0)
     files = {f"images/{name}.png": png(first.image) for name in "ab"} | {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -20,6 +21,7 @@ from dagkit.labelstudio.replies import ExportedTask
 from dagkit.manifests import explain
 
 FORMAT: Final = "label-studio"
+_PICTURE: Final = re.compile(r"\.(png|jpe?g|webp|bmp|gif|tiff?)(\W|$)")
 _UPLOAD: Final = re.compile(r"^[0-9a-f]{8}-")
 """What the server puts before the name of a file that was uploaded."""
 
@@ -51,22 +53,21 @@ def read_label_studio(folder: SourceFolder, files: Sequence[str], names: LabelNa
 
 
 def _entries(exports: Sequence[tuple[str, list[Any]]], names: LabelNames, pictures: SourceFolder) -> Iterator[Entry]:
+    places = {place for _, tasks in exports for task in tasks if (place := _place(task)) is not None}
+    called = Counter(_own_name(place) for place in places)
     for file, tasks in exports:
         for index, task in enumerate(tasks):
             number = task.get("id") if isinstance(task, dict) else None
             shown = f"tasks.{index}" if number is None else f"task {quoted(number, 40)}"
-            yield Entry(f"{printable(file)}, {shown}", partial(_marked, task, names, pictures))
+            yield Entry(f"{printable(file)}, {shown}", partial(_marked, task, names, pictures, called))
 
 
-def _marked(task: Any, names: LabelNames, pictures: SourceFolder) -> Marked:
+def _marked(task: Any, names: LabelNames, pictures: SourceFolder, called: Mapping[str, int]) -> Marked:
     try:
         checked = ExportedTask.model_validate(task)
     except ValidationError as error:
         raise DatasetError(explain(error)) from error
-    place = checked.data.get(IMAGE_OBJECT) or next(
-        (one for one in checked.data.values() if isinstance(one, str) and _looks_like_picture(one)), None
-    )
-    picture = read_picture(pictures.read(_file(place, pictures)))
+    picture = read_picture(pictures.read(_file(_place(task), pictures, called)))
     annotations = [_renamed(one, names) for one in checked.annotations]
     plain = {"id": checked.id, "data": checked.data, "annotations": annotations}
     answers = read_answers(plain, names.labels, picture.size, lambda user: f"annotator-{user}")
@@ -80,27 +81,45 @@ def _marked(task: Any, names: LabelNames, pictures: SourceFolder) -> Marked:
     return Marked(picture, verdict.masks, tuple(notes) if verdict.reasons else ())
 
 
-def _looks_like_picture(place: str) -> bool:
-    return bool(re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)(\W|$)", place.lower()))
+def _place(task: Any) -> str | None:
+    """Where a task says that its picture is: under the name that dagkit's page gives it, else what looks like one."""
+    data = task.get("data") if isinstance(task, dict) else None
+    if not isinstance(data, dict):
+        return None
+    own = data.get(IMAGE_OBJECT)
+    if isinstance(own, str) and own:
+        return own
+    return next((one for one in data.values() if isinstance(one, str) and _PICTURE.search(one.lower())), None)
 
 
-def _file(place: Any, pictures: SourceFolder) -> str:
+def _own_name(place: str) -> str:
+    """What a picture was called before it was uploaded."""
+    return _UPLOAD.sub("", posixpath.basename(urlsplit(place).path if _is_uploaded(place) else place))
+
+
+def _is_uploaded(place: str) -> bool:
+    return place.startswith("/data/") and not place.startswith("/data/local-files/")
+
+
+def _file(place: str | None, pictures: SourceFolder, called: Mapping[str, int]) -> str:
     """The name of a task's picture below the folder of pictures."""
-    if not isinstance(place, str):
+    if place is None:
         raise DatasetError(f"it does not say where its picture is (data.{IMAGE_OBJECT})")
     if place.startswith("/data/local-files/"):
-        places = parse_qs(urlsplit(place).query).get("d", [""])
-        plain = pictures.inside(places[0])
-    elif place.startswith("/data/"):
-        plain = pictures.inside(posixpath.basename(urlsplit(place).path))
+        plain = pictures.inside(parse_qs(urlsplit(place).query).get("d", [""])[0])
     else:
-        plain = pictures.inside(place)
-    name = posixpath.basename(plain)
-    own = _UPLOAD.sub("", name)
-    for one in (plain, name, f"images/{name}", own, f"images/{own}"):
+        plain = pictures.inside(posixpath.basename(urlsplit(place).path) if _is_uploaded(place) else place)
+    name, own = posixpath.basename(plain), _own_name(place)
+    for one in (plain, f"images/{plain}"):
         if pictures.has(one):
             return one
-    return plain
+    found = next((one for one in (name, f"images/{name}", own, f"images/{own}") if pictures.has(one)), plain)
+    if found != plain and called.get(own, 0) > 1:
+        raise DatasetError(
+            f"{called[own]} tasks have a picture called {quoted(own, 80)}, and nobody can tell which of them is in the "
+            f"folder. Put it there as {quoted(plain, 120)}"
+        )
+    return found
 
 
 def _renamed(annotation: dict[str, Any], names: LabelNames) -> dict[str, Any]:

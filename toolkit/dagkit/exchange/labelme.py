@@ -48,6 +48,8 @@ class File(_Part):
     shapes: list[Shape]
     imagePath: str | None = None  # noqa: N815 - LabelMe's names
     imageData: str | None = None  # noqa: N815
+    imageWidth: int | None = None  # noqa: N815
+    imageHeight: int | None = None  # noqa: N815
 
 
 def is_labelme(value: object) -> bool:
@@ -82,6 +84,12 @@ def _marked(folder: SourceFolder, name: str, names: LabelNames, pictures: Source
     except ValidationError as error:
         raise DatasetError(explain(error)) from error
     picture = read_picture(_picture(folder, name, file, pictures))
+    drawn_on = (file.imageWidth or picture.size[0], file.imageHeight or picture.size[1])
+    if drawn_on != picture.size:
+        raise DatasetError(
+            f"it was drawn on a picture of {drawn_on[0]}x{drawn_on[1]} px, but the one that is there has "
+            f"{picture.size[0]}x{picture.size[1]}"
+        )
     masks = []
     for index, shape in enumerate(file.shapes):
         label = names.ours(shape.label)
