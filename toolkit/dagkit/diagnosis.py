@@ -32,6 +32,7 @@ _OPTIONAL = {
     "nudenet": "the nudenet proposer and judge",
     "torchmetrics": "CLIP score and FID",
     "model-signing": "signed tokens",
+    "pycocotools": "masks of COCO",
 }
 
 

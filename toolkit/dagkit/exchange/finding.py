@@ -10,7 +10,7 @@ from dagkit.dataset import hub
 from dagkit.errors import DatasetError, brief, quoted
 from dagkit.exchange import coco, folders, label_studio, labelme, tables
 from dagkit.exchange.entries import LabelNames, Source, SourceFolder
-from dagkit.provenance import is_repository
+from dagkit.provenance import is_repository, public_name
 from dagkit.resources import exists
 
 FORMATS: Final = (folders.FORMAT, coco.FORMAT, label_studio.FORMAT, labelme.FORMAT, tables.FORMAT)
@@ -56,7 +56,7 @@ def find_source(
         folder, files = SourceFolder(path.parent), [path.name]
     else:
         if format == tables.FORMAT or (format is None and tables.is_table(path)):
-            return tables.read_table(path, path.resolve().name, names, *columns)
+            return tables.read_table(path, public_name(str(path.resolve())), names, *columns)
         folder = SourceFolder(path)
         files = [] if format == folders.FORMAT else folder.files((".json",))
     if format not in _JSON and format is not None and files:

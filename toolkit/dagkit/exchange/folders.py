@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from dagkit.errors import DatasetError
 from dagkit.exchange.entries import SUFFIXES, Entry, LabelNames, Marked, Source, SourceFolder, printable, united
 from dagkit.exchange.pictures import read_mask, read_picture
+from dagkit.provenance import public_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,14 +34,14 @@ def read_folder(path: Path, names: LabelNames) -> Source:
         path: of the folder.
         names: what the names of folders in ``masks`` mean.
     """
-    return Source(FORMAT, path.resolve().name or FORMAT, _entries(SourceFolder(path), names))
+    return Source(FORMAT, printable(public_name(str(path.resolve())), 200), _entries(SourceFolder(path), names))
 
 
 def pictures_of(path: Path) -> Source:
     """A folder of pictures about which nothing is known, those in its folders included."""
     folder = SourceFolder(path)
     entries = (Entry(printable(name), partial(_bare, folder, name)) for name in folder.files(SUFFIXES))
-    return Source("pictures", path.resolve().name or "pictures", entries)
+    return Source("pictures", printable(public_name(str(path.resolve())), 200), entries)
 
 
 def _bare(folder: SourceFolder, name: str) -> Marked:
