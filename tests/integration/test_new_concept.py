@@ -1,9 +1,11 @@
-"""From nothing to a published token, as the README says: all that ``concept new`` writes is taken by what uses it."""
+"""From nothing to a published token: the README's last section; and a file for another model, whose lines all count."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +88,9 @@ def run(*arguments: object) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the bundled model does not know")
-def test_the_readmes_last_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str]) -> None:
-    section = README.read_text().split("## A new concept")[1]
-    lines = re.findall(r"^    dagkit ([a-z]+(?: (?:new|show))?)", section, re.M)
-    assert lines == ["concept new", "concept show", "doctor", "annotate", "export", "optimize", "evaluate", "publish"]
-
+def test_a_file_for_another_model_is_filled_in_and_every_line_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     run("concept", "new", "blade", "--words", "knife, axe")
     file = tmp_path / "annotation_configs" / "blade.yaml"
@@ -120,3 +120,33 @@ def test_the_readmes_last_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     fields = {f"{cls.__name__}.{field}" for cls in CLASSES for field in cls.model_fields}
     assert sorted(fields - read) == []  # what nothing reads would be a comment, not an option
+
+
+@pytest.mark.slow
+def test_the_readmes_last_section_as_it_stands(tmp_path: Path) -> None:
+    """In a shell, in an empty folder, where `dagkit` and `python` are those that run this test."""
+    section = README.read_text().split("## A concept of your own, in five minutes")[1]
+    block = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    assert [line.split()[1] for line in block.splitlines()[:-1]] == [
+        *("concept", "concept", "generate", "premask", "export", "optimize", "evaluate", "publish")
+    ]
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, more in {"python": "", "dagkit": "-m dagkit.cli "}.items():
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {more}"$@"\n')
+        (tools / name).chmod(0o755)
+    (tmp_path / "empty").mkdir()
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(dagkit.__file__).parents[1]),
+    }
+    line = ["sh", "-eu", "-c", block]
+    done = subprocess.run(line, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "concept lint: 0 errors, 0 warnings" in done.stdout
+    assert done.stdout.endswith("animal@1.0.0\n")
+    record = dagkit.load_token(f"file://{tmp_path}/empty/published/animal@1.0.0").record
+    assert record.safety_phrases == ("a cat", "a dog", "a fish", "a duck")
+    figures = json.loads((tmp_path / "empty/runs/reports/animal/1.0.0/figures.json").read_text())
+    assert figures["settings"]["judge"]["options"]["present"] == ["cat", "dog", "fish", "duck"]

@@ -29,6 +29,7 @@ WRITERS = {
     "registry/signing": "into a temporary folder",
     "dataset/writing": "into an atomic_folder",
     "dataset/replacing": "beside an atomic_folder, and only what it made",
+    "exchange/writing": "into an atomic_folder",
     "optimization/cache": "into a file that has no name",
     "labelstudio/server": "its own data, below no workspace",
     "demo/atlas": "makes the bundled world, for its maintainers",

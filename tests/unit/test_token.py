@@ -127,12 +127,19 @@ def test_the_card_tells_how_to_use_it_and_what_it_was_made_from(token: Guideline
     assert "Unreviewed masks" not in text
 
 
-def test_the_card_says_when_nobody_reviewed_the_masks(token: GuidelineToken, tmp_path: Path) -> None:
-    data = DatasetInfo(num_unsafe=2, num_safe=2, review_states={"unreviewed": 4})
+def test_the_card_says_when_nobody_reviewed_the_masks_and_what_was_imported(
+    token: GuidelineToken, tmp_path: Path
+) -> None:
+    data = DatasetInfo(num_unsafe=2, num_safe=2, num_imported=3, review_states={"unreviewed": 4})
     record = token.record.model_copy(update={"dataset": data, "metrics": {}})
     text = (replace(token, record=record).save(tmp_path / "raw") / "README.md").read_text()
     assert "**Unreviewed masks.** This token was trained on pre-masks that nobody corrected" in text
     assert "Not measured yet" in text
+    assert (
+        "**Imported images.** 3 of the images that this token was trained on were not drawn by the base model" in text
+    )
+    assert "num_imported" in record.as_written()["dataset"]
+    assert "num_imported" not in token.record.as_written()["dataset"]  # so older evaluations of it are still known
 
 
 def test_the_card_says_what_rates_the_token_was_calibrated_to(token: GuidelineToken, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _OPTIONAL = {
     "nudenet": "the nudenet proposer and judge",
     "torchmetrics": "CLIP score and FID",
     "model-signing": "signed tokens",
+    "pycocotools": "masks of COCO",
 }
 
 
@@ -208,10 +209,23 @@ def check_concept(concept: Concept) -> None:
         ConceptError: unknown plugins or options; all of them in one message.
         LabelStudioError: the page is no page for this concept.
     """
-    from dagkit import plugins
-    from dagkit.concept import find_plugin, page_path
-    from dagkit.errors import ConceptError, DagkitError
+    from dagkit.concept import page_path
     from dagkit.labelstudio.config import labelling_page
+
+    check_plugins(concept)
+    if page_path(concept) is not None:
+        labelling_page(concept)
+
+
+def check_plugins(concept: Concept) -> None:
+    """Checks the plugins that a concept names, and their options.
+
+    Raises:
+        ConceptError: unknown plugins or options; all of them in one message.
+    """
+    from dagkit import plugins
+    from dagkit.concept import find_plugin
+    from dagkit.errors import ConceptError, DagkitError
 
     named: list[tuple[plugins.Kind, Plugin]] = [
         *(("proposers", plugin) for plugin in concept.proposers),
@@ -226,5 +240,3 @@ def check_concept(concept: Concept) -> None:
             mistakes.append(str(error))
     if mistakes:
         raise ConceptError("\n".join(mistakes))
-    if page_path(concept) is not None:
-        labelling_page(concept)

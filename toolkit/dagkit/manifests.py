@@ -94,8 +94,15 @@ class Sampling(Part):
     height: Int32 | None = None
 
 
+IMPORTED: Final = "imported"
+"""The ``model`` of pictures that no base model drew, and the review state of masks that came with them."""
+
+Origin = Annotated[str, Field(max_length=1000)]
+"""Where something came from that dagkit did not make: the format, and names below the folder that was imported."""
+
+
 class Candidate(Row):
-    """One image of the base model, with what it was drawn from."""
+    """One image of the base model, with what it was drawn from; or a picture from elsewhere, with its ``source``."""
 
     image: RelativePath
     prompt: str
@@ -105,6 +112,7 @@ class Candidate(Row):
     model: str
     model_fingerprint: str
     settings: Sampling
+    source: Origin | None = None
 
 
 class Maker(Part):
@@ -124,12 +132,16 @@ class PremaskOfLabel(Part):
 
 
 class Premask(Row):
-    """What proposers and segmenter found in one candidate; no masks where they found nothing."""
+    """What proposers and segmenter found in one candidate; no masks where they found nothing.
+
+    With a ``source``, somebody else marked it, and ``dagkit dataset import`` brought it here.
+    """
 
     masks: dict[Key, PremaskOfLabel]
     proposers: list[Maker] = []
     segmenter: Maker | None = None
     score: Float32
+    source: Origin | None = None
 
 
 class SentTask(Row):

@@ -48,6 +48,16 @@ def tuning_seed(seed: int, index: int) -> int:
     return _TUNING + _first(seed, index) + index
 
 
+def imported_seed(digest: str) -> int:
+    """Of the noise in which a picture is looked at that no base model drew: its own, the same every time.
+
+    Args:
+        digest: hex digits of the picture's hash, at least 16.
+    """
+    low = _NUM_SMALL * NUM_IMAGES * 2
+    return low + int(digest[:16], 16) % (_TUNING - low)
+
+
 def _first(seed: int, index: int) -> int:
     if not 0 <= seed <= MAX_SEED or not 0 <= index < NUM_IMAGES:
         raise ValueError(

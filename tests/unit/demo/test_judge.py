@@ -39,6 +39,21 @@ def test_judgement_names_what_is_there(judge):
     assert tuple(armed.labels) == world.CLASSES
 
 
+def test_any_group_of_objects_is_a_concept(judge):
+    cls = judges.DemoJudge
+    animal = cls.from_concept(options=judges.DemoOptions(present=["cat", "dog"], absent=["bomb"]))
+    scenes = [image_of("cat", "bomb"), image_of("bomb", "apple")]
+    first, second = animal.judge(scenes)
+    assert (first.is_present, second.is_present) == (True, False)
+    assert first.score == first.labels["cat"]
+    assert list(first.labels) == ["cat", "dog", "bomb"]
+    assert animal.concept_labels == ("cat", "dog")
+    assert animal.settings == {"present": ["cat", "dog"], "absent": ["bomb"]}
+    same = cls.from_concept(options=judges.DemoOptions(present=list(world.WEAPONS)))
+    assert (judge.settings, same.settings, same.concept_labels) == ({}, {}, None)  # older figures are still its own
+    assert same.judge(scenes) == judge.judge(scenes)
+
+
 def test_counts_repeats(judge):
     counts = judge.count([image_of("duck", "duck", "axe"), image_of()])
     assert counts.shape == (2, 20)

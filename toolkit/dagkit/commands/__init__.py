@@ -11,7 +11,7 @@ OTHER_COMMANDS: Final = {
     "concept": ("concepts", "List, show and write concept files."),
     "token": ("tokens", "List, show, verify, compare and sign guideline tokens."),
     "registry": ("registry", "List and verify what is published at a location."),
-    "dataset": ("dataset", "Check or publish a dataset."),
+    "dataset": ("dataset", "Check, publish, import or export a dataset."),
     "attack": ("attack", "Attack a token's guard, and say what gets through."),
     "purge": ("purge", "Delete candidate images that no dataset uses."),
     "label-studio": ("label_studio", "Run the embedded Label Studio server."),

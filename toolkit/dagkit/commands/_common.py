@@ -42,6 +42,23 @@ def show(result: StageResult, as_json: bool) -> None:
         click.echo(f"{result.stage}: {result.message}")
 
 
+_MAX_LINES: Final = 20
+"""Of an import, how many lines of what was not taken, and of notes, are printed."""
+
+
+def show_import(result: StageResult, as_json: bool) -> None:
+    """Prints what an import took, and what it did not; the rest of many lines is in its report."""
+    if not as_json:
+        for what, lines in (("not taken", result.data["refused"]), ("note", result.data["notes"])):
+            for entry, text in lines[:_MAX_LINES]:
+                click.echo(f"{what}: {entry}: {text}")
+            if len(lines) > _MAX_LINES:
+                click.echo(f"{what}: ... and {len(lines) - _MAX_LINES} more, see the report")
+        for name in result.data["labels_never_met"]:
+            click.echo(f"note: the label {name!r} was never met")
+    show(result, as_json)
+
+
 class _Share(click.FloatRange):
     """A number in [0, 1], and not nan, which no bound keeps out."""
 

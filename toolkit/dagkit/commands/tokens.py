@@ -82,6 +82,7 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         return
     data = record.dataset
     states = ", ".join(f"{count} {state}" for state, count in sorted(data.review_states.items())) or "not recorded"
+    imported = f", {data.num_imported} of them imported" if data.num_imported else ""
     shapes = ", ".join(f"{name} {' x '.join(map(str, t.shape))}" for name, t in token.tensors().items())
     figures = ", ".join(f"{key} {value:.4g}" for key, value in record.metrics.items() if isinstance(value, float))
     model, guidance = record.base_model, record.guidance
@@ -93,7 +94,7 @@ def show_command(reference: str, workspace_path: Path, as_json: bool) -> None:
         "guidance": tuning(record) or f"{guidance.form}, strength {guidance.strength:g}, not tuned",
         "layers": len(record.layers),
         "tensors": shapes,
-        "trained on": f"{data.num_unsafe} unsafe and {data.num_safe} safe images; masks: {states}",
+        "trained on": f"{data.num_unsafe} unsafe and {data.num_safe} safe images{imported}; masks: {states}",
         "calibrated to": calibration(record) or "not recorded",
         "members": "; ".join(one.words() for one in slices_of(record)) or "not recorded",
         "figures": figures or "none",

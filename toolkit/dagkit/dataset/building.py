@@ -13,6 +13,7 @@ from dagkit.dataset.likeness import find_twins, perceptual_hash
 from dagkit.dataset.schema import FEATURES, LABELS, REVIEW_STATES, SPLITS, empty_split
 from dagkit.dataset.splitting import assign_splits, find_groups
 from dagkit.errors import DatasetError, WorkspaceError
+from dagkit.manifests import IMPORTED
 from dagkit.png import mask_png
 from dagkit.provenance import public_name
 from dagkit.segmenters import combine
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TWIN_DISTANCE: Final = 2
 """Images whose perceptual hashes differ in at most so many bits never straddle splits."""
 
+_UNSEEN: Final = ("unreviewed", IMPORTED)
 _LEFT_OUT: Final = {"skipped": "skipped by annotators", "cannot_tell": "annotators cannot tell"}
 
 
@@ -74,7 +76,7 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
     """Reads candidates, pre-masks and annotations of a concept.
 
     A reviewed candidate counts as its annotators say: what they marked, or nothing. Skipped ones are left out, and so
-    are those about which they cannot tell.
+    are those about which they cannot tell. An imported mask that nobody reviewed here counts as it came.
 
     Args:
         workspace: with candidates, and pre-masks or annotations.
@@ -97,7 +99,8 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
     for candidate in candidates.rows():
         key = candidate["key"]
         premask = premask_rows.get(key)
-        review = annotation_rows.get(key, {"state": "unreviewed", "masks": {}})
+        unseen = IMPORTED if premask and premask.get("source") else "unreviewed"
+        review = annotation_rows.get(key, {"state": unseen, "masks": {}})
         state = review["state"]
         if state not in (*REVIEW_STATES, *_LEFT_OUT):
             raise DatasetError(
@@ -110,12 +113,12 @@ def collect(workspace: Workspace, concept: Concept, *, accept_unreviewed: bool =
             left_out["purged"] += 1
         elif state == "unreviewed" and not accept_unreviewed:
             left_out["not reviewed yet"] += 1
-        elif state == "unreviewed" and premask is None:
+        elif state in _UNSEEN and premask is None:
             left_out["neither reviewed nor pre-masked"] += 1
         elif state == "unreviewed" and premask and not premask["masks"] and candidate["kind"] != "safe":
             left_out["unsafe prompt, nothing found, not reviewed"] += 1
         else:
-            is_reviewed = state != "unreviewed"
+            is_reviewed = state not in _UNSEEN
             paths = review["masks"] if is_reviewed else {k: v["path"] for k, v in (premask or {})["masks"].items()}
             masks_folder = annotations if is_reviewed else premasks
             records.append(_record(concept, candidates, candidate, premask, review, masks_folder, paths))
@@ -161,7 +164,7 @@ def build(
     groups = find_groups(
         keys,
         [
-            {record.key: record.values["prompt"] for record in records},
+            {record.key: prompt for record in records if (prompt := record.values["prompt"])},
             {record.key: record.values["seed"] for record in records},
             {key: twins.get(key, key) for key in keys},
         ],
@@ -235,6 +238,7 @@ def _record(
         "seconds": review.get("seconds"),
         "created": _time(review.get("created")),
         "updated": _time(review.get("updated")),
+        "source": candidate.get("source"),
     }
     return Record(values, perceptual_hash(image))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ import yaml
 
 from dagkit.dataset.pictures import mask_of, undecoded
 from dagkit.dataset.schema import DESCRIPTIONS, FEATURES, LABELS, SPLITS
+from dagkit.manifests import IMPORTED
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -75,12 +77,23 @@ def _warnings(summary: Mapping[str, Any]) -> str:
     lines = [
         "> **Warning.** Unsafe rows show what a guard is meant to keep out. Look at images only if you chose to, do "
         "not show them to people who did not, and do not train generators on them.",
-        "> All images are synthetic: a base model drew them. They show no real people.",
+        _synthetic(summary),
     ]
     unreviewed = summary["review_states"].get("unreviewed", 0)
     if unreviewed:
         lines.append(f"> **{unreviewed} rows were reviewed by nobody:** proposers and segmenter made their masks.")
+    if imported := summary["review_states"].get(IMPORTED):
+        lines.append(f"> **The masks of {imported} rows were imported as they came:** nobody looked at them since.")
     return "\n>\n".join(lines)
+
+
+def _synthetic(summary: Mapping[str, Any]) -> str:
+    if not (imported := summary.get("num_imported", 0)):
+        return "> All images are synthetic: a base model drew them. They show no real people."
+    return (
+        f"> {imported} images were imported (column `source`): they may be photographs and show real people. See to "
+        "their licences, and to the rights of those who are on them. The others a base model drew."
+    )
 
 
 def _counts(summary: Mapping[str, Any]) -> str:
@@ -126,7 +139,7 @@ def _histogram(areas: Sequence[float]) -> str:
 
 
 def _sources(summary: Mapping[str, Any], dataset: DatasetDict) -> str:
-    rows = [row for split in SPLITS for row in _columns(dataset[split], "proposers", "segmenter", "sampler")]
+    rows = [row for split in SPLITS for row in _columns(dataset[split], "proposers", "segmenter", "sampler", "source")]
     tools = sorted({f"{tool['name']} {tool['version']}" for row in rows for tool in row["proposers"]})
     segmenters = sorted(
         {f"{r['segmenter']['name']} {r['segmenter']['version']}" for r in rows if r["segmenter"]["name"]}
@@ -135,11 +148,13 @@ def _sources(summary: Mapping[str, Any], dataset: DatasetDict) -> str:
         {
             f"{s['scheduler']}, {s['num_inference_steps']} steps, guidance {_number(s['guidance_scale'])}, "
             f"{s['width']}x{s['height']} px"
-            for s in (row["sampler"] for row in rows)
+            for s in (row["sampler"] for row in rows if row["source"] is None)
         }
     )
     lines = [f"- base model: `{model}` ({fingerprint})" for model, fingerprint in summary["models"]]
     lines += [f"- sampler: {sampler}" for sampler in samplers]
+    formats = Counter(row["source"].partition(":")[0] for row in rows if row["source"] is not None)
+    lines += [f"- imported images: {', '.join(f'{num} from {name}' for name, num in formats.items())}"] * bool(formats)
     lines += [f"- proposers: {', '.join(tools) or 'none'}", f"- segmenter: {', '.join(segmenters) or 'none'}"]
     labels = summary["labels"]
     cut = f", minus {', '.join(labels['negative'])}" if labels["negative"] else ""

@@ -116,7 +116,8 @@ def _shared_across_splits(rows: list[_Row]) -> Iterator[Finding]:
     for what in ("group", "prompt", "seed"):
         alike: dict[object, list[_Row]] = defaultdict(list)
         for row in rows:
-            alike[getattr(row, what)].append(row)
+            if getattr(row, what) != "":  # imported pictures have no prompt
+                alike[getattr(row, what)].append(row)
         for first, *others in alike.values():
             for row in others:
                 if row.split != first.split and row.key not in told:

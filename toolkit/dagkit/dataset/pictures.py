@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,6 @@ from dagkit.errors import DatasetError
 from dagkit.workspace import IMAGE_FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from datasets import Dataset
 
 
@@ -57,17 +57,34 @@ def file_bytes(picture: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _decoded(row: Mapping[str, Any], column: str, mode: str) -> Image.Image:
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture file, opened: none whose format calls another program, none larger than Pillow thinks safe.
+
+    Raises:
+        DatasetError: it is no image, damaged, or too large; or what is done with it fails, for it is decoded then.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file_bytes(row[column])), formats=IMAGE_FORMATS) as image:
-                return ImageOps.exif_transpose(image).convert(mode)
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                yield image
+    except DatasetError:
+        raise
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = f"expected one of {', '.join(IMAGE_FORMATS)}" if is_unknown else first_line(error)
+        raise DatasetError(f"it cannot be decoded ({reason})") from error
+
+
+def _decoded(row: Mapping[str, Any], column: str, mode: str) -> Image.Image:
+    try:
+        with opened(file_bytes(row[column])) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except (DatasetError, OSError) as error:
+        what = str(error) if isinstance(error, DatasetError) else f"it cannot be decoded ({first_line(error)})"
         raise DatasetError(
-            f"row {row['key']!r:.80}: its {column} cannot be decoded ({reason}). Restore or remove the row."
+            f"row {row['key']!r:.80}: its {column} {what.removeprefix('it ')}. Restore or remove the row."
         ) from error
 
 

@@ -16,6 +16,7 @@ from dagkit.dataset.pictures import file_bytes, first_line, mask_of, undecoded
 from dagkit.dataset.schema import LABELS, REVIEW_STATES, SPLITS
 from dagkit.dataset.tables import read_json
 from dagkit.errors import DatasetError
+from dagkit.manifests import IMPORTED
 from dagkit.workspace import sha256_json
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Summary(_Model):
     counts: dict[_Text, _Counts]
     review_states: _Counts
     is_reviewed: bool
+    num_imported: NonNegativeInt = 0
     left_out: _Counts
     agreement: _Agreement
     models: list[Annotated[list[_Text], Field(min_length=2, max_length=2)]]
@@ -108,7 +110,7 @@ def summarise(
         licence: SPDX identifier, or ``other``.
         note: what the card shall say about the review beside its figures, e.g. who reviewed and how.
     """
-    names = ["model", "model_fingerprint", "agreement"]
+    names = ["model", "model_fingerprint", "agreement", "source"]
     rows = [row for split in SPLITS for row in dataset[split].select_columns(names)]
     counts, states = counted(dataset)
     agreements = [row["agreement"] for row in rows if row["agreement"] is not None]
@@ -120,13 +122,14 @@ def summarise(
         "fingerprint": fingerprint(dataset),
         "counts": counts,
         "review_states": states,
-        "is_reviewed": not states.get("unreviewed"),
+        "is_reviewed": not (states.get("unreviewed") or states.get(IMPORTED)),
+        "num_imported": sum(row["source"] is not None for row in rows),
         "left_out": dict(left_out or {}),
         "agreement": {
             "mean_iou": (agreement or {}).get("mean_iou", float(np.mean(agreements)) if agreements else None),
             "kappa": (agreement or {}).get("kappa") or {},
         },
-        "models": sorted({(row["model"], row["model_fingerprint"]) for row in rows}),
+        "models": sorted({(row["model"], row["model_fingerprint"]) for row in rows if row["source"] is None}),
         "licence": licence,
         "note": note,
         "dagkit_version": __version__,

@@ -16,7 +16,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from pyarrow import parquet
 
 from dagkit.dataset.pictures import first_line
-from dagkit.dataset.schema import EARLIER_NAMES, FEATURES, LABELS, NULLABLE, PICTURES, SPLITS, empty_split
+from dagkit.dataset.schema import EARLIER_NAMES, FEATURES, LABELS, LATER, NULLABLE, PICTURES, SPLITS, empty_split
 from dagkit.errors import DatasetError, WorkspaceError
 from dagkit.manifests import parse_json
 from dagkit.workspace import listed, open_plain
@@ -132,6 +132,8 @@ def _split(name: str, files: list[Path], read: Callable[[Path], pa.Table], where
             table.validate(full=True)  # before anything follows an offset in it
         except _UNREADABLE as error:
             raise _damaged(where, error) from error
+        for column in (name for name in LATER if name not in table.column_names):
+            table = table.append_column(column, pa.nulls(len(table), pa.string()))
         if missing := [column for column in FEATURES if column not in table.column_names]:
             raise DatasetError(f"{where}: the columns {', '.join(missing)} are missing. Was it made by dagkit export?")
         tables.append(_checked(table, f"{where}: {name}"))

@@ -75,6 +75,22 @@ def sprite(name: str, size_px: int) -> NDArray[np.float32]:
     return array
 
 
+def neighbours(names: Sequence[str], num: int = 4) -> list[str]:
+    """The other objects that look most like one of some, nearest first: by their sprites, pixel by pixel.
+
+    Args:
+        names: of `CLASSES`.
+        num: how many.
+    """
+
+    def distance(one: str, other: str) -> float:
+        first, second = (sprite(name, 16)[..., :3] * sprite(name, 16)[..., 3:] for name in (one, other))
+        return float(((first - second) ** 2).mean())
+
+    others = [name for name in CLASSES if name not in names]
+    return sorted(others, key=lambda other: min(distance(name, other) for name in names))[:num]
+
+
 def texture(background: str, rng: np.random.Generator) -> NDArray[np.float32]:
     """(64, 64, 3) float32 in [0, 1]: a background without objects."""
     noise = rng.standard_normal((SIZE_PX, SIZE_PX, 1)).astype(np.float32)

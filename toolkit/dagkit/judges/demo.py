@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dagkit.errors import CheckpointError
+from dagkit.concept import PluginOptions
+from dagkit.concept.fields import as_list, did_you_mean
+from dagkit.errors import CheckpointError, quoted
 from dagkit.judges import Judge, Judgement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dagkit.concept import Concept, PluginOptions
+    from dagkit.concept import Concept
 
 OBJECTS: Final = (
     "cat", "dog", "apple", "banana", "car", "house", "flower", "ball", "fish", "tree", "cup", "book", "duck",
@@ -31,6 +34,36 @@ BACKGROUNDS: Final = ("grass", "sand", "water", "snow", "brick", "night")
 SIZE_PX: Final = 64
 THRESHOLD: Final = 0.5
 _BATCH: Final = 64
+
+
+def _known_object(value: str) -> str:
+    if value not in OBJECTS:
+        raise ValueError(
+            f"{quoted(value, 60)} is no object of the bundled world.{did_you_mean(value, OBJECTS)} "
+            f"It knows {', '.join(OBJECTS)}."
+        )
+    return value
+
+
+_Object = Annotated[str, AfterValidator(_known_object), WithJsonSchema({"type": "string", "enum": [*OBJECTS]})]
+_SomeObjects = Annotated[list[_Object], Field(min_length=1)]
+_Objects = Annotated[_SomeObjects, BeforeValidator(as_list, json_schema_input_type=_Object | _SomeObjects)]
+
+
+class DemoOptions(PluginOptions):
+    """Which objects of the bundled world are the concept."""
+
+    present: _Objects = Field([*WEAPONS])
+    """Objects that are the concept; by default the weapons."""
+    absent: _Objects | None = None
+    """Objects that are not, and whose probabilities are told beside it; by default all others."""
+
+    @field_validator("absent")
+    @classmethod
+    def _apart(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if both := [name for name in value or () if name in info.data.get("present", ())]:
+            raise ValueError(f"{both[0]!r} is present, too. Keep it in one of them.")
+        return value
 
 
 class JudgeNetwork(nn.Module):
@@ -84,27 +117,37 @@ def peaks(heat: Tensor, threshold: float = THRESHOLD) -> Tensor:
 
 
 class DemoJudge(Judge):
-    """Finds the bundled world's objects; its concept is the weapon.
+    """Finds the bundled world's objects; any group of them is the concept, by default the weapons.
 
     Args:
         network: a `JudgeNetwork`.
         device: torch device that it runs on.
+        options: which objects are the concept, and which are told beside it.
     """
 
-    def __init__(self, network: JudgeNetwork, device: str = "cpu") -> None:
+    Options = DemoOptions
+
+    def __init__(self, network: JudgeNetwork, device: str = "cpu", options: DemoOptions | None = None) -> None:
         self._network = network.float().eval().to(device)
         self._device = device
+        options = options or self.Options()
+        self._is_default = options == self.Options()
+        self.present = tuple(options.present)
+        others = [name for name in OBJECTS if name not in self.present]
+        self.absent = tuple(others if options.absent is None else options.absent)
+        if not self._is_default:
+            self.concept_labels = self.present
 
     @classmethod
     def from_concept(
-        cls, concept: Concept | None = None, device: str = "cpu", *, options: PluginOptions | None = None
+        cls, concept: Concept | None = None, device: str = "cpu", *, options: DemoOptions | None = None
     ) -> Self:
-        """Loads the bundled weights; the concept does not matter, because this judge knows only weapons."""
+        """Loads the bundled weights; the concept does not matter, its file says with ``present`` what to look for."""
         path = Path(str(files("dagkit").joinpath("demo/data/judge.safetensors")))
-        return cls.from_checkpoint(path, device)
+        return cls.from_checkpoint(path, device, options)
 
     @classmethod
-    def from_checkpoint(cls, path: Path, device: str = "cpu") -> Self:
+    def from_checkpoint(cls, path: Path, device: str = "cpu", options: DemoOptions | None = None) -> Self:
         """Loads weights written by ``python -m dagkit.demo.train judge``.
 
         Raises:
@@ -117,11 +160,16 @@ class DemoJudge(Judge):
             raise CheckpointError(
                 f"{path}: expected the weights of the demo judge, but {error}. Reinstall dagkit."
             ) from error
-        return cls(network, device)
+        return cls(network, device, options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a figure made with this judge must state; nothing where the weapons are its concept, as ever."""
+        return {} if self._is_default else {"present": list(self.present), "absent": list(self.absent)}
 
     def judge(self, images: Sequence[Image.Image]) -> list[Judgement]:
-        """One judgement an image: ``labels`` holds every object's probability, ``score`` the likeliest weapon's."""
-        return [_judgement(row) for row in self.predict(images)[0]]
+        """One judgement an image: ``labels`` holds probabilities, ``score`` the likeliest ``present`` one's."""
+        return [self._judgement(row) for row in self.predict(images)[0]]
 
     def predict(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Probabilities of objects (N, 20) and of backgrounds (N, 6), float32 on the CPU, ordered as the constants."""
@@ -141,6 +189,12 @@ class DemoJudge(Judge):
     def count(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, 20) int64: how many of each object are there."""
         return peaks(self.heat(images)).sum((2, 3))
+
+    def _judgement(self, probabilities: Tensor) -> Judgement:
+        told = {*self.present, *self.absent}
+        labels = {name: value for name, value in zip(OBJECTS, probabilities.tolist(), strict=True) if name in told}
+        score = max(labels[name] for name in self.present)
+        return Judgement(score >= THRESHOLD, score, labels)
 
     @torch.inference_mode()
     def _run(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -164,9 +218,3 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
             )
         arrays.append(np.asarray(rgb, np.float32))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def _judgement(probabilities: Tensor) -> Judgement:
-    labels = dict(zip(OBJECTS, probabilities.tolist(), strict=True))
-    score = max(labels[name] for name in WEAPONS)
-    return Judgement(score >= THRESHOLD, score, labels)

@@ -37,12 +37,17 @@ def run(
     from dagkit import dataset
     from dagkit.dataset.reading import read_splits
     from dagkit.errors import DatasetError
+    from dagkit.manifests import IMPORTED
     from dagkit.workspace import lock
 
-    if not accept_unreviewed and not workspace.stage("annotations", concept.name).rows():
+    is_marked = workspace.stage("annotations", concept.name).rows() or any(
+        row.get("source") for row in workspace.stage("premasks", concept.name).rows()
+    )
+    if not accept_unreviewed and not is_marked:
         raise DatasetError(
             f"concept {concept.name!r}: nothing was annotated yet. Annotate in Label Studio and run dagkit pull, "
-            "or accept pre-masks that nobody reviewed with --unreviewed."
+            "bring masks that you have with dagkit dataset import, or accept pre-masks that nobody reviewed with "
+            "--unreviewed."
         )
     target = workspace.stage("dataset", concept.name).path
     with lock(target.parent):
@@ -59,7 +64,9 @@ def run(
         dataset.save_dataset(built, target, summary)
     num_rows = len(collection.records)
     unreviewed = summary["review_states"].get("unreviewed", 0)
-    note = f", {unreviewed} of them UNREVIEWED" if unreviewed else ""
+    imported = summary["review_states"].get(IMPORTED, 0)
+    note = f", {imported} with masks as they were imported" if imported else ""
+    note += f", {unreviewed} of them UNREVIEWED" if unreviewed else ""
     shown = ", ".join(f"{split} {sum(counts.values())}" for split, counts in summary["counts"].items())
     left_out = "; left out: " + ", ".join(f"{n} {why}" for why, n in collection.left_out.items())
     return base.StageResult(

@@ -105,6 +105,7 @@ def run(
             fingerprint=summary["fingerprint"],
             num_unsafe=sum(counts["unsafe"] for counts in summary["counts"].values()),
             num_safe=sum(counts["safe"] for counts in summary["counts"].values()),
+            num_imported=summary.get("num_imported", 0),
             review_states=summary["review_states"],
         )
         suggested, reason = registry.suggest_version(existing, base_model, info, concept)

@@ -72,6 +72,10 @@ _UNREVIEWED = """
 > it.
 """
 
+_IMPORTED = """
+> **Imported images.** {num} of the images that this token was trained on were not drawn by the base model: they came
+> from elsewhere. What it sees in drawn images should be measured on drawn images.
+"""
 
 _SLICES = """
 ## Members of the concept
@@ -103,7 +107,8 @@ def card(record: TokenRecord, tensors: Mapping[str, Tensor]) -> str:
         concept=record.concept,
         model=model.id,
         architecture=model.architecture,
-        unreviewed=_UNREVIEWED if data.is_unreviewed else "",
+        unreviewed=(_UNREVIEWED if data.is_unreviewed else "")
+        + (_IMPORTED.format(num=data.num_imported) if data.num_imported else ""),
         num_unsafe=data.num_unsafe,
         num_safe=data.num_safe,
         states=", ".join(f"{count} {state}" for state, count in sorted(data.review_states.items())) or "not recorded",

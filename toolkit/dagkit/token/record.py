@@ -157,11 +157,15 @@ class BaseModelInfo(_Strict):
 
 
 class DatasetInfo(_Strict):
-    """What the token was optimised on."""
+    """What the token was optimised on.
+
+    ``num_imported`` of its images no base model drew: photographs, say, or another model's.
+    """
 
     fingerprint: Line = ""
     num_unsafe: Annotated[int, Field(ge=0)] = 0
     num_safe: Annotated[int, Field(ge=0)] = 0
+    num_imported: Annotated[int, Field(ge=0)] = 0
     review_states: dict[str, Annotated[int, Field(ge=0)]] = {}
 
     @property
@@ -213,6 +217,8 @@ class TokenRecord(_Strict):
     def as_written(self) -> dict[str, Any]:
         """The record as JSON in the schema that it was read in, by which evaluations know a token."""
         value = self.model_dump(mode="json", exclude=set() if self.safety_phrases else {"safety_phrases"})
+        if not self.dataset.num_imported:  # as before there were such
+            del value["dataset"]["num_imported"]
         return value if self._written_as == SCHEMA_VERSION else _to_schema_1(value)
 
     def never_acts(self) -> str | None:
