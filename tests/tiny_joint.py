@@ -12,10 +12,18 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import tiny_pipelines
 from dagkit import models
@@ -177,3 +185,157 @@ def reference_sd3(
                 eps.append(eps_u[i] + guidance_scale * (guided - eps_u[i]))
             latents = latents + (then - now) * torch.stack(eps)
     return latents
+
+
+def flux_transformer(**changes: Any) -> Any:
+    """As FLUX.1-dev: two double blocks, two single ones, guidance embedded."""
+    settings = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": tiny_pipelines.WIDTH,
+        "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+        **changes,
+    }
+    return FluxTransformer2DModel(**settings)
+
+
+def t5() -> Any:
+    config = T5Config(
+        vocab_size=64,
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5EncoderModel(config)
+
+
+def t5_tokenizer() -> Any:
+    """Words of the prompts here; ends texts as T5 does, and begins them with nothing."""
+    words = ["<pad>", "</s>", "<unk>", *"a and bomb cat dog grass knife on red sand water weapon".split()]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    inner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def flux(cls: Any = FluxPipeline, *, seed: int = 0, **parts: Any) -> Any:
+    """A pipeline of FLUX's shape."""
+    torch.manual_seed(seed)
+    own = {
+        "vae": vae(),
+        "text_encoder": tiny_pipelines.text_encoder(),
+        "tokenizer": tiny_pipelines.tokenizer(),
+        "text_encoder_2": t5(),
+        "tokenizer_2": t5_tokenizer(),
+        "transformer": flux_transformer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    pipe = tiny_pipelines.finish(cls(**{**own, **parts}))
+    pipe.default_sample_size = 16
+    return pipe
+
+
+def _turned(x: Tensor, ids: Tensor, sizes: Sequence[int] = (2, 2, 4)) -> Tensor:
+    """Rotary embedding of (B, heads, L, d): pairs of neighbours turn by place * 10000 ** (-2 k / size)."""
+    angles = [ids[:, i, None].double() / 10000 ** (torch.arange(0, n, 2) / n) for i, n in enumerate(sizes)]
+    turn = torch.polar(torch.ones(()).double(), torch.cat(angles, 1))
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+class _Turning:
+    """FLUX's attention written plainly: of double blocks, and of single ones, whose text is in ``hidden_states``."""
+
+    def __init__(self, kept: dict[str, Tensor], name: str, ids: Tensor) -> None:
+        self.kept, self.name, self.ids = kept, name, ids
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *_: Any, **__: Any) -> Any:
+        def heads(x: Tensor, norm: Any) -> Tensor:
+            split = x.view(len(x), x.shape[1], attn.heads, -1).transpose(1, 2)
+            return split if norm is None else norm(split)
+
+        parts = [(hidden_states, attn.to_q, attn.norm_q, attn.to_k, attn.norm_k, attn.to_v)]
+        if encoder_hidden_states is not None:
+            added = (attn.add_q_proj, attn.norm_added_q, attn.add_k_proj, attn.norm_added_k, attn.add_v_proj)
+            parts.insert(0, (encoder_hidden_states, *added))
+        q = _turned(torch.cat([heads(to_q(x), norm) for x, to_q, norm, *_ in parts], 2), self.ids)
+        k = _turned(torch.cat([heads(to_k(x), norm) for x, _, _, to_k, norm, _ in parts], 2), self.ids)
+        v = torch.cat([heads(to_v(x), None) for x, *_, to_v in parts], 2)
+        out = ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], 1)
+        self.kept[self.name] = image.float()
+        return attn.to_out[0](image), attn.to_add_out(text)
+
+
+def reference_flux(
+    pipe: Any,
+    token: GuidelineToken,
+    prompts: Sequence[str],
+    guidance_scale: float,
+    length: int,
+    size: tuple[int, int] = (16, 16),
+    against: tuple[float, Sequence[str]] | None = None,
+) -> Tensor:
+    """(B, h*w/4, 16) guarded latents by an Euler loop of our own, as ``reference_sd3``.
+
+    Args:
+        against: scale of true classifier-free guidance, and the negative prompts.
+    """
+    how = models.Encoding(max_sequence_length=length)
+    family, count, (height, width) = models.match(pipe), len(prompts), size
+    texts = [list(prompts), [""] * count, ["a weapon"] * count, list(against[1]) if against else [""] * count]
+    prompt, empty, safety, negative = (family.encode_prompt(pipe, one, how) for one in texts)
+    z = torch.cat([torch.randn((1, 4, height, width), generator=one) for one in tiny_pipelines.generators(count)])
+    places = torch.tensor([(0, y, x) for y in range(height // 2) for x in range(width // 2)]).float()
+    ids = torch.cat([torch.zeros(length, 3), places])
+    shift = calculate_shift(len(places))
+    pipe.scheduler.set_timesteps(sigmas=[1 - i / STEPS for i in range(STEPS)], mu=shift)
+    sigmas, state, kept = pipe.scheduler.sigmas.tolist(), {}, {}
+    told = torch.full((count,), guidance_scale) if pipe.transformer.config.guidance_embeds else None
+    reach = max(1, 5 / guidance_scale) if told is not None else 5
+    before = dict(pipe.transformer.attn_processors)
+    own = {name: _Turning(kept, name.removesuffix(".processor"), ids) for name in before}
+    pipe.transformer.set_attn_processor(own)
+    try:
+        for now, then in pairwise(sigmas):
+
+            def predict(condition: models.Condition, now: float = now) -> Tensor:
+                patches = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)  # noqa: B023
+                out = pipe.transformer(
+                    hidden_states=patches,
+                    timestep=torch.full((count,), now),
+                    encoder_hidden_states=condition.hidden_states,
+                    pooled_projections=condition.added["pooled_projections"],
+                    guidance=told,
+                    img_ids=places,
+                    txt_ids=torch.zeros(length, 3),
+                ).sample
+                return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+            v_n, v_0, v_cs, v_p = predict(negative), predict(empty), predict(safety), predict(prompt)
+            found = cams(token, kept, 2, size, 2)
+            time = 1000 * noise_schedule(pipe.scheduler).level(1000 * now)
+            v = []
+            for i in range(count):
+                gate, push = tiny_pipelines._guide(token, state, i, time, found[i], v_0[i], v_p[i], v_cs[i])
+                guided = v_p[i] - gate * (v_p[i] - v_0[i]) - push * reach
+                v.append(v_n[i] + against[0] * (guided - v_n[i]) if against else guided)
+            z = z + (then - now) * torch.stack(v)
+    finally:
+        pipe.transformer.set_attn_processor(before)
+    return F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)

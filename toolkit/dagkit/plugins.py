@@ -20,6 +20,7 @@ Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {
+        "flux": "dagkit.models.flux:Flux",
         "sd": "dagkit.models.sd:SD",
         "sd3": "dagkit.models.joint:SD3",
         "sdxl": "dagkit.models.sdxl:SDXL",

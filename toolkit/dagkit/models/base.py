@@ -169,7 +169,7 @@ class Family(ABC):
         denoiser, names = self.denoiser(pipe), self.calls(pipe).names
         steps = timesteps.to(latents.device)
         arguments: dict[str, Any] = {
-            names.sample: latents.to(denoiser.dtype),
+            names.sample: names.packing.pack(latents.to(denoiser.dtype)),
             names.timestep: steps if names.timestep_unit == 1 else steps / names.timestep_unit,
             names.condition: condition.hidden_states,
         }
@@ -178,7 +178,7 @@ class Family(ABC):
         added = self.added_conditions(pipe, latents, condition)
         if added:
             arguments |= added if names.added is None else {names.added: added}
-        prediction: Tensor = denoiser(**arguments, return_dict=False)[0]
+        prediction = names.packing.unpack(denoiser(**arguments, return_dict=False)[0], arguments)
         return prediction[:, : latents.shape[1]]
 
     def added_conditions(self, pipe: Any, latents: Tensor, condition: Condition) -> dict[str, Any]:
