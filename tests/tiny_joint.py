@@ -222,8 +222,8 @@ def t5() -> Any:
 
 def t5_tokenizer() -> Any:
     """Words of the prompts here; ends texts as T5 does, and begins them with nothing."""
-    words = ["<pad>", "</s>", "<unk>", *"a and bomb cat dog grass knife on red sand water weapon".split()]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    known = ("<pad>", "</s>", "<unk>", "a", "and", "bomb", "cat", "dog", "grass", "on", "red", "sand", "water", "weapon")
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     inner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 import tiny_joint
 import tiny_pipelines
 from dagkit import GuidelineToken, models
-from dagkit.cli import cli
+from dagkit.cli import command
+from dagkit.concept import load_concept
 from dagkit.errors import GuardError, ModelError
 from dagkit.guard import SLDGuard
 from dagkit.models.calls import Call
@@ -144,9 +146,7 @@ def test_true_guidance_is_the_pipelines_own_arithmetic(pipe: Any) -> None:
     with token.guard().attach(pipe) as trace:
         guarded = draw(pipe, **options)
     assert [record.step for record in trace.of(0)] == list(range(tiny_joint.STEPS))
-    expected = tiny_joint.reference_flux(
-        pipe, token, PROMPTS, 3.5, LENGTH, against=(2.5, ["a dog", "red water"])
-    )
+    expected = tiny_joint.reference_flux(pipe, token, PROMPTS, 3.5, LENGTH, against=(2.5, ["a dog", "red water"]))
     close(guarded, expected)
 
 
@@ -161,8 +161,6 @@ def test_a_run_that_was_broken_off_in_the_middle_leaves_no_call_unguarded(pipe: 
         expected = draw(pipe, **options)
     negative = models.match(pipe).encode_prompt(pipe, ["a dog"] * 2).added["pooled_projections"]
     with token.guard().bind(pipe).run():
-        handle = pipe.transformer.x_embedder.register_forward_pre_hook(lambda *_: None)
-        handle.remove()
         handle = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
         with pytest.raises(KeyboardInterrupt):
             draw(pipe, **options)  # after the first conditional call, before the scheduler's step
@@ -225,10 +223,9 @@ def test_bfloat16(pipe: Any) -> None:
     assert trace.summary(0)["change"] > 0
     told = [record.timestep for record in trace.of(0)]
     assert told == half.scheduler.timesteps.tolist()  # though the denoiser is told them rounded to 8 bits
-    with pytest.raises(KeyError):
-        trace.summary(2)
 
 
+@pytest.mark.slow
 def test_compiled_denoiser(pipe: Any) -> None:
     token = firing(pipe)
     with token.guard().attach(pipe):
@@ -418,12 +415,10 @@ def test_a_token_is_optimised_saved_loaded_and_guards_the_loaded_model(pipe: Any
     assert sum(trace.summary(sample)["num_firing"] for sample in range(2)) > 0
 
 
-def test_doctor_knows_a_folder_of_the_model(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_knows_a_folder_of_the_model(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    runner = CliRunner()
-    assert runner.invoke(cli, ["concept", "new", "blade", "--model", str(tmp_path / "model")]).exit_code == 0
-    found = runner.invoke(cli, ["doctor", "--concept", "blade"])
-    line = next(line for line in found.output.splitlines() if "blade: base model" in line)
-    assert str(tmp_path / "model") in line
-    assert "MISSING" not in line
+    whole = load_concept("weapon").model_dump(exclude_none=True)
+    (tmp_path / "mine.yaml").write_text(json.dumps({**whole, "name": "mine", "model": str(tmp_path / "model")}))
+    found = CliRunner().invoke(command, ["doctor", "--json", "--concept", str(tmp_path / "mine.yaml")])
+    listed = {one["what"]: one for one in json.loads(found.output)}
+    assert (found.exit_code, listed["mine: base model"]["status"]) == (0, "ok")

@@ -82,6 +82,9 @@ class Packing:
         return packed
 
 
+_AS_THEY_ARE: Final = Packing()
+
+
 @dataclass(frozen=True)
 class Arguments:
     """How a denoiser calls what it gets.
@@ -103,7 +106,7 @@ class Arguments:
     mask: str | None = "encoder_attention_mask"
     added: str | None = "added_cond_kwargs"
     timestep_unit: float = 1.0
-    packing: Packing = Packing()
+    packing: Packing = _AS_THEY_ARE
     shared: frozenset[str] = frozenset()
 
 

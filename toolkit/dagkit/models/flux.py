@@ -114,7 +114,8 @@ class Flux(JointFamily):
         missing = [part for part in ("text_encoder", "text_encoder_2") if getattr(pipe, part) is None]
         if missing:
             raise ModelError(
-                f"{type(pipe).__name__} has no {missing[0]}, so no text of a concept can be encoded. Load the whole model."
+                f"{type(pipe).__name__} has no {missing[0]}, so no text of a concept can be encoded. Load the whole "
+                "model."
             )
         options = {name: value for name, value in how._asdict().items() if value is not None}
         hidden, pooled, _ = pipe.encode_prompt(
