@@ -21,6 +21,7 @@ Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {
         "flux": "dagkit.models.flux:Flux",
+        "flux2-klein": "dagkit.models.flux2:Flux2Klein",
         "sd": "dagkit.models.sd:SD",
         "sd3": "dagkit.models.joint:SD3",
         "sdxl": "dagkit.models.sdxl:SDXL",

@@ -59,11 +59,13 @@ class Family(ABC):
         stand_side_by_side: whether several texts may be one condition, as in cross-attention; where text and image
             share a softmax, more text would weigh more.
         text_sees_image: whether what the denoiser makes of a text depends on the image.
+        takes_negative_prompt: whether its pipelines guide away from one as they are.
     """
 
     name: ClassVar[str]
     stand_side_by_side: ClassVar[bool] = True
     text_sees_image: ClassVar[bool] = False
+    takes_negative_prompt: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:
@@ -146,13 +148,7 @@ class Family(ABC):
             if is_upcast:
                 vae.to(dtype)
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scaled: Tensor = ((latents - shift) * vae.config.scaling_factor).to(dtype)
-        if not bool(torch.isfinite(scaled).all()):
-            raise ModelError(
-                f"the VAE gives latents that are not finite in {str(dtype).removeprefix('torch.')}. Load the model in "
-                "float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
-            )
-        return scaled
+        return finite(((latents - shift) * vae.config.scaling_factor).to(dtype))
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """One plain forward pass of the denoiser without guidance.
@@ -328,6 +324,20 @@ def match(pipe: Any) -> Family:
         f"no family knows {type(pipe).__name__} with denoiser {denoiser}. Available families: "
         f"{', '.join(plugins.names('families'))}. Add one as described in dagkit/models."
     )
+
+
+def finite(latents: Tensor) -> Tensor:
+    """The same latents of a VAE.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        raise ModelError(
+            f"the VAE gives latents that are not finite in {str(latents.dtype).removeprefix('torch.')}. Load the model "
+            "in float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
+        )
+    return latents
 
 
 def noise_like(latents: Tensor, seed: int) -> Tensor:

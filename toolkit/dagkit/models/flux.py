@@ -5,7 +5,7 @@ Sites are the double blocks; single blocks, which come behind them, project atte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ GUIDANCE_SCALE: Final = 3.5
 
 
 class Patches(Packing):
-    """(B, h*w, 4C): patches of 2 x 2 cells, whose places ``img_ids`` (h*w, 3) tell."""
+    """(B, h*w, 4C): patches of 2 x 2 cells, whose places ``img_ids`` tell."""
 
     def pack(self, latents: Tensor) -> Tensor:
         """As the pipelines do it."""
@@ -31,31 +31,43 @@ class Patches(Packing):
         return packed
 
     def unpack(self, packed: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """As the pipelines do it, once the places are known.
-
-        Raises:
-            GuardError: they are not those of one image whose patches lie row by row.
-        """
+        """As the pipelines do it, once the places are known."""
         from diffusers import FluxPipeline
 
-        ids: Tensor = arguments["img_ids"]
-        _, height, width = (int(place) + 1 for place in ids.reshape(-1, ids.shape[-1])[-1].tolist())
-        if not packed.shape[1] == len(ids) == height * width or not torch.equal(ids, _places(height, width, ids)):
-            raise GuardError(
-                f"the denoiser gets {packed.shape[1]} patches at {len(ids)} places (img_ids), the last at row "
-                f"{height - 1} and column {width - 1}; expected those of one image, row by row. Where they lie cannot "
-                "be told, so nothing is generated."
-            )
+        height, width = sides(packed, arguments["img_ids"])
         unpacked: Tensor = FluxPipeline._unpack_latents(packed, 2 * height, 2 * width, 1)
         return unpacked
 
 
-def _places(height: int, width: int, like: Tensor) -> Tensor:
-    """(h*w, 3) row and column of each patch, as the pipelines number them."""
-    from diffusers import FluxPipeline
+def sides(packed: Tensor, ids: Tensor) -> tuple[int, int]:
+    """(h, w) of an image's patches.
 
-    places: Tensor = FluxPipeline._prepare_latent_image_ids(1, height, width, like.device, like.dtype)
-    return places
+    Args:
+        packed: (B, h*w, C).
+        ids: (h*w, 3 or more), or for each sample the same: picture, row and column of each patch.
+
+    Raises:
+        GuardError: they are not those of one image whose patches lie row by row.
+    """
+    ids = ids[0] if ids.dim() == 3 else ids
+    height, width = (int(place) + 1 for place in ids[-1, 1:3].tolist())
+    places = torch.zeros_like(ids)
+    if packed.shape[1] == len(ids) == height * width:
+        number = torch.arange(len(ids), device=ids.device)
+        places[:, 1], places[:, 2] = number // width, number % width
+        if torch.equal(ids, places):
+            return height, width
+    raise GuardError(
+        f"the denoiser gets {packed.shape[1]} patches at {len(ids)} places (img_ids), the last at row {height - 1} and "
+        f"column {width - 1}; expected those of one image, row by row. Where they lie cannot be told, so nothing is "
+        "generated."
+    )
+
+
+def draws_as(pipe: Any, pipelines: Collection[str]) -> bool:
+    """Whether the class that says how to draw, be it a base class of the pipeline's, is one of these."""
+    drawing = next((cls for cls in type(pipe).__mro__ if "__call__" in vars(cls)), None)
+    return drawing is not None and drawing.__name__ in pipelines
 
 
 NAMES: Final = Arguments(
@@ -77,6 +89,7 @@ class Flux(JointFamily):
     """
 
     name = "flux"
+    takes_negative_prompt = False
     pipelines = frozenset(
         {
             "FluxPipeline",
@@ -89,9 +102,8 @@ class Flux(JointFamily):
     )
 
     def matches(self, pipe: Any) -> bool:
-        """Whether the class that says how to draw is one of ``pipelines``: all of them ask for ``eps_p`` first."""
-        drawing = next((cls for cls in type(pipe).__mro__ if "__call__" in vars(cls)), None)
-        return drawing is not None and drawing.__name__ in self.pipelines
+        """Whether it draws as one of ``pipelines``: all of them ask for ``eps_p`` first."""
+        return draws_as(pipe, self.pipelines)
 
     def calls(self, pipe: Any) -> CallLayout:
         """One call a step; a second one, of true classifier-free guidance, stands beside it."""
@@ -145,7 +157,7 @@ class Flux(JointFamily):
         told = torch.full((len(latents),), GUIDANCE_SCALE, device=latents.device) if self._is_told(pipe) else None
         return {
             **condition.added,
-            "img_ids": _places(height, width, hidden),
+            "img_ids": pipe._prepare_latent_image_ids(len(latents), height, width, hidden.device, hidden.dtype),
             "txt_ids": hidden.new_zeros(hidden.shape[1], 3),
             "guidance": told,
         }

@@ -82,8 +82,7 @@ def load(
                     folder,
                     use_safetensors=True,
                     local_files_only=True,
-                    **_absent(index),
-                    **checker.left_out(index),
+                    **(_absent(index) | checker.left_out(index)),
                     **precision,
                 )
                 for part in TEXT_ENCODERS:
@@ -209,9 +208,7 @@ def _fill_text_encoder(pipe: Any, folder: Path, part: str) -> None:
     encoder: Any = getattr(pipe, part, None)
     if not hasattr(encoder, "text_model"):
         return
-    weights = {
-        name: weight for file in _plain_weights(folder / part) for name, weight in load_file(file).items()
-    }
+    weights = {name: weight for file in _plain_weights(folder / part) for name, weight in load_file(file).items()}
     if not any(name.startswith("text_model.") for name in weights):
         encoder.text_model.load_state_dict(weights)
 
