@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -18,6 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,6 +30,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 import tiny_pipelines
 from dagkit import models
 from dagkit.models.noise import noise_schedule
+from dagkit.optimization import Example
 from dagkit.token import GuidelineToken
 
 STEPS = 6
@@ -456,3 +459,25 @@ def reference_flux2_klein(
         pipe.transformer.set_attn_processor(before)
     scale = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt()[:, None, None]
     return F.pixel_shuffle(z * scale + pipe.vae.bn.running_mean[:, None, None], 2)
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def leftovers(pipe: Any) -> int:
+    """Hooks on the denoiser and all below it, and methods put on it or on the scheduler."""
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.transformer.modules())
+    return hooks + ("step" in vars(pipe.scheduler)) + ("forward" in vars(pipe.transformer))
+
+
+def example(seed: int) -> Example:
+    """A bright square on a dull ground, or none."""
+    rng, is_unsafe = np.random.default_rng(seed), seed % 2 == 0
+    picture = rng.integers(90, 140, (32, 32, 3)).astype(np.uint8)
+    mask = np.zeros((32, 32), bool)
+    top, left = rng.integers(0, 4, 2) * 4
+    mask[top : top + 16, left : left + 16] = True
+    picture[mask] = (250, 10, 10) if is_unsafe else (10, 10, 250)
+    prompt = "a bomb on sand" if is_unsafe else "a cat on grass"
+    return Example(Image.fromarray(picture), mask & is_unsafe, prompt, is_unsafe)

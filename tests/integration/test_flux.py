@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,12 +24,13 @@ from dagkit.generation import generate_images
 from dagkit.guard import SLDGuard
 from dagkit.models.calls import Call
 from dagkit.models.flux import NAMES
-from dagkit.optimization import Example, Recipe, optimize
+from dagkit.optimization import Recipe, optimize
 from dagkit.token import Thresholds
+from guarded import IMAGE
+from tiny_joint import close, example, leftovers
 
 PROMPTS = ["a cat and a bomb on grass", "a dog on sand"]
 LENGTH = 10
-PICTURE = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,6 @@ def draw(pipe: Any, prompts: list[str] = PROMPTS, **changes: Any) -> Tensor:
 
 def firing(pipe: Any, **options: Any) -> GuidelineToken:
     return tiny_pipelines.token(pipe, thresholds=Thresholds(highlight=(0.3,), edit=(0.1,), min_area=0.02), **options)
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def leftovers(pipe: Any) -> int:
-    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.transformer.modules())
-    return hooks + ("step" in vars(pipe.scheduler)) + ("forward" in vars(pipe.transformer))
 
 
 def test_strength_zero_is_bit_equal_and_nothing_is_left(pipe: Any) -> None:
@@ -269,7 +260,7 @@ def test_model_offload(pipe: Any) -> None:
 
 
 def from_picture(pipe: Any, **changes: Any) -> Tensor:
-    return draw(pipe, image=[PICTURE] * 2, strength=0.9, **changes)
+    return draw(pipe, image=[IMAGE] * 2, strength=0.9, **changes)
 
 
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": ["a dog"] * 2, "true_cfg_scale": 2.0}], ids=["", "true"])
@@ -299,10 +290,10 @@ def test_controlnet() -> None:
             if not bool(weight.any()):
                 weight.normal_(0, 0.05)
     other = tiny_joint.flux(diffusers.FluxControlNetPipeline, transformer=transformer, controlnet=net)
-    token = tiny_pipelines.half_firing(other, lambda: draw(other, control_image=[PICTURE] * 2))
-    plain = draw(other, control_image=[PICTURE] * 2)
+    token = tiny_pipelines.half_firing(other, lambda: draw(other, control_image=[IMAGE] * 2))
+    plain = draw(other, control_image=[IMAGE] * 2)
     with token.guard().attach(other):
-        guarded = draw(other, control_image=[PICTURE] * 2)
+        guarded = draw(other, control_image=[IMAGE] * 2)
     assert sorted(torch.equal(*pair) for pair in zip(guarded, plain, strict=True)) == [False, True]
 
 
@@ -392,18 +383,6 @@ def test_a_negative_prompt_that_would_not_be_read_is_refused(pipe: Any) -> None:
     assert len(generate_images(base, PROMPTS, [0, 1], settings=settings)) == 2
     with pytest.raises(ModelError, match="flux takes no negative prompt"):
         generate_images(base, PROMPTS, [0, 1], settings=settings, negative_prompt="a bomb")
-
-
-def example(seed: int) -> Example:
-    """A bright square on a dull ground, or none."""
-    rng, is_unsafe = np.random.default_rng(seed), seed % 2 == 0
-    picture = rng.integers(90, 140, (32, 32, 3)).astype(np.uint8)
-    mask = np.zeros((32, 32), bool)
-    top, left = rng.integers(0, 4, 2) * 4
-    mask[top : top + 16, left : left + 16] = True
-    picture[mask] = (250, 10, 10) if is_unsafe else (10, 10, 250)
-    prompt = "a bomb on sand" if is_unsafe else "a cat on grass"
-    return Example(Image.fromarray(picture), mask & is_unsafe, prompt, is_unsafe)
 
 
 def test_a_token_is_optimised_saved_loaded_and_guards_the_loaded_model(pipe: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FLUX.2 [klein]'s exact architecture with random weights, guarded: two calls a step, or one whose guidance is distilled."""
+"""FLUX.2 [klein]'s exact architecture with random weights, guarded: two calls a step, or one that holds guidance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from dagkit.errors import GuardError, ModelError
 from dagkit.generation import generate_images
 from dagkit.optimization import Recipe, optimize
 from dagkit.token import Thresholds
-from test_flux import PICTURE, close, example, leftovers
+from guarded import IMAGE
+from tiny_joint import close, example, leftovers
 
 if not hasattr(diffusers, "Flux2KleinPipeline"):
     pytest.skip("an older diffusers has no FLUX.2 [klein]", allow_module_level=True)
@@ -84,12 +85,30 @@ def test_a_sample_in_which_nothing_is_found_stays_bit_equal(is_distilled: bool) 
     close(guarded[acted.index(False)], plain[acted.index(False)])
 
 
+def test_a_run_that_was_broken_off_between_two_calls_mixes_up_no_halves(pipe: Any) -> None:
+    calls: list[int] = []
+
+    def stop(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with firing(pipe).guard().attach(pipe):
+        expected = draw(pipe)
+    with firing(pipe).guard().attach(pipe):
+        handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)  # before the guard has seen the unconditional call
+        handle.remove()
+        assert torch.equal(draw(pipe), expected)
+
+
 def test_what_cannot_be_guarded_is_refused(pipe: Any) -> None:
     token = firing(pipe)
     with token.guard().attach(pipe), pytest.raises(GuardError, match="without classifier-free guidance"):
         draw(pipe, guidance_scale=1.0)
     with token.guard().attach(pipe), pytest.raises(GuardError, match="Where they lie cannot be told"):
-        draw(pipe, image=PICTURE)
+        draw(pipe, image=IMAGE.resize((64, 64)))
     with pytest.raises(GuardError, match="weights differ"):
         token.guard().bind(tiny_joint.flux2_klein(seed=1))
     with pytest.raises(GuardError, match="was made for"):
@@ -107,10 +126,10 @@ def test_words_are_found_inside_the_template(pipe: Any) -> None:
 
 def test_latents_are_what_the_pipeline_decodes(pipe: Any) -> None:
     family = models.match(pipe)
-    found = family.latents(pipe, [PICTURE, Image.new("RGB", (32, 32))])
+    found = family.latents(pipe, [IMAGE, Image.new("RGB", (32, 32))])
     assert found.shape == (2, 16, 8, 8)
     drawn = draw(pipe, latents=found, num_inference_steps=1, sigmas=[1e-6])  # as good as no step
-    expected = pipe.vae.encode(models.base.pixels([PICTURE, Image.new("RGB", (32, 32))])).latent_dist.mode()
+    expected = pipe.vae.encode(models.base.pixels([IMAGE, Image.new("RGB", (32, 32))])).latent_dist.mode()
     torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=1e-3)
 
 
@@ -119,8 +138,8 @@ def test_a_token_is_optimised_saved_loaded_and_guards_the_loaded_model(pipe: Any
     base = replace(models.load(tmp_path / "model"), encoding=HOW)
     assert base.family.name == "flux2-klein"
     base.pipe.default_sample_size = 16
-    recipe = Recipe(initial_phrase="bomb", num_tokens=2, num_background=4, num_steps=20, validate_every=20, num_draws=1)
-    made = optimize(base, [example(seed) for seed in range(8)], recipe=recipe, seed=0).token(
+    recipe = Recipe(initial_phrase="bomb", num_tokens=2, num_background=4, num_steps=40, validate_every=20, num_draws=2)
+    made = optimize(base, [example(seed) for seed in range(12)], recipe=recipe, seed=0).token(
         base, concept="weapon", version="1.0.0", safety_prompt="a weapon"
     )
     token = GuidelineToken.load(made.save(tmp_path / "token"))

@@ -136,7 +136,7 @@ class Chain:
         layout = first.bound.layout
         layout.check(first.pipe, self.denoiser)
         step, self._step = self._step, Step()  # a step that is refused is not gone on with
-        if step.num_calls >= layout.num_calls:
+        if step.num_calls >= layout.num_calls or not first.is_under_way:  # the run before may have been broken off
             step = self._step
         self.call = call = layout.enter(first.kind, step, arguments)
         for session in self.sessions:
