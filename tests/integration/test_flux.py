@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
+import dagkit
 import tiny_joint
 import tiny_pipelines
 from dagkit import GuidelineToken, models
@@ -280,6 +281,7 @@ def test_pictures_to_start_from(kind: str, options: dict[str, Any]) -> None:
     assert [torch.equal(*pair) for pair in zip(guarded, plain, strict=True)] == [not one for one in acted]
 
 
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
 def test_controlnet() -> None:
     transformer = tiny_joint.flux_transformer()
     net = diffusers.FluxControlNetModel.from_transformer(
@@ -402,6 +404,10 @@ def test_a_token_is_optimised_saved_loaded_and_guards_the_loaded_model(pipe: Any
     assert images[0].size == (32, 32)
     assert trace.maps[0, 19].shape == (2, 16, 16)
     assert sum(trace.summary(sample)["num_firing"] for sample in range(2)) > 0
+    with dagkit.load_token(tmp_path / "token").guard().attach(base.pipe) as trace:  # as in the README
+        image = base.pipe("a painting of a street market").images[0]
+    assert image.size == (32, 32)
+    assert trace.summary(0)["num_steps"] == 28
 
 
 def test_doctor_knows_a_folder_of_the_model(pipe: Any, tmp_path: Path) -> None:

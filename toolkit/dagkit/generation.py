@@ -66,16 +66,10 @@ def generate_images(
         warnings.warn(
             f"the bundled model does not know the word(s) {', '.join(unknown)} and draws something else.", stacklevel=2
         )
-    return _pictures(
-        _draw(
-            base_model,
-            seeds,
-            settings,
-            guard,
-            prompt=list(prompts),
-            **({} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(prompts)}),
-        )
-    )
+    condition: dict[str, Any] = {"prompt": list(prompts)}
+    if negative_prompt is not None:
+        condition["negative_prompt"] = [negative_prompt] * len(prompts)
+    return _pictures(_draw(base_model, seeds, settings, guard, **condition))
 
 
 def generate_from_embeddings(

@@ -27,7 +27,8 @@ class Cells(Packing):
 
     def unpack(self, packed: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Row by row, once the places are known."""
-        return packed.transpose(1, 2).unflatten(2, sides(packed, arguments["img_ids"])).contiguous()
+        height, width = sides(packed, arguments["img_ids"])
+        return packed.transpose(1, 2).reshape(len(packed), -1, height, width)
 
 
 NAMES: Final = Arguments(sample="hidden_states", mask=None, added=None, timestep_unit=1000.0, packing=Cells())
