@@ -49,11 +49,17 @@ def generate_images(
 
     Raises:
         PromptRefused: a prompt sexualises minors. Nothing was drawn.
-        ModelError: images came out black.
+        ModelError: images came out black, or the model takes no negative prompt.
     """
     context = list(context)
     for prompt in [*prompts, negative_prompt or ""]:
         refuse_sexualised_minors(prompt, context)
+    if negative_prompt is not None and not base_model.family.takes_negative_prompt:
+        name = base_model.family.name
+        raise ModelError(
+            f"{base_model.source}: {name} takes no negative prompt ({negative_prompt[:80]!r}), as it has no "
+            "classifier-free guidance of its own. Draw without one; evaluate with other columns, e.g. --column none."
+        )
     tokenizer = getattr(base_model.pipe, "tokenizer", None)
     unknown = sorted({word for prompt in prompts for word in unknown_words(tokenizer, prompt)})
     if unknown:

@@ -20,6 +20,8 @@ Kind = Literal["families", "guards", "proposers", "segmenters", "judges"]
 
 BUILTIN: Final[dict[Kind, dict[str, str]]] = {
     "families": {
+        "flux": "dagkit.models.flux:Flux",
+        "flux2-klein": "dagkit.models.flux2:Flux2Klein",
         "pixart": "dagkit.models.dit:PixArt",
         "sana": "dagkit.models.dit:Sana",
         "sd": "dagkit.models.sd:SD",

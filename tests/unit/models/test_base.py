@@ -120,7 +120,7 @@ def test_an_unknown_pipeline_is_named_with_its_denoiser() -> None:
         transformer = nn.Linear(1, 1)
 
     with pytest.raises(
-        ModelError, match=r"no family knows Strange with denoiser Linear. Available families: .*sd, sdxl"
+        ModelError, match=r"no family knows Strange with denoiser Linear. Available families: .*sd, sd3, sdxl"
     ):
         models.match(Strange())
 

@@ -169,17 +169,36 @@ class BoundGuard:
 
     def _check(self) -> None:
         """All that takes time."""
-        if getattr(self.denoiser, "_compiled_call_impl", None) is not None:
-            raise GuardError(
-                f"{type(self.denoiser).__name__} was compiled in place (.compile()), which hides it from hooks. Use "
-                "pipe.unet = torch.compile(pipe.unet) instead."
-            )
+        self._check_denoiser()
         self.sites = self.guard.prepare(self.family, self.pipe)
         self.noise()
         self._conditions.clear()
         self.encoded(Encoding())
         self._weighed = self._modules()
         self._seal = Seal(self._weighed)
+
+    def _check_denoiser(self) -> None:
+        """Whether a forward pass is a whole one, and is seen.
+
+        Raises:
+            GuardError: it is not.
+        """
+        name = type(self.denoiser).__name__
+        if getattr(self.denoiser, "_compiled_call_impl", None) is not None:
+            raise GuardError(
+                f"{name} was compiled in place (.compile()), which hides it from hooks. Use pipe.unet = "
+                "torch.compile(pipe.unet) instead."
+            )
+        if getattr(self.denoiser, "is_cache_enabled", False):
+            raise GuardError(
+                f"{name} has a cache ({type(self.denoiser._cache_config).__name__}), which skips layers that a guard "
+                "must see and would mix its own calls with the pipeline's. Call disable_cache() first."
+            )
+        if getattr(self.denoiser, "_parallel_config", None) is not None:
+            raise GuardError(
+                f"{name} is cut across devices (enable_parallelism), so each of them sees a part of the image or of "
+                "its heads. Guard a model that is whole on one device."
+            )
 
     def _check_again(self) -> None:
         """Whether pipeline and model are still those that were checked; checks them once more where they changed.
@@ -193,8 +212,8 @@ class BoundGuard:
             )
         modules = self._modules()
         is_same = len(modules) == len(self._weighed) and all(map(_is, modules, self._weighed))
-        is_compiled = getattr(self.denoiser, "_compiled_call_impl", None) is not None
-        if is_compiled or not is_same or not self._seal.is_whole():
+        self._check_denoiser()
+        if not is_same or not self._seal.is_whole():
             self._check()
 
     def _modules(self) -> list[nn.Module]:

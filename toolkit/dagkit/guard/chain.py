@@ -117,21 +117,26 @@ class Chain:
         self.common.stop()
         self._check_thread(self.sessions[0])
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        self._is_aside = self.sessions[0].bound.layout.is_aside(arguments)
-        if self._is_aside:
-            return args, kwargs
         with self._ends_with_an_error():
+            self._is_aside = self.sessions[0].bound.layout.is_aside(arguments, self._not_taken())
+            if self._is_aside:
+                return args, kwargs
             self._enter(arguments)
         # the U-Net pops from this list; the safety forward needs it whole
         fresh = {name: list(value) if isinstance(value, list) else value for name, value in kwargs.items()}
         return args, fresh
+
+    def _not_taken(self) -> Step | None:
+        """The last step, where all of its calls were seen and the scheduler has not taken it yet."""
+        first = self.sessions[0]
+        return self._step if first.watch.is_seen and first.is_under_way else None
 
     def _enter(self, arguments: dict[str, Any]) -> None:
         first = self.sessions[0]
         layout = first.bound.layout
         layout.check(first.pipe, self.denoiser)
         step, self._step = self._step, Step()  # a step that is refused is not gone on with
-        if step.num_calls >= layout.num_calls:
+        if step.num_calls >= layout.num_calls or not first.is_under_way:  # the run before may have been broken off
             step = self._step
         self.call = call = layout.enter(first.kind, step, arguments)
         for session in self.sessions:
@@ -172,7 +177,7 @@ class Chain:
         assert step.eps_p is not None
         guided = _combined(step.eps_p, changes)
         scale = first.guidance_scale if layout.num_calls > 1 else 1.0
-        return layout.returned(output, layout.fold(step, guided, scale))
+        return layout.returned(call, output, layout.fold(step, guided, scale))
 
     @contextmanager
     def _ends_with_an_error(self) -> Iterator[None]:

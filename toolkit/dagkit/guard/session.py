@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from dagkit.models.sites import Sites, Tap
 
 if TYPE_CHECKING:
     from dagkit.guard.bind import BoundGuard
+
+_DIVIDED: Final = 2**-7
+"""Share of a timestep by which a division may round it."""
 
 
 @dataclass
@@ -168,7 +171,7 @@ class Context:
         arguments = step.p.under(everything, [(conditions.safety, len(rows)), (conditions.neutral[0], len(others))])
         with chain.common.reused(everything + chain.offset):
             output: Tensor = chain.denoiser.forward(**arguments)[0]
-        prediction = output[:, : self.eps_p.shape[1]]
+        prediction = step.p.call.unpacked(output)[:, : self.eps_p.shape[1]]
         eps_0 = self.eps_u[rows]
         eps_0[~is_neutral] = prediction[len(rows) :]
         return prediction[: len(rows)], eps_0
@@ -203,8 +206,6 @@ class Session:
         Raises:
             GuardError: the pipeline does not tell it.
         """
-        if not self.bound.layout.has_guidance:
-            return 1.0
         scale = self.bound.layout.guidance_scale(self.pipe)
         if scale is None:
             raise GuardError(
@@ -212,6 +213,11 @@ class Session:
                 "reach, and nothing is generated."
             )
         return scale
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the run of the last call is that of the scheduler's timesteps of now."""
+        return self.run is not None and getattr(self.pipe.scheduler, "timesteps", None) is self.run.timesteps
 
     @property
     def is_over(self) -> bool:
@@ -243,7 +249,8 @@ class Session:
         """Before a call: finds the run that it belongs to, and listens if it is conditional."""
         if step.num_calls == 1:
             self.check_scheduler()
-            self.run = self._current_run(call.timestep, (step.p or step.u).num)  # type: ignore[union-attr]
+            timestep = self._own_timestep(call)
+            self.run = self._current_run(timestep, (step.p or step.u).num)  # type: ignore[union-attr]
         if step.is_conditional(call):
             self.tap.start()
 
@@ -255,7 +262,7 @@ class Session:
         seen = self.tap.stop(len(call.sample), call.latent_size)
         features = {name: value[step.p.rows] for name, value in seen.items()}
         self.context = Context(
-            features, self.bound.sites, self.run, self.pipe, self.trace, self.run.level, call.timestep,
+            features, self.bound.sites, self.run, self.pipe, self.trace, self.run.level, self.run.timestep,
             call.latent_size, call.lora_scale, self, step,
         )  # fmt: skip
         self.context.cam = self.guard.detect(self.context)
@@ -269,9 +276,6 @@ class Session:
 
     def _current_run(self, timestep: float, batch: int) -> Run:
         timesteps, run = getattr(self.pipe.scheduler, "timesteps", None), self.run
-        if timesteps is not None and self.bound.layout.names.timestep_unit != 1:  # divided and multiplied again
-            nearest = min(torch.as_tensor(timesteps).tolist(), key=lambda one: abs(one - timestep))
-            timestep = nearest if math.isclose(nearest, timestep, rel_tol=1e-4) else timestep
         if run is None or timesteps is not run.timesteps or batch != run.batch or timestep > run.timestep:
             schedule = [timestep] if timesteps is None else torch.as_tensor(timesteps).tolist()
             share = getattr(self.pipe, "denoising_end", None)
@@ -282,6 +286,14 @@ class Session:
             run = Run(0 if run is None else run.index + 1, timesteps, [first, *steps, end], batch)
         run.step, run.timestep, run.level = run.step + 1, timestep, self._level(timestep)
         return run
+
+    def _own_timestep(self, call: Call) -> float:
+        """The scheduler's, where the denoiser got it divided, which rounds it: in bfloat16 by up to 4 of 1000."""
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        if call.names.timestep_unit == 1 or timesteps is None:
+            return call.timestep
+        nearest = min(torch.as_tensor(timesteps).tolist(), key=lambda one: abs(one - call.timestep))
+        return float(nearest) if abs(nearest - call.timestep) <= _DIVIDED * call.timestep else call.timestep
 
     def _level(self, timestep: float) -> float:
         level = self.noise.level(timestep)

@@ -63,6 +63,7 @@ class Family(ABC):
         text_sees_image: whether what the denoiser makes of a text depends on the image.
         has_start: whether the first row of every text is the same, that of a start-of-text token.
         drawing: arguments of the pipeline where dagkit draws, beside those that the user sets.
+        takes_negative_prompt: whether its pipelines guide away from one as they are.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class Family(ABC):
     text_sees_image: ClassVar[bool] = False
     has_start: ClassVar[bool] = True
     drawing: ClassVar[Mapping[str, Any]] = {}
+    takes_negative_prompt: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:
@@ -170,13 +172,7 @@ class Family(ABC):
             if is_upcast:
                 vae.to(dtype)
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        scaled: Tensor = ((latents - shift) * vae.config.scaling_factor).to(dtype)
-        if not bool(torch.isfinite(scaled).all()):
-            raise ModelError(
-                f"the VAE gives latents that are not finite in {str(dtype).removeprefix('torch.')}. Load the model in "
-                "float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
-            )
-        return scaled
+        return finite(((latents - shift) * vae.config.scaling_factor).to(dtype))
 
     def predict(self, pipe: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """One plain forward pass of the denoiser without guidance.
@@ -193,7 +189,7 @@ class Family(ABC):
         denoiser, names = self.denoiser(pipe), self.calls(pipe).names
         steps = timesteps.to(latents.device)
         arguments: dict[str, Any] = {
-            names.sample: latents.to(denoiser.dtype),
+            names.sample: names.packing.pack(latents.to(denoiser.dtype)),
             names.timestep: steps if names.timestep_unit == 1 else steps / names.timestep_unit,
             names.condition: condition.hidden_states,
         }
@@ -202,7 +198,7 @@ class Family(ABC):
         added = self.added_conditions(pipe, latents, condition)
         if added:
             arguments |= added if names.added is None else {names.added: added}
-        prediction: Tensor = denoiser(**arguments, return_dict=False)[0]
+        prediction = names.packing.unpack(denoiser(**arguments, return_dict=False)[0], arguments)
         return prediction[:, : latents.shape[1]]
 
     def added_conditions(self, pipe: Any, latents: Tensor, condition: Condition) -> dict[str, Any]:
@@ -367,6 +363,20 @@ def match(pipe: Any) -> Family:
         f"no family knows {type(pipe).__name__} with denoiser {denoiser}. Available families: "
         f"{', '.join(plugins.names('families'))}. Add one as described in dagkit/models."
     )
+
+
+def finite(latents: Tensor) -> Tensor:
+    """The same latents of a VAE.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        raise ModelError(
+            f"the VAE gives latents that are not finite in {str(latents.dtype).removeprefix('torch.')}. Load the model "
+            "in float32, or with a VAE that is made for half precision (SDXL: sdxl-vae-fp16-fix)."
+        )
+    return latents
 
 
 def noise_like(latents: Tensor, seed: int) -> Tensor:

@@ -1,14 +1,15 @@
 """How a pipeline calls its denoiser: which rows of a call are conditional, and how a change is folded back.
 
-Three layouts are here: one call ``[unconditional; conditional]`` (`Batched`), two calls a step (`Paired`), and no
-classifier-free guidance (`Single`). Whoever guides sees ``eps_u``, ``eps_p`` and other predictions of the samples, and
-nothing of batches; names of arguments, type of the output, prompt masks and further conditions are the layout's.
+Four layouts are here: one call ``[unconditional; conditional]`` (`Batched`), two calls a step (`Paired`), no
+classifier-free guidance (`Single`), and guidance that was distilled into the prediction (`Distilled`). Whoever guides
+sees ``eps_u``, ``eps_p`` and other predictions of the samples, and nothing of batches; names of arguments, type of the
+output, how latents are packed, prompt masks and further conditions are the layout's.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal
 
@@ -61,6 +62,29 @@ class Condition:
         return Condition(self.hidden_states.repeat(1, times, 1), self.added, mask)
 
 
+class Packing:
+    """How latents lie in a denoiser's arguments and output; this one: (B, C, H, W), as everywhere else."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) as the denoiser wants it."""
+        return latents
+
+    def unpack(self, packed: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """(B, C, H, W) of what the denoiser got or gave.
+
+        Args:
+            packed: the latents, or a prediction.
+            arguments: of the call by name.
+
+        Raises:
+            GuardError: nobody can tell where its rows lie.
+        """
+        return packed
+
+
+_AS_THEY_ARE: Final = Packing()
+
+
 @dataclass(frozen=True)
 class Arguments:
     """How a denoiser calls what it gets.
@@ -72,6 +96,8 @@ class Arguments:
         mask: of the text; None where the denoiser takes none.
         added: the dictionary of further conditions; None where each is an argument of its own.
         timestep_unit: what the scheduler's timestep was divided by.
+        packing: how the latents lie.
+        shared: arguments that are for all samples, even where their first side is as long as the batch.
     """
 
     sample: str = "sample"
@@ -80,6 +106,8 @@ class Arguments:
     mask: str | None = "encoder_attention_mask"
     added: str | None = "added_cond_kwargs"
     timestep_unit: float = 1.0
+    packing: Packing = _AS_THEY_ARE
+    shared: frozenset[str] = frozenset()
 
 
 class Call:
@@ -89,12 +117,12 @@ class Call:
         arguments: by name.
         names: what they mean.
         sample: the latents, (rows, C, H, W).
-        timestep: of the scheduler.
+        timestep: of the scheduler, as precisely as the denoiser was told.
     """
 
     def __init__(self, arguments: dict[str, Any], names: Arguments) -> None:
         self.arguments, self.names = arguments, names
-        self.sample: Tensor = arguments[names.sample]
+        self.sample: Tensor = self.unpacked(arguments[names.sample])
         self.timestep = float(torch.as_tensor(arguments[names.timestep]).flatten()[0]) * names.timestep_unit
 
     @property
@@ -121,6 +149,10 @@ class Call:
     def latent_size(self) -> tuple[int, int]:
         """(H, W)."""
         return self.sample.shape[-2], self.sample.shape[-1]
+
+    def unpacked(self, value: Tensor) -> Tensor:
+        """(rows, C, H, W) of latents or of a prediction."""
+        return self.names.packing.unpack(value, self.arguments)
 
 
 @dataclass(frozen=True)
@@ -155,7 +187,10 @@ class Half:
         longest = max(one.hidden_states.shape[1] for one, count in conditions if count)
         conditions = [(one.lengthened(longest), count) for one, count in conditions if count]
         index = rows.to(call.sample.device) + self.start
-        arguments = {name: _rows(value, index, batch) for name, value in call.arguments.items()}
+        arguments = {
+            name: value if name in names.shared else _rows(value, index, batch)
+            for name, value in call.arguments.items()
+        }
         arguments[names.condition] = _repeated([(one.hidden_states, n) for one, n in conditions], call.hidden_states)
         if names.mask is not None:
             masks = [(one.mask, n) for one, n in conditions if one.mask is not None]
@@ -281,7 +316,7 @@ class CallLayout(ABC):
         return bool(getattr(pipe, "do_classifier_free_guidance", True))
 
     def guidance_scale(self, pipe: Any) -> float | None:
-        """That of the run that is under way; None where the pipeline does not tell it."""
+        """How many times the difference of two predictions counts in a run; None where the pipeline does not tell."""
         scale = getattr(pipe, "guidance_scale", None)
         return None if scale is None else float(scale)
 
@@ -306,11 +341,15 @@ class CallLayout(ABC):
         step.num_calls += 1
         return call
 
-    def is_aside(self, arguments: dict[str, Any]) -> bool:
+    def is_aside(self, arguments: dict[str, Any], last: Step | None) -> bool:
         """Whether a call is none of a step's own: the pipeline makes it beside them, and it needs no guard.
 
         Args:
             arguments: of the call by name.
+            last: the step whose calls were all seen, where the scheduler has not taken it yet.
+
+        Raises:
+            GuardError: it is not as this layout says.
         """
         return False
 
@@ -320,7 +359,7 @@ class CallLayout(ABC):
 
     def leave(self, step: Step, call: Call, output: Any) -> None:
         """After a call: takes the predictions of its halves into ``step``."""
-        prediction = _whole(output)[:, : call.sample.shape[1]]
+        prediction = call.unpacked(_whole(output))[:, : call.sample.shape[1]]
         if step.p is not None and step.p.call is call:
             step.eps_p = prediction[step.p.rows]
         if step.u is not None and step.u.call is call:
@@ -339,11 +378,12 @@ class CallLayout(ABC):
             The prediction of all rows of the last call.
         """
 
-    def returned(self, output: Any, prediction: Tensor) -> Any:
+    def returned(self, call: Call, output: Any, prediction: Tensor) -> Any:
         """The output of a call with another prediction; what else it holds (learned variances) stays."""
-        whole = _whole(output)
+        whole = call.unpacked(_whole(output))
         if whole.shape[1] > prediction.shape[1]:
             prediction = torch.cat([prediction, whole[:, prediction.shape[1] :]], 1)
+        prediction = self.names.packing.pack(prediction)
         return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
 
 
@@ -389,7 +429,7 @@ class Batched(CallLayout):
 
 
 class Paired(CallLayout):
-    """Two calls a step, of the same latents: Qwen-Image, Wan, Lumina 2, FLUX with ``true_cfg_scale``.
+    """Two calls a step, of the same latents: Qwen-Image, Wan, Lumina 2.
 
     Args:
         first: which of them comes first.
@@ -431,7 +471,7 @@ class Paired(CallLayout):
 
 
 class Single(CallLayout):
-    """One conditional call a step and nothing to guide from: guidance-distilled models such as FLUX.1-dev."""
+    """One conditional call a step and nothing to guide from."""
 
     has_guidance: ClassVar[bool] = False
 
@@ -441,6 +481,43 @@ class Single(CallLayout):
     def fold(self, step: Step, guided: Tensor, guidance_scale: float) -> Tensor:
         """``guided``."""
         return guided
+
+    def guidance_scale(self, pipe: Any) -> float | None:
+        """1."""
+        return 1.0
+
+
+class Distilled(Single):
+    """One conditional call a step, whose prediction holds its guidance already: FLUX.1.
+
+    A second call of the same latents, before the scheduler has taken the step, is the unconditional half of *true*
+    classifier-free guidance. It stands aside: ``eps_u + s (guided - eps_u)`` is the pipeline's own arithmetic.
+
+    Args:
+        names: how the denoiser calls what it gets.
+        is_scaled: whether the denoiser is told the pipeline's ``guidance_scale``, so that predictions differ by as many
+            times; else it is taken for 1.
+    """
+
+    def __init__(self, names: Arguments | None = None, *, is_scaled: bool = True) -> None:
+        super().__init__(names)
+        self.is_scaled = is_scaled
+
+    def is_aside(self, arguments: dict[str, Any], last: Step | None) -> bool:
+        """Whether it is the second call of a step."""
+        if last is None or last.p is None:
+            return False
+        call, first = Call(arguments, self.names), last.p.call
+        if call.timestep == first.timestep and torch.equal(call.sample, first.sample):
+            return True
+        raise GuardError(
+            "the denoiser is called again with other latents before the scheduler took a step; expected one call, or "
+            "two of the same latents, conditional and unconditional. This layout is unknown, so nothing is generated."
+        )
+
+    def guidance_scale(self, pipe: Any) -> float | None:
+        """The pipeline's, or 1."""
+        return CallLayout.guidance_scale(self, pipe) if self.is_scaled else 1.0
 
 
 def _whole(output: Any) -> Tensor:

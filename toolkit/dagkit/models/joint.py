@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dagkit import attention
 from dagkit.errors import GuardError, ModelError
 from dagkit.models.base import PLAIN, Encoding, Family, Seen, noise_like
-from dagkit.models.calls import Arguments, Batched, Call, CallLayout, Condition
+from dagkit.models.calls import Arguments, Batched, Call, CallLayout, Condition, Step
 from dagkit.models.sites import Site, Sites
 
 LOOKED_FROM: Final = 0.5
@@ -140,6 +140,10 @@ class JointFamily(Family):
         """Whether the class, or one that it derives from, is one of ``pipelines``."""
         return any(cls.__name__ in self.pipelines for cls in type(pipe).__mro__)
 
+    def arguments(self, how: Encoding) -> dict[str, Any]:
+        """``max_sequence_length``."""
+        return {} if how.max_sequence_length is None else {"max_sequence_length": how.max_sequence_length}
+
     def grid(self, pipe: Any) -> Grid:
         """Image positions of a block for latents of a size."""
         side = int(self.denoiser(pipe).config.patch_size)
@@ -200,11 +204,14 @@ class JointFamily(Family):
 
     def _nothing(self, pipe: Any) -> Seen:
         """Noise, as the denoiser gets it."""
-        denoiser, schedule = self.denoiser(pipe), self.noise(pipe)
-        side = int(denoiser.config.sample_size)
+        denoiser, schedule, side = self.denoiser(pipe), self.noise(pipe), self.side(pipe)
         empty = torch.zeros(1, self.channels(pipe), side, side, device=denoiser.device, dtype=denoiser.dtype)
         timesteps = schedule.timesteps(torch.tensor([LOOKED_FROM], dtype=torch.float64))
         return Seen(schedule.noised(empty, noise_like(empty, _SEED), timesteps), timesteps[0])
+
+    def side(self, pipe: Any) -> int:
+        """Cells of the latents of the model's own size."""
+        return int(self.denoiser(pipe).config.sample_size)
 
     def channels(self, pipe: Any) -> int:
         """Of the latents."""
@@ -234,7 +241,7 @@ class _WithSkippedLayers(Batched):
     The pipeline adds ``s (eps_p - eps_skip)``, so what a guard made of ``eps_p`` counts there too.
     """
 
-    def is_aside(self, arguments: dict[str, Any]) -> bool:
+    def is_aside(self, arguments: dict[str, Any], last: Step | None) -> bool:
         """Whether layers are skipped."""
         return arguments.get("skip_layers") is not None
 
