@@ -32,9 +32,9 @@ HERE = Path(__file__).parent
 BUILD = Path("build/bench")
 
 
-def base_model(name: str = "demo") -> BaseModel:
-    """A bundled model in float32."""
-    return demo.load_model(name)
+def base_model() -> BaseModel:
+    """The bundled model in float32."""
+    return demo.load_model()
 
 
 def scenes(count: int, seed: int, *, is_unsafe: bool, weapons: Sequence[str] = world.WEAPONS) -> list[Example]:
@@ -87,7 +87,7 @@ def cached(
 
 def token(base: BaseModel, name: str = "default", *, count: int = 24, seed: int = 0) -> GuidelineToken:
     """The token that the benchmarks measure, optimised from rendered scenes; kept while model and code are the same."""
-    path = BUILD / "tokens" / identity() / f"{base.source}-{name}-{count}-{seed}"
+    path = BUILD / "tokens" / identity() / f"{base.fingerprint[7:19]}-{name}-{count}-{seed}"
     if not path.exists():
         training, validation = annotated(count)
         result = optimize(base, training, recipe=recipe(name), validation=validation, seed=seed)
@@ -99,9 +99,9 @@ def token(base: BaseModel, name: str = "default", *, count: int = 24, seed: int 
 
 @functools.cache
 def identity() -> str:
-    """Of the bundled models, the package's code and these scripts: results kept under it are still true."""
+    """Of the bundled model, the package's code and these scripts: results kept under it are still true."""
     digest = hashlib.sha256()
-    model = (path for name in demo.MODELS for path in demo.model_path(name).rglob("*") if path.is_file())
+    model = (path for path in demo.model_path().rglob("*") if path.is_file())
     for path in sorted([*model, *Path(dagkit.__file__).parent.rglob("*.py"), *HERE.glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -125,10 +125,10 @@ def _checkpoints(concept_name: str | None) -> Iterator[Finding]:
 def _base_model(concept: Concept, lacking: Status) -> Finding:
     from pathlib import Path
 
-    from dagkit import demo, models
+    from dagkit import models
 
     what, model = f"{concept.name}: base model", concept.model
-    if model in demo.MODELS or Path(model).is_dir():
+    if model == "demo" or Path(model).is_dir():
         return Finding("ok", what, model)
     if not models.is_hub_id(model):
         return Finding(lacking, what, f"{model} is not there", "Name a folder or a Hub id as the concept's model.")

@@ -55,7 +55,7 @@ def test_a_sheet_holds_all_images(tmp_path):
 
 @pytest.mark.slow
 def test_the_bundled_model_draws_what_it_is_asked():
-    figures = measure.measure_base(demo.load_model(), demo.load_judge(), num_named=30, num_hinted=6)
+    figures = measure.measure_base(measure.load_world(demo.model_path()), demo.load_judge(), num_named=30, num_hinted=6)
     assert figures["recall_of_1"]["value"] == 1.0
     assert figures["recall"]["value"] >= 0.85
     assert figures["background"]["value"] == 1.0

@@ -49,7 +49,6 @@ PROMPTS = (
 def run(
     workspace: Workspace,
     *,
-    model: str = "demo",
     size: Size = FULL,
     device: str = "cpu",
     seed: int = 0,
@@ -60,7 +59,6 @@ def run(
 
     Args:
         workspace: where to write.
-        model: one of the bundled base models.
         size: how much to draw.
         device: of all models.
         seed: of all that is drawn.
@@ -85,7 +83,7 @@ def run(
         return result
 
     concept = load_concept("weapon")
-    base_model = common.load_base_model(concept, model, device)
+    base_model = common.load_base_model(concept, "demo", device)
     step(
         "1  generate: the base model draws candidates, with and without the concept",
         lambda: generate.run(
@@ -122,7 +120,7 @@ def run(
             concept,
             base_model,
             options=options,
-            model_id=model,
+            model_id="demo",
             seed=seed,
             sizes=optimize.SIZES if size == FULL else (),
             progress=progress,
@@ -161,19 +159,12 @@ def run(
 
 
 @click.command("demo")
-@click.option(
-    "--model",
-    type=click.Choice(["demo", "demo-sd3"]),
-    default="demo",
-    show_default=True,
-    help="A U-Net, or a transformer with joint attention as in Stable Diffusion 3.",
-)
 @click.option("--quick", "is_quick", is_flag=True, help="Draw little: a minute or two, with rough figures.")
 @click.option(
     "--workspace",
     "workspace_path",
     type=common.WorkspacePath(),
-    help="Folder to write. Default: runs/ and the model's name, with -quick behind it.",
+    help="Folder to write. Default: runs/demo, or runs/demo-quick.",
 )
 @click.option(
     "--workers",
@@ -184,28 +175,21 @@ def run(
 @common.seed_option
 @click.option("--quiet", "is_quiet", is_flag=True, help="No progress bars.")
 def command(
-    model: str,
-    is_quick: bool,
-    workspace_path: Path | None,
-    workers: int | None,
-    device: str,
-    seed: int,
-    is_quiet: bool,
+    is_quick: bool, workspace_path: Path | None, workers: int | None, device: str, seed: int, is_quiet: bool
 ) -> None:
-    """Walk the whole way on a bundled model, offline, and write a report.
+    """Walk the whole way on the bundled model, offline, and write a report.
 
     The world is one of emoji scenes in which the weapon plays the unsafe concept.
     """
     from dagkit.engines import num_cores
     from dagkit.workspace import Workspace
 
-    path = workspace_path or Path("runs") / (f"{model}-quick" if is_quick else model)
+    path = workspace_path or Path("runs") / ("demo-quick" if is_quick else "demo")
     device = "cpu" if device == "auto" else common.resolve_device(device)
     workers = workers or (min(num_cores(), MAX_WORKERS) if device == "cpu" else 1)
     with common.open_engine(workers, device) as engine:
         report = run(
             Workspace(path),
-            model=model,
             size=QUICK if is_quick else FULL,
             device=device,
             seed=seed,

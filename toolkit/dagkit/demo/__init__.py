@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dagkit.judges.demo import DemoJudge
-    from dagkit.models import BaseModel, Encoding
+    from dagkit.models import BaseModel
 
 __all__ = ["claim", "judge_path", "load_judge", "load_model", "model_path", "sam_checkpoint", "unknown_words"]
 
@@ -22,16 +22,9 @@ def _data(name: str) -> Path:
     return Path(str(files("dagkit.demo").joinpath("data", name)))
 
 
-MODELS: Final = {"demo": "model", "demo-sd3": "sd3"}
-"""Names of the bundled base models, and their folders."""
-
-
-def model_path(name: str = "demo") -> Path:
-    """A bundled base model (float16; 64x64 px, latents 4x16x16), as a folder for ``from_pretrained``.
-
-    ``demo`` is a `StableDiffusionPipeline`, ``demo-sd3`` a `StableDiffusion3Pipeline`.
-    """
-    return _data(MODELS[name])
+def model_path() -> Path:
+    """The base model: a folder for ``StableDiffusionPipeline.from_pretrained`` (float16; 64x64 px, latents 4x16x16)."""
+    return _data("model")
 
 
 def judge_path() -> Path:
@@ -63,10 +56,9 @@ def claim(folder: Path, *marks: str) -> None:
 
 
 def load_model(name: str = "demo", device: str = "cpu", config: str | None = None) -> BaseModel:
-    """A base model by name: those of `MODELS` are bundled, anything else is for `dagkit.models.load`.
+    """A base model by name: ``demo`` is the bundled one, anything else is for `dagkit.models.load`.
 
-    A bundled one is called by its name in all that is written with it, wherever dagkit is installed. ``demo-sd3`` has
-    no T5, and one row of zeros stands in for it: ``max_sequence_length`` is 1.
+    The bundled one is called ``demo`` in all that is written with it, wherever dagkit is installed.
 
     Args:
         name: of the model.
@@ -78,17 +70,9 @@ def load_model(name: str = "demo", device: str = "cpu", config: str | None = Non
     """
     from dagkit import models
 
-    if name not in MODELS:
+    if name != "demo":
         return models.load(name, device=device, config=config)
-    loaded = models.load(model_path(name), device=device, config=config)
-    return replace(loaded, source=name, encoding=encoding_of(name))
-
-
-def encoding_of(name: str) -> Encoding:
-    """How a bundled base model encodes prompts."""
-    from dagkit.models import Encoding
-
-    return Encoding(max_sequence_length=1) if name == "demo-sd3" else Encoding()
+    return replace(models.load(model_path(), device=device, config=config), source=name)
 
 
 def load_judge(device: str = "cpu") -> DemoJudge:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dagkit.demo import world
 from dagkit.demo.base import draw_example
 from dagkit.demo.degrade import encode
+from dagkit.demo.measure import NUM_PADDING
 from dagkit.demo.training import save_tensors
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 _BATCH: Final = 64
 _CELL_PX: Final = 4
-NUM_PADDING: Final = 1
-"""Rows of zeros after the caption, where Stable Diffusion 3 has its third text encoder's: ``max_sequence_length``."""
 
 
 class Bank(NamedTuple):

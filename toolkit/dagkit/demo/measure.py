@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dagkit.demo import MODELS, encoding_of, judge_path, load_model, sam_checkpoint, world
+from dagkit.demo import judge_path, model_path, sam_checkpoint, world
 from dagkit.metrics import Estimate, bootstrap_mean, iou, proportion
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dagkit.judges.demo import DemoJudge
     from dagkit.models import BaseModel
 
+NUM_PADDING: Final = 1
+"""Rows of zeros after a caption, where Stable Diffusion 3 has its third text encoder's: ``max_sequence_length``."""
 NUM_INFERENCE_STEPS: Final = 25
 GUIDANCE_SCALE: Final = 5.0
 _HELD_OUT_SEED: Final = 20_260_101
@@ -50,6 +52,16 @@ def hinted_prompts(count: int) -> list[Prompt]:
     rng = np.random.default_rng(2027)
     choose = [rng.choice(len(world.HARMLESS), 1 + i % 2, replace=False) for i in range(count)]
     return [(tuple(world.HARMLESS[k] for k in c), world.BACKGROUNDS[i % 6]) for i, c in enumerate(choose)]
+
+
+def load_world(folder: Path) -> BaseModel:
+    """A model of the bundled world. One of Stable Diffusion 3's kind has one row of zeros where others have T5's."""
+    from dagkit import models
+
+    loaded = models.load(folder)
+    if loaded.family.name != "sd3":
+        return loaded
+    return replace(loaded, encoding=models.Encoding(max_sequence_length=NUM_PADDING))
 
 
 def generate(pipeline: Any, prompts: Sequence[str], seed: int, **options: Any) -> list[Image.Image]:
@@ -197,10 +209,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--base", default="demo", show_default=True, type=click.Choice(list(MODELS)), help="Which of the base models."
-)
-@click.option("--model", type=_FOLDER, help="A folder instead of the bundled base model, of the same architecture.")
+@click.option("--model", type=_FOLDER, help="Base model instead of the bundled one, a U-Net or of sd3's kind.")
 @click.option("--judge", "judge_file", type=_FILE, help="Weights of the judge instead of the bundled ones.")
 @click.option("--sam", "sam_file", type=_FILE, help="Weights of the small SAM instead of the bundled ones.")
 @click.option("--only", type=click.Choice(["base", "judge", "sam"]), multiple=True, help="Measure these alone.")
@@ -209,7 +218,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--num-scenes", type=click.IntRange(min=1), default=300, show_default=True, help="For judge and SAM.")
 @click.option("--sheet", type=click.Path(dir_okay=False, path_type=Path), help="Write a contact sheet there.")
 def main(
-    base: str,
     model: Path | None,
     judge_file: Path | None,
     sam_file: Path | None,
@@ -220,7 +228,6 @@ def main(
     sheet: Path | None,
 ) -> None:
     """Command line of the measurement."""
-    from dagkit import models
     from dagkit.judges.demo import DemoJudge
 
     if sheet is not None and sheet.exists():
@@ -229,8 +236,7 @@ def main(
     judge = DemoJudge.from_checkpoint(judge_file or judge_path())
     result: dict[str, Any] = {}
     if "base" in wanted:
-        chosen = load_model(base) if model is None else replace(models.load(model), encoding=encoding_of(base))
-        result["base"] = measure_base(chosen, judge, num_prompts, num_hinted, sheet)
+        result["base"] = measure_base(load_world(model or model_path()), judge, num_prompts, num_hinted, sheet)
     if "judge" in wanted:
         result["judge"] = measure_judge(judge, num_scenes)
     if "sam" in wanted:
