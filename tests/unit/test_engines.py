@@ -116,7 +116,7 @@ from engine_work import build, work
 
 if __name__ == "__main__":
     with engines.open_engine(2) as engine:
-        payloads = [{}, {}, *[{"seconds": 60}] * 4]
+        payloads = [{}, {}, *[{"seconds": 600}] * 4]
         for _, pid in engine.results([engines.Item(str(n), one) for n, one in enumerate(payloads)], work, build):
             print(pid, flush=True)
 """
@@ -137,10 +137,10 @@ def test_workers_do_not_outlive_the_program(tmp_path: Path, number: signal.Signa
         os.killpg(program.pid, number)
     else:
         program.send_signal(number)
-    _, said = program.communicate(timeout=20)  # the pipes end with the last process that has them
+    _, said = program.communicate(timeout=120)  # the pipes end with the last process that has them
     assert program.returncode != 0
     assert said.count("Traceback") == (number == signal.SIGINT)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
