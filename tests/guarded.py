@@ -39,6 +39,7 @@ def check(
     expected: Tensor | None = None,
     tolerance: float = 1e-4,
     guard: dict[str, Any] | None = None,
+    num_idle: int = 0,
     **options: Any,
 ) -> Trace:
     """All that must hold for a pipeline, with one firing and one silent sample.
@@ -47,6 +48,7 @@ def check(
         token: one of ``half_firing`` with ``options`` where not given.
         expected: guided latents; those of ``reference_guard`` where not given.
         guard: options of the guard, as the reference knows them.
+        num_idle: hooks that stay, because a graph was compiled with them.
     """
     token = token or tiny.half_firing(pipe, run, **options)
     plain, before = run(), leftovers(pipe)
@@ -64,7 +66,7 @@ def check(
     assert torch.equal(guarded[silent], plain[silent])
     assert (guarded[acted] - plain[acted]).abs().max() > 1e-3
     assert (guarded - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
-    assert leftovers(pipe) == before
+    assert leftovers(pipe) == before + num_idle
     assert torch.equal(run(), plain)
     return trace
 

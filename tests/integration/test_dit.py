@@ -170,7 +170,7 @@ def test_compiled_denoiser(make: Callable[..., Any]) -> None:
         torch._dynamo.reset()
         return draw(pipe)
 
-    check(pipe, draw_anew, token=token, expected=expected)
+    check(pipe, draw_anew, token=token, expected=expected, num_idle=len(token.record.layers))
     torch._dynamo.reset()
 
 
