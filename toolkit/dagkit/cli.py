@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
 from dagkit.commands import OTHER_COMMANDS
 from dagkit.resources import source_date
 from dagkit.stages import STAGES
+from dagkit.system import hush
 
 
 class _Commands(click.Group):
@@ -108,6 +109,7 @@ def _prepare_libraries() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    hush()
     if not os.environ.get("SOURCE_DATE_EPOCH"):
         os.environ.pop("SOURCE_DATE_EPOCH", None)  # empty means unset, but numpy wants a number
 

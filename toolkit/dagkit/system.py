@@ -1,4 +1,4 @@
-"""What operating systems do differently: locks, opening without waiting, and other processes.
+"""What operating systems do differently: locks, opening without waiting, other processes; and which libraries are hushed.
 
 Nothing else imports ``fcntl`` or ``msvcrt``, asks for ``/proc`` or ``ps``, or names a flag or signal that only some
 systems have. The package `filelock` does not do here: it empties the file that it locks, whoever wrote that, and locks
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from typing import Any, Final
 _PROC: Final = Path("/proc")
 _PLAIN: Final = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0)
+_CHATTY: Final = ("bitsandbytes", "torch.utils._pytree", "diffusers.quantizers")
+"""Loggers of quantisers, which warn of each other when diffusers is imported where they are installed."""
 _BEYOND: Final = 1 << 30
 """Which byte of a file Windows locks: one that is not there, because nobody can read a byte that is locked."""
 
@@ -129,6 +132,12 @@ def command_line(pid: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
     except OSError:
         return ""
+
+
+def hush() -> None:
+    """Keeps libraries that are not loaded yet from warning of what concerns no user of a command."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def end_process(pid: int, *, at_once: bool = False) -> None:

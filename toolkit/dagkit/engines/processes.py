@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 
 from dagkit.engines import Build, Item, Work
 from dagkit.errors import DagkitError, EngineError
+from dagkit.system import hush
 
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PATIENCE_S: Final = 5.0
@@ -188,6 +189,7 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it tidies up
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    hush()
     os.environ.update(dict.fromkeys(_THREADS, "1"))  # read when torch and numpy are imported
     if torch := sys.modules.get("torch"):  # the user's own script has done that
         torch.set_num_threads(1)
