@@ -1,4 +1,4 @@
-"""What operating systems do differently: locks, opening without waiting, other processes; and which libraries are hushed.
+"""What operating systems do differently: locks, opening without waiting, other processes. And who is hushed.
 
 Nothing else imports ``fcntl`` or ``msvcrt``, asks for ``/proc`` or ``ps``, or names a flag or signal that only some
 systems have. The package `filelock` does not do here: it empties the file that it locks, whoever wrote that, and locks
