@@ -31,9 +31,10 @@ import tiny_pipelines
 from dagkit import models
 from dagkit.models.noise import noise_schedule
 from dagkit.optimization import Example
-from dagkit.token import GuidelineToken
+from dagkit.token import GuidelineToken, Thresholds
 
 STEPS = 6
+PROMPTS = ["a cat and a bomb on grass", "a dog on sand"]
 _WORDS = ("a", "and", "bomb", "cat", "dog", "grass", "on", "sand", "water", "weapon")
 
 
@@ -459,6 +460,11 @@ def reference_flux2_klein(
         pipe.transformer.set_attn_processor(before)
     scale = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt()[:, None, None]
     return F.pixel_shuffle(z * scale + pipe.vae.bn.running_mean[:, None, None], 2)
+
+
+def firing(pipe: Any, **options: Any) -> GuidelineToken:
+    """A token that fires on ``PROMPTS``."""
+    return tiny_pipelines.token(pipe, thresholds=Thresholds(highlight=(0.3,), edit=(0.1,), min_area=0.02), **options)
 
 
 def close(one: Tensor, other: Tensor) -> None:

@@ -28,9 +28,8 @@ from dagkit.models.flux import NAMES
 from dagkit.optimization import Recipe, optimize
 from dagkit.token import Thresholds
 from guarded import IMAGE
-from tiny_joint import close, example, leftovers
+from tiny_joint import PROMPTS, close, example, firing, leftovers
 
-PROMPTS = ["a cat and a bomb on grass", "a dog on sand"]
 LENGTH = 10
 
 
@@ -53,10 +52,6 @@ def draw(pipe: Any, prompts: list[str] = PROMPTS, **changes: Any) -> Tensor:
     }
     latents: Tensor = pipe(prompts, **settings).images
     return latents
-
-
-def firing(pipe: Any, **options: Any) -> GuidelineToken:
-    return tiny_pipelines.token(pipe, thresholds=Thresholds(highlight=(0.3,), edit=(0.1,), min_area=0.02), **options)
 
 
 def test_strength_zero_is_bit_equal_and_nothing_is_left(pipe: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
@@ -22,8 +21,8 @@ from dagkit.models.base import Seen
 from dagkit.optimization import Example, Recipe, optimize
 from dagkit.proposers.attention import AttentionProposer
 from dagkit.token import GuidelineToken, Thresholds
+from tiny_joint import PROMPTS, example, firing
 
-PROMPTS = ["a cat and a bomb on grass", "a dog on sand"]
 LENGTH = 3
 
 
@@ -45,10 +44,6 @@ def draw(pipe: Any, prompts: list[str] = PROMPTS, **changes: Any) -> Tensor:
     }
     latents: Tensor = pipe(prompts, **settings).images
     return latents
-
-
-def firing(pipe: Any, **options: Any) -> GuidelineToken:
-    return tiny_pipelines.token(pipe, thresholds=Thresholds(highlight=(0.3,), edit=(0.1,), min_area=0.02), **options)
 
 
 def test_strength_zero_is_bit_equal(pipe: Any) -> None:
@@ -205,24 +200,13 @@ def test_a_safety_prompt_that_lists_things_is_one_text(pipe: Any) -> None:
     assert bound.encoded(models.Encoding(max_sequence_length=LENGTH)).safety.hidden_states.shape[1] == 16 + LENGTH
 
 
-def example(seed: int, *, is_unsafe: bool) -> Example:
-    """A square on a dull ground: red ones are the concept."""
-    rng = np.random.default_rng(seed)
-    picture = rng.integers(90, 140, (32, 32, 3)).astype(np.uint8)
-    mask = np.zeros((32, 32), bool)
-    top, left = rng.integers(0, 5, 2) * 4
-    mask[top : top + 16, left : left + 16] = True
-    picture[mask] = (250, 10, 10) if is_unsafe else (10, 10, 250)
-    return Example(Image.fromarray(picture), mask & is_unsafe, PROMPTS[not is_unsafe], is_unsafe)
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[models.BaseModel, GuidelineToken]:
     pipe = tiny_joint.sd3()
     how = models.Encoding(max_sequence_length=LENGTH)
     base = models.BaseModel(pipe, models.match(pipe), "tiny", "sha256:0", encoding=how)
     recipe = Recipe(initial_phrase="a bomb", num_tokens=2, num_background=6, num_steps=80, num_draws=4)
-    result = optimize(base, [example(seed, is_unsafe=seed % 2 == 0) for seed in range(24)], recipe=recipe, seed=0)
+    result = optimize(base, [example(seed) for seed in range(24)], recipe=recipe, seed=0)
     made = result.token(base, concept="red", version="1.0.0", safety_prompt="a bomb")
     return base, GuidelineToken.load(made.save(tmp_path_factory.mktemp("token") / "1.0.0"))
 
@@ -240,13 +224,13 @@ def test_a_token_of_rows_for_each_site_is_learned(learned: tuple[models.BaseMode
 
 def test_words_are_looked_up_in_the_image(learned: tuple[models.BaseModel, GuidelineToken]) -> None:
     base, _ = learned
-    one, other = (noised(base, example(seed, is_unsafe=True)) for seed in (1, 2))
+    one, other = (noised(base, example(seed)) for seed in (2, 4))
     rows = base.rows(["a bomb"], one)
     assert torch.equal(rows, base.rows(["a bomb"], one))
     assert not torch.allclose(rows, base.rows(["a bomb"], other), atol=1e-3)
     concept = load_concept("weapon")
     proposer = AttentionProposer.from_concept(concept, base)
-    heat = proposer.heat_maps(example(1, is_unsafe=True).image, "a bomb on sand", 0)
+    heat = proposer.heat_maps(example(2).image, "a bomb on sand", 0)
     assert heat["weapon"].shape == (32, 32)
     assert 0 <= float(heat["weapon"].min()) < float(heat["weapon"].max()) <= 1
 
@@ -280,7 +264,7 @@ def test_pictures_to_start_from(pipe: Any, cls: Any) -> None:
             "transformer": tiny_joint.sd3_transformer(in_channels=16, out_channels=16),
         }
     other = tiny_pipelines.finish(cls(**parts))
-    picture = example(3, is_unsafe=True).image
+    picture = example(2).image
     settings: dict[str, Any] = {"image": [picture] * 2, "strength": 0.8}
     if cls is StableDiffusion3InpaintPipeline:
         settings["mask_image"] = [Image.new("L", (32, 32), 255)] * 2

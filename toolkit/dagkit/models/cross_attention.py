@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from dagkit import attention
 from dagkit.errors import GuardError, ModelError
 from dagkit.models.quantised import compute_dtype
-from dagkit.models.sites import Site
+from dagkit.models.sites import AttentionSite
 
 REQUIRED_ATTRIBUTES: Final = ("to_q", "to_k", "heads", "scale")
 
 Grid = Callable[[tuple[int, int]], tuple[int, int]]
 
 
-class CrossAttention(Site):
+class CrossAttention(AttentionSite):
     """One cross-attention layer: features are its queries, and rows score ``softmax(q k^T / sqrt(d_head))``.
 
     Args:
@@ -39,9 +39,9 @@ class CrossAttention(Site):
         return projection
 
     @property
-    def num_heads(self) -> int:
-        """Of the layer."""
-        return int(self.layer.heads)
+    def scale(self) -> float:
+        """The layer's."""
+        return float(self.layer.scale)
 
     @property
     def width(self) -> int:
@@ -59,15 +59,6 @@ class CrossAttention(Site):
             rows = self.layer.norm_encoder_hidden_states(rows)
         with scaled_lora(self.layer.to_k, lora_scale):
             return attention.split_heads(self.layer.to_k(rows), self.num_heads)[0]
-
-    def shares(self, features: Tensor, keys: Tensor) -> Tensor:
-        """``softmax(q k^T / sqrt(d_head))``."""
-        return attention.shares(attention.split_heads(features, self.num_heads), keys, self.layer.scale)
-
-    def share(self, features: Tensor, keys: Tensor, num_guideline: int) -> Tensor:
-        """The same of the last rows together, with less memory."""
-        queries = attention.split_heads(features, self.num_heads)
-        return attention.attention_share(queries, keys, num_guideline, self.layer.scale)
 
     def check(self) -> None:
         """Refuses an attention module whose queries and keys would be misread.
@@ -102,11 +93,6 @@ class CrossAttention(Site):
         """``to_k``, without a LoRA that is loaded on it."""
         projection: nn.Module = getattr(self.layer.to_k, "base_layer", self.layer.to_k)
         return projection
-
-    @property
-    def processor(self) -> str:
-        """The class of the attention processor."""
-        return type(getattr(self.layer, "processor", None)).__name__
 
     def in_float32(self) -> CrossAttention:
         """The layer itself where its keys are float32, else a copy."""

@@ -18,7 +18,7 @@ from dagkit import attention
 from dagkit.errors import GuardError, ModelError
 from dagkit.models.base import PLAIN, Encoding, Family, Seen, noise_like
 from dagkit.models.calls import Arguments, Batched, Call, CallLayout, Condition, Step
-from dagkit.models.sites import Site, Sites
+from dagkit.models.sites import AttentionSite, Sites
 
 LOOKED_FROM: Final = 0.5
 """Noise level at which a text is looked up where there is no image."""
@@ -29,7 +29,7 @@ _SEED: Final = 0
 Grid = Callable[[tuple[int, int]], tuple[int, int]]
 
 
-class JointAttention(Site):
+class JointAttention(AttentionSite):
     """One joint-attention layer.
 
     Features are the image positions of attention's output, scaled to a root mean square of 1, which a forward pre-hook
@@ -56,9 +56,9 @@ class JointAttention(Site):
         return projection
 
     @property
-    def num_heads(self) -> int:
-        """Of the layer."""
-        return int(self.layer.heads)
+    def scale(self) -> float:
+        """By the width of a head."""
+        return 1 / math.sqrt((self._part.stop - self._part.start) / self.num_heads)
 
     @property
     def width(self) -> int:
@@ -72,15 +72,6 @@ class JointAttention(Site):
     def project(self, rows: Tensor, lora_scale: float = 1.0) -> Tensor:
         """This site's part of the rows; a LoRA changes features alone."""
         return attention.split_heads(rows[None, :, self._part], self.num_heads)[0]
-
-    def shares(self, features: Tensor, keys: Tensor) -> Tensor:
-        """``softmax(<o, r> / sqrt(d_head))``."""
-        return attention.shares(attention.split_heads(features, self.num_heads), keys, self._scale)
-
-    def share(self, features: Tensor, keys: Tensor, num_guideline: int) -> Tensor:
-        """The same of the last rows together, with less memory."""
-        queries = attention.split_heads(features, self.num_heads)
-        return attention.attention_share(queries, keys, num_guideline, self._scale)
 
     def features(self, value: Tensor) -> Tensor:
         """(B, h*w, channels) of root mean square 1."""
@@ -111,15 +102,6 @@ class JointAttention(Site):
         """``to_v``, of whose output space features are, without a LoRA that is loaded on it."""
         projection: nn.Module = getattr(self.layer.to_v, "base_layer", self.layer.to_v)
         return projection
-
-    @property
-    def processor(self) -> str:
-        """The class of the attention processor."""
-        return type(getattr(self.layer, "processor", None)).__name__
-
-    @property
-    def _scale(self) -> float:
-        return 1 / math.sqrt((self._part.stop - self._part.start) / self.num_heads)
 
 
 def normalised(value: Tensor) -> Tensor:

@@ -102,6 +102,40 @@ class Site(ABC):
         return self
 
 
+class AttentionSite(Site):
+    """A layer of attention: rows score ``softmax(<feature, key> * scale)`` head by head.
+
+    Attributes:
+        layer: the module, with ``heads`` and mostly a ``processor``.
+    """
+
+    layer: Any
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """``1 / sqrt(d_head)``."""
+
+    @property
+    def num_heads(self) -> int:
+        """Of the layer."""
+        return int(self.layer.heads)
+
+    def shares(self, features: Tensor, keys: Tensor) -> Tensor:
+        """``softmax(<feature, key> * scale)``."""
+        return attention.shares(attention.split_heads(features, self.num_heads), keys, self.scale)
+
+    def share(self, features: Tensor, keys: Tensor, num_guideline: int) -> Tensor:
+        """The same of the last rows together, with less memory."""
+        queries = attention.split_heads(features, self.num_heads)
+        return attention.attention_share(queries, keys, num_guideline, self.scale)
+
+    @property
+    def processor(self) -> str:
+        """The class of the attention processor."""
+        return type(getattr(self.layer, "processor", None)).__name__
+
+
 class Sites(Mapping[str, Site]):
     """The sites of a model that a token reads, in the token's order.
 
