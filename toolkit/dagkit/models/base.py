@@ -47,6 +47,11 @@ class Encoding(NamedTuple):
     lora_scale: float | None = None
     max_sequence_length: int | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of a pipeline's ``encode_prompt``: what is not left to it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 PLAIN: Final = Encoding()
 

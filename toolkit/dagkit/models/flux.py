@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dagkit.errors import GuardError, ModelError
 from dagkit.models.base import PLAIN, Encoding, Seen
 from dagkit.models.calls import Arguments, Call, CallLayout, Condition, Distilled, Packing
-from dagkit.models.joint import Grid, JointFamily
+from dagkit.models.cross_attention import Grid
+from dagkit.models.joint import JointFamily
 
 GUIDANCE_SCALE: Final = 3.5
 """That a guidance-distilled denoiser is told where no pipeline draws: the pipelines' own."""
@@ -129,9 +130,8 @@ class Flux(JointFamily):
                 f"{type(pipe).__name__} has no {missing[0]}, so no text of a concept can be encoded. Load the whole "
                 "model."
             )
-        options = {name: value for name, value in how._asdict().items() if value is not None}
         hidden, pooled, _ = pipe.encode_prompt(
-            prompts, prompt_2=None, device=pipe._execution_device, num_images_per_prompt=1, **options
+            prompts, prompt_2=None, device=pipe._execution_device, num_images_per_prompt=1, **how.options
         )
         return Condition(hidden, {"pooled_projections": pooled})
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dagkit.models.base import PLAIN, Encoding, Seen, finite, pixels
 from dagkit.models.calls import Arguments, Call, CallLayout, Condition, Distilled, Packing, Paired
+from dagkit.models.cross_attention import Grid
 from dagkit.models.flux import draws_as, sides
-from dagkit.models.joint import Grid, JointFamily
+from dagkit.models.joint import JointFamily
 
 
 class Cells(Packing):

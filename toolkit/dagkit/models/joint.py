@@ -18,6 +18,7 @@ from dagkit import attention
 from dagkit.errors import GuardError, ModelError
 from dagkit.models.base import PLAIN, Encoding, Family, Seen, noise_like
 from dagkit.models.calls import Arguments, Batched, Call, CallLayout, Condition, Step
+from dagkit.models.cross_attention import Grid
 from dagkit.models.sites import AttentionSite, Sites
 
 LOOKED_FROM: Final = 0.5
@@ -25,8 +26,6 @@ LOOKED_FROM: Final = 0.5
 
 _ROWS_AT_ONCE: Final = 8
 _SEED: Final = 0
-
-Grid = Callable[[tuple[int, int]], tuple[int, int]]
 
 
 class JointAttention(AttentionSite):
@@ -248,7 +247,6 @@ class SD3(JointFamily):
 
     def encode_prompt(self, pipe: Any, prompts: list[str], how: Encoding = PLAIN) -> Condition:
         """(B, L, d) rows of both CLIP encoders side by side, then T5's (zeros without one); pooled text (B, p)."""
-        options = {name: value for name, value in how._asdict().items() if value is not None}
         hidden, _, pooled, _ = pipe.encode_prompt(
             prompts,
             prompt_2=None,
@@ -256,7 +254,7 @@ class SD3(JointFamily):
             device=pipe._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
-            **options,
+            **how.options,
         )
         return Condition(hidden, {"pooled_projections": pooled})
 

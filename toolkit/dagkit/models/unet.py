@@ -117,8 +117,11 @@ def _halved(times: int, size: tuple[int, int]) -> tuple[int, int]:
 
 def encode_with(pipe: Any, prompts: list[str], how: Encoding) -> tuple[Tensor, ...]:
     """Calls the pipeline's own ``encode_prompt`` for prompts without guidance."""
-    options = {name: value for name, value in how._asdict().items() if value is not None}
     result: tuple[Tensor, ...] = pipe.encode_prompt(
-        prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+        prompts,
+        device=pipe._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+        **how.options,
     )
     return result
