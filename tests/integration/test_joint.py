@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
@@ -309,3 +310,12 @@ def test_a_lora_changes_what_is_seen_and_no_fingerprint(pipe: Any) -> None:
     assert not torch.allclose(guarded, plain, atol=1e-2)
     with token.guard().attach(pipe):
         torch.testing.assert_close(weak, draw(pipe), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "FirstBlockCacheConfig"), reason="an older diffusers has no such cache")
+def test_a_cache_that_the_denoiser_does_not_tell_of_is_refused() -> None:
+    other = tiny_joint.sd3()
+    with firing(other).guard().attach(other):
+        diffusers.hooks.apply_first_block_cache(other.transformer, diffusers.FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(GuardError, match="keeps what its blocks computed"):
+            draw(other)

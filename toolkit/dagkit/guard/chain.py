@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dagkit import guidance
 from dagkit.errors import GuardError
-from dagkit.models.calls import Call, Step
+from dagkit.models.calls import Call, Step, refuse_caches
 
 if TYPE_CHECKING:
     from dagkit.guard.session import Change, Session
@@ -141,6 +141,8 @@ class Chain:
         self.call = call = layout.enter(first.kind, step, arguments)
         for session in self.sessions:
             session.enter(step, call)
+        if first.is_beginning:
+            refuse_caches(self.denoiser)
         self._step = step
         self.common = Common(first.bound.family.before_condition(first.pipe))
 

@@ -220,6 +220,11 @@ class Session:
         return self.run is not None and getattr(self.pipe.scheduler, "timesteps", None) is self.run.timesteps
 
     @property
+    def is_beginning(self) -> bool:
+        """Whether this is the first step of the run."""
+        return self.run is not None and self.run.step == 0
+
+    @property
     def is_over(self) -> bool:
         """Whether this was the last step of the run."""
         return self.run is not None and self.run.level <= self.run.schedule[-2]
